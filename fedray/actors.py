@@ -1,0 +1,353 @@
+"""Ray: client actors that do jobs, a driver actor that runs the federation, and `run`, which starts both."""
+
+import dataclasses
+import math
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+# Before Ray is imported: it reads these then.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+import ray
+import torch
+from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from fedray.choices import RunError, UserError
+from fedray.client import Work, Worker, do
+from fedray.config import Config
+from fedray.federation import Show, fit, silent
+from fedray.pools import LocalPool, Pool, Progress, Reply
+from fedray.record import Row, Run
+
+NAMESPACE = "fedray"
+START_TIMEOUT = 180.0  # seconds for actors to start: they import torch, on a cold disk one after the other
+CONNECT_TIMEOUT = 10.0  # seconds for a cluster to answer at its address
+TRANSFER_TIMEOUT = 600.0  # seconds for one payload to reach the driver
+POLL = 0.5  # seconds between looks at the progress of running jobs
+LINGER = 60.0  # seconds that a driver keeps its last rows for a caller that may be gone
+
+
+@ray.remote(max_restarts=0, concurrency_groups={"progress": 1})
+class ClientActor:
+    """A process with a fraction of the machine that does one job at a time."""
+
+    def __init__(self, config: Config, index: int) -> None:
+        device = torch.device("cuda" if config.gpus_per_actor else "cpu")
+        if 0 < config.gpus_per_actor < 1:  # the fraction that Ray counts is bookkeeping only
+            torch.cuda.set_per_process_memory_fraction(config.gpus_per_actor)
+        self.worker = Worker(config, device, f"actor {index}")
+
+    @ray.method(num_returns=2)
+    def do(self, work: Work, shared: Any, job: Any) -> tuple[dict[str, Any], Any]:
+        return do(self.worker, work, shared, job)
+
+    @ray.method(concurrency_group="progress")
+    def steps_done(self) -> int:
+        return self.worker.steps_done
+
+
+class RayPool:
+    """Jobs on client actors, one at a time each.
+
+    At most `window` jobs are drawn and not yet passed by: an early reply waits in the object store for the
+    oldest, so this bounds what the store holds. Jobs start in order, so the oldest is always running or done,
+    and the window cannot block.
+    """
+
+    def __init__(self, config: Config) -> None:
+        """Start the actors. Raises `UserError` where they do not fit, `RunError` where they do not start."""
+        count = count_actors(config)
+        self.window = 2 * count
+        self.timeout = config.client_timeout
+        options = _options(config.cpus_per_actor, config.gpus_per_actor)
+        self.actors = [ClientActor.options(**options).remote(config, index) for index in range(count)]
+        try:
+            ray.get([actor.__ray_ready__.remote() for actor in self.actors], timeout=START_TIMEOUT)
+        except GetTimeoutError:
+            self.close()
+            raise RunError(
+                f"{count} client actors did not start in {START_TIMEOUT:.0f} s. They need {_need(config, count)}; "
+                f"free now: {_resources(ray.available_resources())}."
+            ) from None
+        except RayError as error:
+            self.close()
+            raise RunError(f"a client actor could not start: {_reason(error)}.") from None
+
+    def map(self, work: Work, shared: Any, jobs: Iterable[Any], progress: Progress) -> Iterator[Reply]:
+        shared_ref = ray.put(shared)
+        queue = enumerate(jobs)
+        idle = list(self.actors)
+        running: dict[Any, _Running] = {}
+        begin = sum(ray.get([actor.steps_done.remote() for actor in self.actors], timeout=START_TIMEOUT))
+        oldest, drawn, done = 0, 0, set()  # `done` holds indices above `oldest`
+        while True:
+            while idle and drawn < oldest + self.window:
+                item = next(queue, None)
+                if item is None:
+                    break
+                index, job = item
+                drawn = index + 1
+                actor = idle.pop()
+                row, payload = actor.do.remote(work, shared_ref, job)
+                running[row] = _Running(index, job, payload, actor, time.monotonic() + self.timeout)
+            if not running:
+                return
+            ready, _ = ray.wait(list(running), timeout=POLL, fetch_local=False)
+            for ref in ready:
+                call = running.pop(ref)
+                row = _fetch(ref, f"training {call.job}" if "client" in str(call.job) else str(call.job))
+                idle.append(call.actor)
+                done.add(call.index)
+                while oldest in done:
+                    done.remove(oldest)
+                    oldest += 1
+                yield Reply(call.index, call.job, row, _Fetch(call.payload, str(call.job)))
+            for call in running.values():
+                if time.monotonic() > call.deadline:
+                    raise RunError(f"{call.job} has not answered for {self.timeout:.0f} s (--client-timeout).")
+            if not ready:
+                counts = [actor.steps_done.remote() for actor in self.actors]
+                progress(sum(_fetch(count, "progress") for count in counts) - begin)
+
+    def close(self) -> None:
+        for actor in self.actors:
+            ray.kill(actor)
+
+
+@dataclasses.dataclass
+class _Running:
+    index: int
+    job: Any
+    payload: Any
+    actor: Any
+    deadline: float
+
+
+@dataclasses.dataclass
+class _Fetch:
+    """Brings a payload here, when it is asked for."""
+
+    ref: Any
+    job: str
+
+    def __call__(self) -> Any:
+        return _fetch(self.ref, self.job)
+
+
+def _fetch(ref: Any, what: str) -> Any:
+    try:
+        return ray.get(ref, timeout=TRANSFER_TIMEOUT)
+    except GetTimeoutError:
+        raise RunError(f"the result of {what} did not arrive in {TRANSFER_TIMEOUT:.0f} s.") from None
+    except RayActorError as error:
+        raise RunError(f"the client actor died while it did {what}: {_reason(error)}.") from None
+    except RayError as error:
+        raise RunError(f"the result of {what} is lost: {_reason(error)}.") from None
+
+
+def _reason(error: RayError) -> str:
+    """The line of a Ray error that says why."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, ActorDiedError) and "creation" not in str(error):
+        return "its process ended (killed, or out of memory)"
+    return lines[-1].rstrip(".") if lines else type(error).__name__
+
+
+def _options(cpus: float, gpus: float) -> dict[str, Any]:
+    # Ray no longer hides GPUs from an actor that asked for none.
+    hidden = {} if gpus else {"runtime_env": {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}}
+    return {"num_cpus": cpus, "num_gpus": gpus, **hidden}
+
+
+def count_actors(config: Config) -> int:
+    """How many client actors a run gets: as many as asked for or as fit, never more than the cohort.
+
+    Raises:
+        UserError: the cluster has no GPU, or is too small.
+    """
+    have = ray.cluster_resources()
+    gpus, cpus = have.get("GPU", 0), have.get("CPU", 0)
+    if config.gpus_per_actor and not gpus:
+        raise UserError(f"--gpus-per-actor {config.gpus_per_actor:g}: this machine (or cluster) has no GPU.")
+    fit_cpu = math.floor(cpus / config.cpus_per_actor + 1e-9)
+    fit_gpu = gpus * math.floor(1 / config.gpus_per_actor + 1e-9) if 0 < config.gpus_per_actor < 1 else math.inf
+    if config.gpus_per_actor >= 1:
+        fit_gpu = gpus // config.gpus_per_actor
+    slots = int(min(fit_cpu, fit_gpu))
+    wanted = config.actors or max(1, slots)
+    if wanted > slots:
+        raise UserError(
+            f"--actors {wanted} needs {_need(config, wanted)}, and there are {_resources(have)}: at most {slots} "
+            f"fit. Ask for fewer, or lower --cpus-per-actor or --gpus-per-actor."
+        )
+    return min(wanted, config.cohort_size)
+
+
+def _need(config: Config, count: int) -> str:
+    gpus = f" and {count * config.gpus_per_actor:g} GPUs" if config.gpus_per_actor else ""
+    return f"{count * config.cpus_per_actor:g} CPUs{gpus}"
+
+
+def _resources(have: dict[str, float]) -> str:
+    return f"{have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs"
+
+
+@ray.remote(num_cpus=0, max_restarts=0, max_concurrency=2)
+class DriverActor:
+    """Runs the federation. Detached: on a running cluster it outlives the process that started it."""
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+        self.phase: tuple[str, float, float] = ("starting", 0, 1)
+        self.finished = False
+        self.error: Exception | None = None
+
+    def run(self, config: Config, out: Path, resume: bool) -> None:
+        try:
+            pool = RayPool(config)
+            try:
+                for row in fit(config, pool, out, self._show, resume):
+                    self.rows.append(row)
+            finally:
+                pool.close()
+        except (UserError, RunError) as error:
+            self.error = error
+        except Exception as error:
+            self.error = RunError(f"{type(error).__name__}: {error}")
+            self.error.add_note(traceback.format_exc())
+        self.finished = True
+        time.sleep(LINGER)  # a caller that is still there ends this process sooner
+        os._exit(0)
+
+    def poll(self, after: int) -> tuple[list[Row], tuple[str, float, float], bool, Exception | None]:
+        """Rows after the first `after`, what it is doing, whether it has finished, and why it could not."""
+        finished, error = self.finished, self.error
+        return self.rows[after:], self.phase, finished, error
+
+    def _show(self, phase: str, done: float, total: float) -> None:
+        self.phase = (phase, done, total)
+
+
+def run(
+    config: Config,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    on_row: Callable[[Row], None] = lambda row: None,
+    show: Show = silent,
+) -> Run:
+    """Train: the whole run, in this process (`config.actors` 0) or on Ray. Returns its directory, opened.
+
+    Rows go to `on_row` as rounds complete, progress to `show`. With `resume`, a stopped run in `out` goes on
+    from its last complete round, and a run that is still going on the cluster is attached to.
+
+    Raises:
+        UserError: what was asked for cannot be done; nothing was written.
+        RunError: the run could not go on; resume it.
+    """
+    config.check()
+    out = Path(out).absolute()
+    if resume:
+        Run.open(out)
+    else:
+        Run(out).check_vacant()
+    if config.actors == 0:
+        for row in fit(config, LocalPool(config), out, show, resume):
+            on_row(row)
+    else:
+        with connected(config.address):
+            _drive(config, out, resume, on_row, show)
+    return Run.open(out)
+
+
+def _drive(config: Config, out: Path, resume: bool, on_row: Callable[[Row], None], show: Show) -> None:
+    """Start the run's driver actor (or find it), and pass on what it reports until it has finished."""
+    count_actors(config)
+    name = f"driver:{out}"
+    try:
+        driver = ray.get_actor(name, NAMESPACE)
+    except ValueError:
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        driver = DriverActor.options(
+            name=name,
+            namespace=NAMESPACE,
+            lifetime="detached",
+            scheduling_strategy=here,  # the run directory is on this node
+            **_options(0, 0),
+        ).remote()
+        driver.run.remote(config, out, resume)
+    seen, finished, error = 0, False, None
+    while not finished:
+        try:
+            rows, phase, finished, error = ray.get(driver.poll.remote(seen), timeout=START_TIMEOUT)
+        except GetTimeoutError:
+            raise RunError(f"the driver actor of {out} does not answer; resume the run.") from None
+        except RayActorError as died:
+            raise RunError(f"the driver actor of {out} died: {_reason(died)}; resume the run.") from None
+        for row in rows:
+            on_row(row)
+        seen += len(rows)
+        show(*phase)
+        if not finished:
+            time.sleep(POLL)
+    ray.kill(driver)
+    if error is not None:
+        raise error
+
+
+@contextmanager
+def open_pool(config: Config) -> Iterator[Pool]:
+    """The pool that the configuration asks for, for jobs outside of a run."""
+    if config.actors == 0:
+        yield LocalPool(config)
+        return
+    with connected(config.address):
+        pool = RayPool(config)
+        try:
+            yield pool
+        finally:
+            pool.close()
+
+
+@contextmanager
+def connected(address: str | None) -> Iterator[None]:
+    """Ray, for the time of the block: the cluster at `address` (or RAY_ADDRESS), else a private one.
+
+    Ray that this process has already started is used as it is, and left running.
+
+    Raises:
+        UserError: there is no cluster at the address.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    quiet: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "ERROR"}
+    if address == "local":
+        # Private and on the loopback interface. Said explicitly, or a token file is left in the user's home.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+    else:
+        try:
+            if ":" in address:  # Ray would try for minutes
+                host, _, port = address.rpartition(":")
+                socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT).close()
+            ray.init(address=address, **quiet)
+        except (OSError, RuntimeError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(
+                f"--address {address}: no Ray cluster could be joined there ({reason}). Start one with "
+                f"`ray start --head`, or leave --address out for a private one."
+            ) from None
+    try:
+        yield
+    finally:
+        ray.shutdown()

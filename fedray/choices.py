@@ -1,0 +1,49 @@
+"""What a user can name (a partition, a codec, a preset …) and the one clear message when the name is wrong."""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+class UserError(ValueError):
+    """A mistake of the user's: one sentence that says what was wrong, where, and what to do. Exit code 2."""
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on (a dead actor, no usable client). What was saved stays; exit code 1."""
+
+
+def check_name(kind: str, name: str, names: Iterable[str]) -> None:
+    """Raise `UserError` with the nearest name unless `name` is one of `names`."""
+    names = list(names)
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}?" if near else "choose one."
+        raise UserError(f"there is no {kind} {name!r}; {hint} There are: {', '.join(names)}.")
+
+
+def pick(kind: str, text: str, menu: Mapping[str, type]) -> Any:
+    """The object that a short form names: `"iid"`, or `"dirichlet:0.1"` where it has a number.
+
+    `menu` maps names to dataclasses whose fields are numbers. Raises `UserError`.
+    """
+    name, *values = text.split(":")
+    check_name(kind, name, menu)
+    fields = [field.name for field in dataclasses.fields(menu[name])]
+    form = ":".join([name, *fields])
+    if len(values) != len(fields):
+        raise UserError(f"{kind} {text!r} is not of the form {form!r}.")
+    try:
+        numbers = [float(value) for value in values]
+    except ValueError:
+        raise UserError(f"{kind} {text!r}: {', '.join(values)!r} is not a number (the form is {form!r}).") from None
+    return menu[name](*numbers)
+
+
+def short(chosen: Any, menu: Mapping[str, type]) -> str:
+    """The short form that `pick` reads; for an object that is not of the menu (a user's own), its repr."""
+    for name, cls in menu.items():
+        if type(chosen) is cls:
+            return ":".join([name, *(f"{value:g}" for value in dataclasses.astuple(chosen))])
+    return repr(chosen)

@@ -1,0 +1,260 @@
+"""A run is its configuration: one frozen dataclass, and the presets."""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import tyro
+from tyro.constructors import PrimitiveConstructorSpec
+
+from fedray.choices import UserError, check_name, pick, short
+from fedray.codecs import CODECS, Codec, Float32
+from fedray.partition import IID, PARTITIONS, Partition
+from fedray.rules import FedAvg, Rule
+from fedray.tasks import Task
+from fedray.tasks.ddpm import DDPM
+
+TASKS: dict[str, type] = {DDPM.name: DDPM}
+RULES = {"fedavg": FedAvg}
+FEATURES = ("digits",)
+LR_SCHEDULERS = ("constant", "linear", "cosine")
+
+# Where a run is computed; it never changes the result (but for the threads: see `Config.threads`).
+PLACEMENT = ("actors", "cpus_per_actor", "gpus_per_actor", "address", "client_timeout")
+
+
+def _short_form(menu: dict[str, type], kind: str) -> PrimitiveConstructorSpec:
+    """How tyro reads and shows what is chosen by name: `--partition dirichlet:0.1`."""
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="|".join(menu),
+        instance_from_str=lambda arguments: pick(kind, arguments[0], menu),
+        is_instance=lambda instance: True,
+        str_from_instance=lambda instance: [short(instance, menu)],
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything that a run depends on. Flags have the names of diffusers' `train_unconditional.py` where it has one."""
+
+    task: Annotated[Task, tyro.conf.Suppress] = field(default_factory=DDPM)
+
+    # The federation
+    clients: int = 4
+    """C, how many clients hold the data. One client is centralised training."""
+    fraction: float = 1.0
+    """Share of the clients that take part in a round, drawn anew each round; in (0, 1]."""
+    partition: Annotated[Partition, _short_form(PARTITIONS, "partition")] = IID()
+    """Who holds which examples: iid, by-label, or dirichlet:ALPHA (the smaller ALPHA, the more skewed)."""
+    rounds: int = 10
+    """T, communication rounds."""
+    rule: Annotated[Rule, _short_form(RULES, "rule")] = FedAvg()
+    """How updates become the next model: fedavg."""
+    codec: Annotated[Codec, _short_form(CODECS, "codec")] = Float32()
+    """How weights travel: float32 (exact), or float16 (half the bytes)."""
+    use_ema: bool = False
+    """Keep an exponential moving average of the global model at the server, and sample from it."""
+    ema_decay: float = 0.995
+    """Decay of that average per local step: a round of n steps decays it by ema_decay ** n."""
+
+    # Local training
+    local_epochs: int | None = None
+    """E, passes over its own data that a client makes in a round. Give this or local steps."""
+    local_steps: int | None = None
+    """Optimizer steps that a client makes in a round. Give this or local epochs."""
+    train_batch_size: int = 16
+    """Images in a client's batch; an epoch's last batch may be smaller."""
+    learning_rate: float = 1e-4
+    """AdamW's learning rate."""
+    lr_scheduler: str = "constant"
+    """How the learning rate falls over the whole run: constant, linear or cosine."""
+    adam_beta1: float = 0.95
+    """AdamW's β1."""
+    adam_beta2: float = 0.999
+    """AdamW's β2."""
+    adam_weight_decay: float = 1e-6
+    """AdamW's weight decay."""
+    adam_epsilon: float = 1e-8
+    """AdamW's ε."""
+    max_grad_norm: float | None = 1.0
+    """Clip the gradient to this norm; None does not clip."""
+    keep_optimizer: bool = False
+    """Keep each client's optimizer state from round to round (2 vectors a client, on disk) instead of a fresh one."""
+    seed: int = 0
+    """Seed of every random number in the run."""
+
+    # Samples and scores
+    sampler: str = "ddpm"
+    """Which diffusers scheduler samples: ddpm, ddim, dpmsolver++ or unipc."""
+    sampling_steps: int = 1000
+    """Denoising steps per image."""
+    evaluate_samples: int = 64
+    """Images generated, and scored, after the last round; 0 for none."""
+    eval_batch_size: int = 64
+    """Images in a sampling batch."""
+    features: str | None = None
+    """Features that the score is measured on: digits (a small digit classifier), or None for no score."""
+
+    # Placement
+    actors: int | None = None
+    """Client actors (processes); 0 trains in this process without Ray, None takes as many as fit."""
+    cpus_per_actor: float = 1.0
+    """CPUs of an actor; it computes with as many threads (at least one)."""
+    gpus_per_actor: float = 0.0
+    """GPUs of an actor, for example 0.25; 0 computes on CPUs."""
+    address: str | None = None
+    """A running Ray cluster to join (auto, or HOST:PORT); None starts a private one, unless RAY_ADDRESS is set."""
+    client_timeout: float = 86_400.0
+    """Seconds after which a client that has not answered ends the run."""
+
+    @property
+    def threads(self) -> int:
+        """Threads a client computes with. Float sums depend on it, so a resumed run must keep it."""
+        return max(1, math.floor(self.cpus_per_actor))
+
+    @property
+    def cohort_size(self) -> int:
+        return max(1, round(self.fraction * self.clients))
+
+    def steps(self, examples: int) -> int:
+        """Optimizer steps of a client with so many examples in one round."""
+        if self.local_steps is not None:
+            return self.local_steps
+        assert self.local_epochs is not None
+        return self.local_epochs * math.ceil(examples / self.train_batch_size)
+
+    def check(self) -> None:
+        """Raise `UserError` for what can be seen to be wrong without data or hardware."""
+        if self.local_epochs is not None and self.local_steps is not None:
+            raise UserError("--local-epochs and --local-steps are both given; give one of them.")
+        if self.local_epochs is None and self.local_steps is None:
+            raise UserError("neither --local-epochs nor --local-steps is given; give one of them.")
+        counts = (
+            "clients", "rounds", "local_epochs", "local_steps", "train_batch_size", "eval_batch_size",
+            "learning_rate", "max_grad_norm", "cpus_per_actor", "client_timeout",
+        )  # fmt: skip
+        for name in counts:
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"{flag(name)} {value}: it must be above 0.")
+        for name in ("evaluate_samples", "gpus_per_actor", "adam_weight_decay", "actors"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise UserError(f"{flag(name)} {value}: it must not be negative.")
+        if not 0 < self.fraction <= 1:
+            raise UserError(f"--fraction {self.fraction}: it must be above 0 and at most 1.")
+        for name in ("ema_decay", "adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{flag(name)} {getattr(self, name)}: it must be at least 0 and below 1.")
+        if self.gpus_per_actor > 1 and self.gpus_per_actor != int(self.gpus_per_actor):
+            raise UserError(f"--gpus-per-actor {self.gpus_per_actor}: above 1 it must be a whole number.")
+        if self.evaluate_samples == 1 and self.features:
+            raise UserError("--evaluate-samples 1: a score needs at least 2 images (or --features None).")
+        check_name("learning-rate scheduler", self.lr_scheduler, LR_SCHEDULERS)
+        if self.features is not None:
+            check_name("feature network", self.features, FEATURES)
+        self.task.check(self.sampler, self.sampling_steps)
+        if self.features == "digits" and getattr(self.task, "dataset_name", "digits") != "digits":
+            raise UserError("--features digits judges digits only; this run learns something else.")
+
+    def to_json(self) -> dict[str, Any]:
+        """A dictionary that JSON can hold, with the short forms of what was chosen by name."""
+        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        values["task"] = {"name": self.task.name, **dataclasses.asdict(self.task)}  # type: ignore[call-overload]
+        for name, menu in _MENUS.items():
+            values[name] = short(values[name], menu)
+        return values
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Config":
+        """The inverse of `to_json`, for fedray's own tasks, partitions, codecs and rules.
+
+        Raises:
+            UserError: something in it is the user's own class (use `fedray.run` from the script that defines it),
+                or is of another version.
+        """
+        values = dict(values)
+        task = dict(values.pop("task"))
+        name = task.pop("name")
+        if name not in TASKS:
+            raise UserError(
+                f"the task {name!r} of this run is not fedray's own; continue it from the Python script that "
+                f"defines it, with fedray.run(config, out, resume=True)."
+            )
+        unknown = [key for key in values if key not in {item.name for item in dataclasses.fields(cls)}]
+        if unknown:
+            raise UserError(f"this run is of another version of fedray: it has a setting {unknown[0]!r}.")
+        for key, menu in _MENUS.items():
+            values[key] = pick(key, values[key], menu)
+        lists = {key: tuple(value) if isinstance(value, list) else value for key, value in task.items()}
+        return cls(task=TASKS[name](**lists), **values)
+
+
+_MENUS: dict[str, dict[str, type]] = {"partition": PARTITIONS, "rule": RULES, "codec": CODECS}
+
+
+def flag(name: str) -> str:
+    """The command line's spelling of a field."""
+    return "--" + name.replace("_", "-")
+
+
+PRESETS = {
+    # A size at which a laptop draws recognisable digits in minutes: 159,697 parameters.
+    "digits": Config(
+        task=DDPM(),
+        rounds=20,
+        local_epochs=4,
+        learning_rate=4e-3,
+        lr_scheduler="cosine",
+        use_ema=True,
+        ema_decay=0.995,
+        sampler="ddpm",  # at 100 steps fd[digits] is a sixth of ddim's at 50: experiments/LOG.md
+        sampling_steps=100,
+        evaluate_samples=512,
+        features="digits",
+    ),
+    # Chen 2024, section 3.1: the U-Net of diffusers' train_unconditional.py, 113,673,219 parameters.
+    "celeba": Config(
+        task=DDPM(
+            dataset_name="celeba",
+            resolution=64,
+            channels=3,
+            block_out_channels=(128, 128, 256, 256, 512, 512),
+            attention=(False, False, False, False, True, False),
+            mid_block_attention=True,
+            layers_per_block=2,
+            norm_num_groups=32,
+        ),
+        rounds=10,
+        local_epochs=4,
+        learning_rate=1e-4,
+        ema_decay=0.9999,
+        evaluate_samples=64,
+    ),
+}
+
+
+def preset(name: str) -> Config:
+    """The preset of that name. Raises `UserError` with the nearest name."""
+    check_name("preset", name, PRESETS)
+    return PRESETS[name]
+
+
+def check_resumable(saved: dict[str, Any], asked: Config) -> None:
+    """Raise `UserError`, naming the setting, if `asked` differs from a saved `to_json` in more than placement."""
+    now = json.loads(json.dumps(asked.to_json()))  # tuples are lists in JSON
+    for name in now:
+        if name not in PLACEMENT and now[name] != saved.get(name):
+            raise UserError(
+                f"{flag(name)} is {now[name]} now, but was {saved.get(name)} when the run began; a resumed run "
+                f"keeps its settings."
+            )
+    threads = max(1, math.floor(saved["cpus_per_actor"]))
+    if asked.threads != threads:
+        raise UserError(
+            f"--cpus-per-actor {asked.cpus_per_actor:g} computes with {asked.threads} threads, but the run began "
+            f"with {threads}, on which its float sums depend; keep the number of threads."
+        )

@@ -1,0 +1,262 @@
+"""Federated averaging on one page: a round, and the run that repeats it.
+
+Chen 2024, section 2.4.1: the server sends w to a random subset of the clients, each trains locally and returns
+v, the server takes the mean weighted by examples as the new w; T rounds. Who computes is the pool's affair.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedray import cohort, vector
+from fedray.choices import RunError, UserError
+from fedray.client import SampleJob, TrainJob, build, client_update, sample_batch, threads
+from fedray.config import Config, check_resumable
+from fedray.data import Dataset
+from fedray.partition import Shards
+from fedray.pools import Pool, in_order
+from fedray.record import Row, Run
+from fedray.rules import ServerState, Update
+from fedray.scores import digits
+from fedray.seeds import generator
+from fedray.vector import Layout
+
+Show = Callable[[str, float, float], None]  # phase, how much of it is done, of how much
+
+
+def silent(phase: str, done: float, total: float) -> None:
+    """Show nothing."""
+
+
+def run_round(
+    state: ServerState, config: Config, shards: Shards, pool: Pool, run: Run, show: Show = silent
+) -> tuple[ServerState, Row]:
+    """One communication round.
+
+    Raises:
+        RunError: no client returned a usable model.
+    """
+    started = time.perf_counter()
+    clients = _cohort(config, state.round)
+    try:
+        model = config.codec.encode_model(state.vector)
+    except OverflowError as error:
+        raise RunError(f"round {state.round + 1}: {error}") from None
+    rows: list[Row] = []
+    failures: list[tuple[int, str, str]] = []  # client, reason, trace
+    folding = 0.0
+
+    def jobs() -> Iterator[TrainJob]:  # drawn only as fast as they are done: a memory is as large as two models
+        for client in clients:
+            memory = run.recall(client) if config.keep_optimizer else None
+            yield TrainJob(state.round, client, shards[client], memory)
+
+    total = sum(config.steps(len(shards[client])) for client in clients)
+
+    def progress(done: int) -> None:
+        show("training", state.round + done / total, config.rounds)
+
+    def updates() -> Iterator[Update]:  # in cohort order, so that float sums are reproducible
+        nonlocal folding
+        for reply in in_order(pool.map(client_update, model, jobs(), progress)):
+            client = reply.job.client
+            row = {"client": client, "examples": len(reply.job.indices), "bytes_down": model.nbytes, **reply.row}
+            rows.append(row)
+            row["outcome"] = row.pop("error", "ok")
+            if not reply.ok:
+                failures.append((client, row["outcome"], row.pop("trace")))
+                continue
+            began = time.perf_counter()
+            payload, memory = reply.fetch()
+            if memory is not None:
+                run.remember(client, state.round + 1, memory)
+            yield Update(client, config.codec.decode_update(payload, state.vector), row["examples"])
+            folding += time.perf_counter() - began
+
+    try:
+        after = config.rule.step(state, updates())
+    except ValueError:
+        if len(failures) < len(clients):
+            raise
+        client, reason, trace = failures[0]
+        error = RunError(f"round {state.round + 1}: no client returned a model. Client {client}: {reason}.")
+        error.add_note(trace)
+        raise error from None
+
+    took_part = [row for row in rows if row["outcome"] == "ok"]
+    examples = sum(row["examples"] for row in took_part)
+    mean = {name: sum(row["examples"] * row[name] for row in took_part) / examples for name in ("loss", "steps")}
+    if config.use_ema:
+        before = state.vector if state.ema is None else state.ema
+        after = replace(after, ema=before.lerp(after.vector, 1 - config.ema_decay ** mean["steps"]))
+    return after, {
+        "round": after.round,
+        "cohort": clients,
+        "loss": mean["loss"],
+        "examples": examples,
+        "steps": sum(row["steps"] for row in took_part),
+        "sequential_steps": max(row["steps"] for row in took_part),
+        "images": sum(row["images"] for row in took_part),
+        "bytes_down": sum(row["bytes_down"] for row in rows),
+        "bytes_up": sum(row["bytes_up"] for row in took_part),
+        "seconds": {"fold": folding, "round": time.perf_counter() - started},
+        "scores": {},
+        "clients": rows,
+    }
+
+
+def fit(config: Config, pool: Pool, out: Path, show: Show = silent, resume: bool = False) -> Iterator[Row]:
+    """The whole run: yields a row per round, and writes the run directory. Continues a run that was stopped.
+
+    Raises:
+        UserError: the configuration, the data or the directory does not allow it (nothing is written then).
+        RunError: the run cannot go on; what was saved stays, and it can be resumed.
+    """
+    run = Run(out)
+    plan = make_plan(config)
+    if resume:
+        check_resumable(Run.open(out).saved["config"], config)
+    else:
+        run.check_vacant()
+    run.check_disk(config, plan.layout)
+    if not resume:
+        run.create(config)
+    with run.locked():
+        state, row = run.state(plan.layout), None
+        if state is None:
+            state = ServerState(0, plan.initial, plan.initial if config.use_ema else None)
+        if resume:
+            row = run.recover(state.round)
+        while row is not None or state.round < config.rounds:
+            if row is None:
+                state, row = run_round(state, config, plan.shards, pool, run, show)
+                began = time.perf_counter()
+                run.complete(state, row, plan.layout)
+                row["seconds"]["save"] = time.perf_counter() - began
+            if state.round == config.rounds and config.evaluate_samples:
+                images, row["scores"], row["seconds"]["evaluate"] = evaluate(state, config, pool, show)
+                run.draw(images, state.round)
+            run.append(row)
+            yield row
+            row = None
+        if run.result is None:
+            _finish(run, state, config, plan)
+
+
+def evaluate(
+    state: ServerState, config: Config, pool: Pool, show: Show = silent
+) -> tuple[np.ndarray, dict[str, float], float]:
+    """Samples of the model (its average, where there is one), their scores, and the seconds it took."""
+    began = time.perf_counter()
+    model = state.vector if state.ema is None else state.ema
+    images = sample(pool, model, config.evaluate_samples, config, config.seed, show)
+    return images, score(images, config), time.perf_counter() - began
+
+
+def sample(pool: Pool, model: torch.Tensor, n: int, config: Config, seed: int, show: Show = silent) -> np.ndarray:
+    """n images, uint8 [n, channels, height, width], from the vector `model`; the same whatever the pool.
+
+    Raises:
+        RunError: a batch could not be generated.
+    """
+    sizes = [min(config.eval_batch_size, n - start) for start in range(0, n, config.eval_batch_size)]
+    jobs = [
+        SampleJob(batch, size, config.sampler, config.sampling_steps, seed) for batch, size in enumerate(sizes)
+    ]
+    images = []
+
+    def progress(done: int) -> None:
+        show("sampling", done, len(jobs))
+
+    show("sampling", 0, len(jobs))
+    for reply in in_order(pool.map(sample_batch, model.numpy(), jobs, progress)):
+        if not reply.ok:
+            error = RunError(f"sampling failed: {reply.row['error']}.")
+            error.add_note(reply.row["trace"])
+            raise error
+        images.append(reply.fetch())
+    return np.concatenate(images)
+
+
+def score(images: np.ndarray, config: Config) -> dict[str, float]:
+    """Scores of generated images on the features that the configuration names."""
+    if config.features is None:
+        return {}
+    with threads(1):
+        return digits.score(torch.from_numpy(images))
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What a run is going to do."""
+
+    dataset: Dataset
+    shards: Shards
+    layout: Layout
+    initial: torch.Tensor  # [d], the weights it starts from
+    payload: int  # bytes per client and direction
+    steps: int  # of all clients in all rounds
+    sequential_steps: int  # of the slowest client in each round, over all rounds
+    client_rounds: int  # how often a model goes down and up
+
+
+def make_plan(config: Config) -> Plan:
+    """Work out a run without training anything.
+
+    Raises:
+        UserError: the configuration is wrong, or does not fit the data.
+    """
+    config.check()
+    dataset = config.task.dataset()
+    if config.clients > len(dataset):
+        raise UserError(
+            f"--clients {config.clients}: there are only {len(dataset)} examples; each client needs at least one."
+        )
+    shards = config.partition.split(dataset, config.clients, generator(config.seed, "partition"))
+    flat = build(config, torch.device("cpu")).flat
+    per_round = [
+        [config.steps(len(shards[client])) for client in _cohort(config, number)] for number in range(config.rounds)
+    ]
+    return Plan(
+        dataset=dataset,
+        shards=shards,
+        layout=flat.layout,
+        initial=flat.vector.detach().clone(),
+        payload=config.codec.encode_model(flat.vector.detach()).nbytes,
+        steps=sum(map(sum, per_round)),
+        sequential_steps=sum(map(max, per_round)),
+        client_rounds=sum(map(len, per_round)),
+    )
+
+
+def _cohort(config: Config, number: int) -> list[int]:
+    return cohort.choose(config.clients, config.fraction, generator(config.seed, "cohort", number))
+
+
+def _finish(run: Run, state: ServerState, config: Config, plan: Plan) -> None:
+    """Write the model for diffusers, then the result: when result.json is there, all is there."""
+    learner = build(config, torch.device("cpu"))
+    learner.flat.vector.detach().copy_(state.vector if state.ema is None else state.ema)
+    learner.save(run.directory / "model")
+    rows = run.rows
+    totals: dict[str, Any] = {
+        name: sum(row[name] for row in rows)
+        for name in ("steps", "sequential_steps", "images", "bytes_down", "bytes_up")
+    }
+    run.finish(
+        {
+            "vector_sha256": vector.sha256(state.vector),
+            "rounds": state.round,
+            "loss": rows[-1]["loss"],
+            "scores": rows[-1]["scores"],
+            **totals,
+            "passes": totals["images"] / len(plan.dataset),
+            "seconds": math.fsum(sum(row["seconds"].get(k, 0) for k in ("round", "save", "evaluate")) for row in rows),
+        }
+    )

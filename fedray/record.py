@@ -1,0 +1,262 @@
+"""A run's directory: what was asked, what happened round by round, and everything that a resumed run needs.
+
+    config.json     the configuration, versions and git commit
+    rounds.jsonl    a row per complete round
+    result.json     the final model's SHA-256, totals and scores
+    checkpoints/    the last complete round: round-000020.safetensors (the vector, and its average as ema.*)
+    clients/        what clients keep between rounds (kept optimizers)
+    samples/        a grid per evaluation; the last one also as samples.png
+    model/          what diffusers loads
+"""
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.numpy import load_file
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from fedray import vector
+from fedray.choices import RunError, UserError
+from fedray.client import Memory
+from fedray.config import Config
+from fedray.rules import ServerState
+from fedray.vector import Layout
+
+Row = dict[str, Any]
+
+
+class Run:
+    """A run directory, to read from and, by the run itself, to write to."""
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+
+    @classmethod
+    def open(cls, directory: str | Path) -> "Run":
+        """An existing run. Raises `UserError` where there is none."""
+        run = cls(directory)
+        if not run.directory.is_dir():
+            raise UserError(f"there is no run at {directory}: the directory does not exist.")
+        if not (run.directory / "config.json").is_file():
+            raise UserError(f"there is no run at {directory}: it has no config.json.")
+        return run
+
+    # Reading
+
+    @cached_property
+    def saved(self) -> dict[str, Any]:
+        """config.json: "config" and the versions that it ran with."""
+        return _read_json(self.directory / "config.json")
+
+    @property
+    def config(self) -> Config:
+        """The run's configuration (fedray's own tasks only)."""
+        return Config.from_json(self.saved["config"])
+
+    @property
+    def rows(self) -> list[Row]:
+        """One row per complete round."""
+        path = self.directory / "rounds.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        try:
+            return [json.loads(line) for line in lines]
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} is damaged at line {error.lineno}: {error.msg}.") from None
+
+    @property
+    def result(self) -> Row | None:
+        """Totals and scores; None while the run is not complete."""
+        path = self.directory / "result.json"
+        return _read_json(path) if path.exists() else None
+
+    def checkpoint(self) -> Path | None:
+        """The checkpoint of the last complete round."""
+        return max(self.directory.glob("checkpoints/round-*.safetensors"), default=None)
+
+    def state(self, layout: Layout) -> ServerState | None:
+        """The state after the last complete round; None before the first. Raises `UserError`."""
+        path = self.checkpoint()
+        if path is None:
+            return None
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+        try:
+            ema = vector.load(path, layout, "ema.") if metadata["ema"] == "True" else None
+            return ServerState(int(metadata["round"]), vector.load(path, layout), ema)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+    # Writing
+
+    def create(self, config: Config) -> None:
+        """Begin a run here. Raises `UserError` if the directory holds anything."""
+        self.check_vacant()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        _write_json(self.directory / "config.json", {"config": config.to_json(), **environment()})
+
+    def check_vacant(self) -> None:
+        """Raise `UserError` if a run cannot begin here."""
+        if (self.directory / "config.json").exists():
+            raise UserError(
+                f"{self.directory} holds another run; choose another --out, or continue that run with "
+                f"--resume {self.directory}."
+            )
+        if self.directory.exists() and (not self.directory.is_dir() or any(self.directory.iterdir())):
+            raise UserError(f"{self.directory} exists and is not an empty directory; choose another --out.")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the directory: two processes must not write the same run."""
+        with open(self.directory / "config.json") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{self.directory} is being written by another process; wait for it.") from None
+            yield
+
+    def complete(self, state: ServerState, row: Row, layout: Layout) -> None:
+        """Save a complete round: the moment its checkpoint is renamed, the round counts.
+
+        The row travels in the checkpoint, so that a run killed before `append` still has it.
+        """
+        directory = self.directory / "checkpoints"
+        directory.mkdir(exist_ok=True)
+        tensors = layout.views(state.vector)
+        if state.ema is not None:
+            tensors |= {f"ema.{name}": view for name, view in layout.views(state.ema).items()}
+        metadata = {"round": str(state.round), "ema": str(state.ema is not None), "row": json.dumps(row)}
+        vector.save(directory / f"round-{state.round:06d}.safetensors", tensors, metadata)
+        for path in sorted(directory.glob("round-*.safetensors"))[:-1]:
+            path.unlink()
+        for client in row["cohort"]:
+            for path in sorted(self._memory(client).glob("*.safetensors"))[:-1]:
+                path.unlink()
+
+    def append(self, row: Row) -> None:
+        with open(self.directory / "rounds.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def recover(self, rounds: int) -> Row | None:
+        """Make rows and client memories those of the last checkpoint, `rounds` complete rounds.
+
+        Returns the row of that round if it is not in rounds.jsonl yet.
+        """
+        path = self.directory / "rounds.jsonl"
+        if path.exists():
+            # A line that a kill cut short is the last one, and its row is in the checkpoint.
+            lines = [line for line in path.read_text().splitlines(keepends=True)[:rounds] if line.endswith("\n")]
+            aside = path.with_suffix(".aside")
+            aside.write_text("".join(lines))
+            aside.replace(path)
+        for memory in self.directory.glob("clients/*/*.safetensors"):
+            if int(memory.stem) > rounds:
+                memory.unlink()
+        checkpoint = self.checkpoint()
+        if checkpoint is None or len(self.rows) == rounds:
+            return None
+        with safe_open(checkpoint, framework="pt") as file:
+            return json.loads(file.metadata()["row"])
+
+    def remember(self, client: int, rounds: int, memory: Memory) -> None:
+        """Save what a client keeps, as of `rounds` complete rounds."""
+        directory = self._memory(client)
+        directory.mkdir(parents=True, exist_ok=True)
+        tensors = {name: torch.from_numpy(np.asarray(array)) for name, array in memory.items()}
+        vector.save(directory / f"{rounds:06d}.safetensors", tensors)
+
+    def recall(self, client: int) -> Memory | None:
+        """What a client kept in the last round that it completed; None if it never did."""
+        path = max(self._memory(client).glob("*.safetensors"), default=None)
+        return None if path is None else load_file(path)
+
+    def check_disk(self, config: Config, layout: Layout) -> None:
+        """Raise `UserError` if kept optimizers (two vectors a client) would not fit on the disk."""
+        # Twice the cohort's: a round's memories are written before the previous ones are removed.
+        need = 2 * 4 * layout.size * (config.clients + config.cohort_size) if config.keep_optimizer else 0
+        free = shutil.disk_usage(next(p for p in self.directory.absolute().parents if p.exists())).free
+        if need > free:
+            raise UserError(
+                f"--keep-optimizer needs {need / 1e9:.1f} GB on the disk of {self.directory} for "
+                f"{config.clients} clients, and {free / 1e9:.1f} GB are free."
+            )
+
+    def finish(self, result: Row) -> None:
+        _write_json(self.directory / "result.json", result)
+
+    def draw(self, images: np.ndarray, rounds: int) -> None:
+        """Save the grid of an evaluation as samples/round-….png, and as samples.png."""
+        (self.directory / "samples").mkdir(exist_ok=True)
+        picture = grid(torch.from_numpy(images[:64]))
+        for path in (self.directory / "samples" / f"round-{rounds:06d}.png", self.directory / "samples.png"):
+            picture.save(path)
+
+    def _memory(self, client: int) -> Path:
+        return self.directory / "clients" / f"{client:06d}"
+
+
+def grid(images: Tensor, columns: int = 8) -> Image.Image:
+    """A picture of uint8 images [n, channels, height, width], enlarged to at least 48 pixels, with gaps between."""
+    scale = max(1, -(-48 // images.shape[-1]))
+    large = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    return Image.fromarray(make_grid(large, nrow=columns, padding=4, pad_value=96).permute(1, 2, 0).numpy())
+
+
+def environment() -> dict[str, Any]:
+    """What a run ran with: versions, machine, git commit of fedray (None if it is not a checkout), command, time."""
+    packages = ("fedray", "torch", "diffusers", "ray", "numpy")
+    return {
+        "versions": {name: importlib.metadata.version(name) for name in packages}
+        | {"python": platform.python_version()},
+        "machine": {"platform": platform.platform(), "cpus": os.cpu_count(), "gpus": torch.cuda.device_count()},
+        "git_commit": _git_commit(),
+        "command": sys.argv,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _git_commit() -> str | None:
+    here = Path(__file__).parent
+    if not (here.parent / ".git").exists():
+        return None
+    try:
+        ran = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return ran.stdout.strip()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is damaged at line {error.lineno}: {error.msg}.") from None
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        aside.write_text(json.dumps(values, indent=2) + "\n")
+        aside.replace(path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise RunError(f"{path} could not be written: {error.strerror}.") from None

@@ -1,0 +1,53 @@
+"""How updates become the next model."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """What one client returned: its trained vector [d], and the number of its examples (the weight)."""
+
+    client: int
+    vector: Tensor
+    examples: int
+
+
+@dataclass(frozen=True, eq=False)
+class ServerState:
+    """Everything that the next round depends on. `round` counts complete rounds."""
+
+    round: int
+    vector: Tensor  # [d] float32, the global model w
+    ema: Tensor | None = None  # [d] float32, its exponential moving average
+
+
+class Rule(Protocol):
+    def step(self, state: ServerState, updates: Iterable[Update]) -> ServerState:
+        """Fold the updates of one round, in the order given, into the next state."""
+
+
+@dataclass(frozen=True)
+class FedAvg:
+    """w ← Σ n_i v_i / Σ n_i over the clients that took part (McMahan et al. 2017, algorithm 1).
+
+    A running mean: it holds one update at a time, gives v itself, bit for bit, for a single client, and is
+    right when a client drops out.
+    """
+
+    def step(self, state: ServerState, updates: Iterable[Update]) -> ServerState:
+        mean, examples = None, 0
+        for update in updates:
+            if update.examples == 0:
+                continue
+            examples += update.examples
+            if mean is None:
+                mean = update.vector.clone()
+            else:
+                mean.lerp_(update.vector, update.examples / examples)
+        if mean is None:
+            raise ValueError("no update to aggregate.")
+        return replace(state, round=state.round + 1, vector=mean)

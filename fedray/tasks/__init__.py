@@ -1,0 +1,43 @@
+"""What is learned. A task is a frozen dataclass (the configuration *is* the object) that builds a learner."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from fedray.data import Dataset
+from fedray.vector import FlatParameters
+
+Batch = Mapping[str, Tensor]  # "images": uint8 [b, c, h, w]; "labels": int64 [b] where the dataset has them
+
+
+class Learner(Protocol):
+    """A network on a device. What it trains is `flat`; all else is frozen and the same in every process."""
+
+    flat: FlatParameters
+
+    def loss(self, batch: Batch, rng: torch.Generator) -> Tensor:
+        """Mean loss over the batch, a scalar with a gradient. Every draw comes from `rng` (on the CPU)."""
+
+    def sample(self, n: int, rng: torch.Generator, sampler: str, steps: int) -> Tensor:
+        """n images, uint8 [n, channels, height, width], on the CPU."""
+
+    def save(self, directory: Path) -> None:
+        """Write what diffusers (or the user's own code) loads."""
+
+
+class Task(Protocol):
+    """What is learned from what: picklable, since every actor builds its own learner and reads its own data."""
+
+    name: ClassVar[str]
+
+    def dataset(self) -> Dataset:
+        """The examples that the clients hold."""
+
+    def build(self, device: torch.device) -> Learner:
+        """A learner, freshly initialised from torch's global generator (which the caller has seeded)."""
+
+    def check(self, sampler: str, steps: int) -> None:
+        """Raise `UserError` if the task cannot be built, or cannot sample so."""

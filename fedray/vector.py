@@ -1,0 +1,140 @@
+"""A model is one vector: the trainable parameters of a module as views of one flat float32 tensor."""
+
+import hashlib
+import math
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each named tensor lies in the vector: one after the other, in this order, without gaps."""
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def size(self) -> int:
+        """Number of elements of the vector."""
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    def views(self, vector: Tensor) -> dict[str, Tensor]:
+        """The named tensors as views of `vector` [size]."""
+        parts = vector.split([math.prod(shape) for shape in self.shapes])
+        return {name: part.view(shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)}
+
+
+class FlatParameters:
+    """The trainable parameters of `module`, and their gradients, as views of two flat tensors.
+
+    Afterwards, loading a model is `flat.vector.copy_(v)`, an optimizer step is one kernel over one tensor, and
+    the gradients are zeroed by `flat.gradient.zero_()` (`zero_grad()` would set them to None and detach them).
+
+    Move the module to its device and memory format first: doing it later silently replaces the views. `check()`
+    finds that out.
+
+    Raises:
+        ValueError: a trainable parameter is not float32, or there is none.
+    """
+
+    layout: Layout
+    vector: nn.Parameter  # [d] float32; what the optimizer steps; its .grad is `gradient`
+    gradient: Tensor  # [d] float32
+
+    def __init__(self, module: nn.Module) -> None:
+        trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        if not trainable:
+            raise ValueError(f"{type(module).__name__} has no trainable parameter.")
+        for name, parameter in trainable.items():
+            if parameter.dtype != torch.float32:
+                raise ValueError(f"trainable parameter {name} is {parameter.dtype}; fedray's vector is float32.")
+        self.layout = Layout(tuple(trainable), tuple(tuple(p.shape) for p in trainable.values()))
+        self.vector = nn.Parameter(torch.cat([p.detach().reshape(-1) for p in trainable.values()]))
+        self.gradient = self.vector.grad = torch.zeros_like(self.vector)
+        self._parameters = trainable
+        for name, view in self.layout.views(self.vector.detach()).items():
+            trainable[name].data = view
+        for name, view in self.layout.views(self.gradient).items():
+            trainable[name].grad = view
+        # Buffers do not travel: one that training changes (BatchNorm's statistics) would be lost in silence.
+        self._buffers = [(name, b, b.clone()) for name, b in module.named_buffers() if b.is_floating_point()]
+
+    def check(self) -> None:
+        """Assert that every parameter and gradient still lies in its vector and that no buffer was trained.
+
+        Raises:
+            RuntimeError: names the first tensor that does not.
+        """
+        for what, flat in (("parameter", self.vector), ("gradient", self.gradient)):
+            pointer = flat.data_ptr()
+            for name, parameter in self._parameters.items():
+                tensor = parameter if what == "parameter" else parameter.grad
+                if tensor is None or tensor.data_ptr() != pointer or not tensor.is_contiguous():
+                    raise RuntimeError(
+                        f"the {what} of {name} no longer lies in the flat vector (was zero_grad() called, or the "
+                        f"module moved or reformatted after it was flattened?)."
+                    )
+                pointer += parameter.numel() * parameter.element_size()
+        if self.vector.grad is not self.gradient:
+            raise RuntimeError("the vector's gradient was replaced; zero it with flat.gradient.zero_().")
+        for name, buffer, before in self._buffers:
+            if not torch.equal(buffer, before):
+                raise RuntimeError(
+                    f"buffer {name} changes in training (BatchNorm?), but buffers are not averaged: use GroupNorm, "
+                    f"or freeze its statistics."
+                )
+
+
+def as_tensor(array: np.ndarray) -> Tensor:
+    """A tensor over `array` without a copy. What Ray hands over is read-only: do not write to the result."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array)
+
+
+def sha256(vector: Tensor) -> str:
+    """SHA-256 of the float32 bytes of `vector`, hexadecimal: equal if and only if two models are equal, bit for bit."""
+    return hashlib.sha256(vector.detach().cpu().contiguous().numpy().astype("<f4", copy=False).data).hexdigest()
+
+
+def save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors as safetensors: complete or not at all (written aside, flushed to disk, then renamed)."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        # Clones: safetensors refuses tensors that share memory, as views of one vector do.
+        save_file({name: t.detach().clone() for name, t in tensors.items()}, aside, metadata)
+        with open(aside, "rb+") as file:
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def load(path: Path, layout: Layout, prefix: str = "") -> Tensor:
+    """Read the tensors that `layout` names (each after `prefix`) into a new vector [size].
+
+    Raises:
+        ValueError: a tensor is absent or has another shape.
+    """
+    vector = torch.empty(layout.size)
+    with safe_open(path, framework="pt") as file:
+        stored = set(file.keys())
+        for name, view in layout.views(vector).items():
+            if prefix + name not in stored:
+                raise ValueError(f"{path} has no tensor {prefix + name!r}: it is of another model.")
+            tensor = file.get_tensor(prefix + name)
+            if tensor.shape != view.shape:
+                raise ValueError(
+                    f"{path}: {prefix + name!r} has shape {list(tensor.shape)}, not {list(view.shape)}: "
+                    f"it is of another model."
+                )
+            view.copy_(tensor)
+    return vector
