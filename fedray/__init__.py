@@ -1,6 +1,6 @@
 """fedray: federated training of diffusion models, simulated on Ray.
 
-    run = fedray.run(fedray.Config(clients=4, rounds=20, local_epochs=4), out="runs/first")
+run = fedray.run(fedray.Config(clients=4, rounds=20, local_epochs=4), out="runs/first")
 """
 
 import importlib
@@ -15,7 +15,7 @@ _HOME = {
     "Float16": "codecs", "Float32": "codecs", "FedAvg": "rules", "grid": "record", "run": "actors",
     "summary": "results",
 }  # fmt: skip
-__all__ = list(_HOME)  # noqa: PLE0604
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str):

@@ -35,7 +35,6 @@ POLL = 0.5  # seconds between looks at the progress of running jobs
 LINGER = 60.0  # seconds that a driver keeps its last rows for a caller that may be gone
 
 
-@ray.remote(max_restarts=0, concurrency_groups={"progress": 1})
 class ClientActor:
     """A process with a fraction of the machine that does one job at a time."""
 
@@ -68,7 +67,8 @@ class RayPool:
         self.window = 2 * count
         self.timeout = config.client_timeout
         options = _options(config.cpus_per_actor, config.gpus_per_actor)
-        self.actors = [ClientActor.options(**options).remote(config, index) for index in range(count)]
+        client = ray.remote(concurrency_groups={"progress": 1}, **options)(ClientActor)
+        self.actors = [client.remote(config, index) for index in range(count)]
         try:
             ray.get([actor.__ray_ready__.remote() for actor in self.actors], timeout=START_TIMEOUT)
         except GetTimeoutError:
@@ -103,7 +103,7 @@ class RayPool:
             ready, _ = ray.wait(list(running), timeout=POLL, fetch_local=False)
             for ref in ready:
                 call = running.pop(ref)
-                row = _fetch(ref, f"training {call.job}" if "client" in str(call.job) else str(call.job))
+                row = _fetch(ref, str(call.job))
                 idle.append(call.actor)
                 done.add(call.index)
                 while oldest in done:
@@ -148,7 +148,7 @@ def _fetch(ref: Any, what: str) -> Any:
     except GetTimeoutError:
         raise RunError(f"the result of {what} did not arrive in {TRANSFER_TIMEOUT:.0f} s.") from None
     except RayActorError as error:
-        raise RunError(f"the client actor died while it did {what}: {_reason(error)}.") from None
+        raise RunError(f"the client actor doing {what} died: {_reason(error)}.") from None
     except RayError as error:
         raise RunError(f"the result of {what} is lost: {_reason(error)}.") from None
 
@@ -164,7 +164,8 @@ def _reason(error: RayError) -> str:
 def _options(cpus: float, gpus: float) -> dict[str, Any]:
     # Ray no longer hides GPUs from an actor that asked for none.
     hidden = {} if gpus else {"runtime_env": {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}}
-    return {"num_cpus": cpus, "num_gpus": gpus, **hidden}
+    # No restarts: Ray's own lose the actor's state and may run a call twice.
+    return {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": 0, **hidden}
 
 
 def count_actors(config: Config) -> int:
@@ -200,7 +201,6 @@ def _resources(have: dict[str, float]) -> str:
     return f"{have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs"
 
 
-@ray.remote(num_cpus=0, max_restarts=0, max_concurrency=2)
 class DriverActor:
     """Runs the federation. Detached: on a running cluster it outlives the process that started it."""
 
@@ -276,13 +276,9 @@ def _drive(config: Config, out: Path, resume: bool, on_row: Callable[[Row], None
         driver = ray.get_actor(name, NAMESPACE)
     except ValueError:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        driver = DriverActor.options(
-            name=name,
-            namespace=NAMESPACE,
-            lifetime="detached",
-            scheduling_strategy=here,  # the run directory is on this node
-            **_options(0, 0),
-        ).remote()
+        options = _options(0, 0) | {"name": name, "namespace": NAMESPACE, "lifetime": "detached"}
+        # On this node, since the run directory is; two threads, to answer while it runs.
+        driver = ray.remote(max_concurrency=2, scheduling_strategy=here, **options)(DriverActor).remote()
         driver.run.remote(config, out, resume)
     seen, finished, error = 0, False, None
     while not finished:

@@ -45,5 +45,6 @@ def short(chosen: Any, menu: Mapping[str, type]) -> str:
     """The short form that `pick` reads; for an object that is not of the menu (a user's own), its repr."""
     for name, cls in menu.items():
         if type(chosen) is cls:
-            return ":".join([name, *(f"{value:g}" for value in dataclasses.astuple(chosen))])
+            values = [getattr(chosen, field.name) for field in dataclasses.fields(cls)]
+            return ":".join([name, *(f"{value:g}" for value in values)])
     return repr(chosen)

@@ -154,6 +154,7 @@ def evaluate(arguments: list[str]) -> None:
     """Parse and run `fedray evaluate`."""
     import tyro
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from fedray.choices import UserError
@@ -182,9 +183,11 @@ def evaluate(arguments: list[str]) -> None:
     images, config = _draw(asked.run, asked.samples, asked.seed, asked.sampler, asked.sampling_steps, asked.actors)
     if config.features is None:
         raise UserError(f"the run at {asked.run} names no features (--features) to be scored on.")
-    table = Table("score", "value", title=f"{asked.run}: {len(images)} samples, {config.sampler}-{config.sampling_steps}")
+    table = Table(
+        "score", "value", title=f"{asked.run}: {len(images)} samples, {config.sampler}-{config.sampling_steps}"
+    )
     for name, value in score(images, config).items():
-        table.add_row(name, f"{value:.4g}")
+        table.add_row(escape(name), f"{value:.4g}")
     Console().print(table)
 
 
@@ -251,21 +254,30 @@ def _print_plan(config: Any) -> None:
 def print_table(runs: dict[str, Path]) -> None:
     """Print complete runs side by side."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from fedray.results import summary
 
     frame = summary(runs).T
-    table = Table("", *frame.columns)
+    table = Table("", *map(escape, frame.columns))
     for name, values in frame.iterrows():
-        table.add_row(str(name), *(f"{value:,.0f}" if float(value).is_integer() else f"{value:,.4g}" for value in values))
+        cells = (f"{value:,.0f}" if value == round(value) else f"{value:,.4g}" for value in values)
+        table.add_row(escape(str(name)), *cells)
     Console().print(table)
 
 
 @contextmanager
 def progress(rounds: int) -> Iterator[tuple[Callable[[dict[str, Any]], None], Callable[[str, float, float], None]]]:
     """A progress bar with the time left, and a line per round: what `run` takes as `on_row` and `show`."""
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
@@ -283,13 +295,14 @@ def progress(rounds: int) -> Iterator[tuple[Callable[[dict[str, Any]], None], Ca
             bar.update(current, completed=done)
 
         def on_row(row: dict[str, Any]) -> None:
-            out = [f"client {client['client']}: {client['outcome']}" for client in row["clients"] if client["outcome"] != "ok"]
+            failed = [client for client in row["clients"] if client["outcome"] != "ok"]
             bar.console.print(
                 f"round {row['round']}/{rounds}  loss {row['loss']:.4f}  {row['seconds']['round']:.1f} s  "
                 f"{(row['bytes_down'] + row['bytes_up']) / 1e6:.1f} MB",
-                *(f"left out: {reason}" for reason in out),
+                *(f"\n  client {client['client']} left out: {client['outcome']}" for client in failed),
                 *(f"{name} {value:.3g}" for name, value in row["scores"].items()),
                 highlight=False,
+                markup=False,
             )
 
         yield on_row, show

@@ -63,7 +63,7 @@ class Float16:
         return model + as_tensor(payload)
 
 
-CODECS = {"float32": Float32, "float16": Float16}
+CODECS: dict[str, type] = {"float32": Float32, "float16": Float16}
 
 
 def _half(values: Tensor, what: str) -> Payload:

@@ -17,7 +17,7 @@ from fedray.tasks import Task
 from fedray.tasks.ddpm import DDPM
 
 TASKS: dict[str, type] = {DDPM.name: DDPM}
-RULES = {"fedavg": FedAvg}
+RULES: dict[str, type] = {"fedavg": FedAvg}
 FEATURES = ("digits",)
 LR_SCHEDULERS = ("constant", "linear", "cosine")
 
@@ -38,7 +38,7 @@ def _short_form(menu: dict[str, type], kind: str) -> PrimitiveConstructorSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Everything that a run depends on. Flags have the names of diffusers' `train_unconditional.py` where it has one."""
+    """Everything that a run depends on. Names are those of diffusers' `train_unconditional.py` where it has one."""
 
     task: Annotated[Task, tyro.conf.Suppress] = field(default_factory=DDPM)
 

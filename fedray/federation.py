@@ -85,9 +85,9 @@ def run_round(
         if len(failures) < len(clients):
             raise
         client, reason, trace = failures[0]
-        error = RunError(f"round {state.round + 1}: no client returned a model. Client {client}: {reason}.")
-        error.add_note(trace)
-        raise error from None
+        failed = RunError(f"round {state.round + 1}: no client returned a model. Client {client}: {reason}.")
+        failed.add_note(trace)
+        raise failed from None
 
     took_part = [row for row in rows if row["outcome"] == "ok"]
     examples = sum(row["examples"] for row in took_part)
@@ -166,9 +166,7 @@ def sample(pool: Pool, model: torch.Tensor, n: int, config: Config, seed: int, s
         RunError: a batch could not be generated.
     """
     sizes = [min(config.eval_batch_size, n - start) for start in range(0, n, config.eval_batch_size)]
-    jobs = [
-        SampleJob(batch, size, config.sampler, config.sampling_steps, seed) for batch, size in enumerate(sizes)
-    ]
+    jobs = [SampleJob(batch, size, config.sampler, config.sampling_steps, seed) for batch, size in enumerate(sizes)]
     images = []
 
     def progress(done: int) -> None:

@@ -92,7 +92,7 @@ class Dirichlet:
         return _shards(parts)
 
 
-PARTITIONS = {"iid": IID, "by-label": ByLabel, "dirichlet": Dirichlet}
+PARTITIONS: dict[str, type] = {"iid": IID, "by-label": ByLabel, "dirichlet": Dirichlet}
 
 
 def _permutation(n: int, rng: torch.Generator) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -45,7 +46,11 @@ class LocalPool:
         self.worker.on_step = lambda done: progress(done - begin)
         for index, job in enumerate(jobs):
             row, payload = do(self.worker, work, shared, job)
-            yield Reply(index, job, row, lambda payload=payload: payload)
+            yield Reply(index, job, row, partial(_same, payload))
+
+
+def _same(payload: Any) -> Any:
+    return payload
 
 
 def in_order(replies: Iterable[Reply]) -> Iterator[Reply]:

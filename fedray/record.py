@@ -1,12 +1,12 @@
 """A run's directory: what was asked, what happened round by round, and everything that a resumed run needs.
 
-    config.json     the configuration, versions and git commit
-    rounds.jsonl    a row per complete round
-    result.json     the final model's SHA-256, totals and scores
-    checkpoints/    the last complete round: round-000020.safetensors (the vector, and its average as ema.*)
-    clients/        what clients keep between rounds (kept optimizers)
-    samples/        a grid per evaluation; the last one also as samples.png
-    model/          what diffusers loads
+config.json     the configuration, versions and git commit
+rounds.jsonl    a row per complete round
+result.json     the final model's SHA-256, totals and scores
+checkpoints/    the last complete round: round-000020.safetensors (the vector, and its average as ema.*)
+clients/        what clients keep between rounds (kept optimizers)
+samples/        a grid per evaluation; the last one also as samples.png
+model/          what diffusers loads
 """
 
 import fcntl
