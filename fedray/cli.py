@@ -306,7 +306,3 @@ def progress(rounds: int) -> Iterator[tuple[Callable[[dict[str, Any]], None], Ca
             )
 
         yield on_row, show
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -205,13 +205,14 @@ PRESETS = {
     # A size at which a laptop draws recognisable digits in minutes: 159,697 parameters.
     "digits": Config(
         task=DDPM(),
-        rounds=20,
+        rounds=40,
         local_epochs=4,
+        train_batch_size=32,
         learning_rate=4e-3,
         lr_scheduler="cosine",
         use_ema=True,
         ema_decay=0.995,
-        sampler="ddpm",  # at 100 steps fd[digits] is a sixth of ddim's at 50: experiments/LOG.md
+        keep_optimizer=True,
         sampling_steps=100,
         evaluate_samples=512,
         features="digits",

@@ -24,7 +24,7 @@ SURE = 0.9  # a sample counts as a recognisable digit if the classifier gives on
 
 
 class DigitClassifier(nn.Module):
-    """8×8 grey digits → 64 features → 10 classes; 38,218 parameters."""
+    """8×8 grey digits → 64 features → 10 classes; 38,282 parameters."""
 
     def __init__(self) -> None:
         super().__init__()

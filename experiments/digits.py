@@ -1,0 +1,109 @@
+"""How close does federated training come to centralised training?
+
+Four clients with a quarter of the digits each, against one client with all of them: once for as many steps one
+after the other as a federated client makes (the paper's comparison: the federation computes four times as much),
+once for as many passes over the data (the same compute, four times the steps).
+
+    python experiments/digits.py --seeds 0 1 2          the question, with its spread
+    python experiments/digits.py --no-same-passes       `make demo`
+"""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+import tyro
+
+import fedray
+from fedray.actors import connected
+from fedray.cli import print_table, progress
+from fedray.data import digits
+
+FEDERATED = fedray.PRESETS["digits"]  # C=4, E=4
+
+
+def settings(seed: int, rounds: int, same_passes: bool) -> dict[str, fedray.Config]:
+    """The runs of one seed, by name."""
+    federated = replace(FEDERATED, seed=seed, rounds=rounds)
+    alone = replace(federated, clients=1)
+    steps = federated.steps(len(digits()) // federated.clients)
+    runs = {
+        "federated": federated,
+        "centralised, same steps": replace(alone, local_epochs=None, local_steps=steps),
+        "centralised, same passes": alone,
+    }
+    return runs if same_passes else {name: runs[name] for name in list(runs)[:2]}
+
+
+def train(config: fedray.Config, out: Path, name: str) -> Path:
+    """One run, continued if it was begun before."""
+    print(f"\n{name}, seed {config.seed}")
+    with progress(config.rounds) as (on_row, show):
+        fedray.run(config, out, resume=(out / "config.json").exists(), on_row=on_row, show=show)
+    return out
+
+
+def picture(runs: dict[str, Path], path: Path) -> None:
+    """Real digits beside the samples of each run."""
+    images = torch.from_numpy(digits().images[:64])
+    grids = {"real digits": fedray.grid(images)} | {name: plt.imread(out / "samples.png") for name, out in runs.items()}
+    figure, axes = plt.subplots(1, len(grids), figsize=(4 * len(grids), 4.3), layout="constrained")
+    for axis, (name, grid) in zip(axes, grids.items(), strict=True):
+        axis.imshow(grid)
+        axis.set_title(name)
+        axis.axis("off")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def ratios(tables: list[pd.DataFrame]) -> pd.DataFrame:
+    """Federated ÷ centralised, mean and standard deviation over the seeds."""
+    score = pd.DataFrame([table["fd[digits]"] for table in tables])
+    ratio = score.rdiv(score["federated"], axis=0).drop(columns="federated")
+    return pd.DataFrame({"fd[digits], federated ÷": ratio.mean(), "std": ratio.std(), "seeds": len(tables)})
+
+
+def main(
+    seeds: tuple[int, ...] = (0,), rounds: int = FEDERATED.rounds, same_passes: bool = True, out: Path | None = None
+) -> None:
+    """Train and compare; runs that are in OUT already are not repeated.
+
+    Args:
+        seeds: one federation and its baselines for each.
+        rounds: communication rounds.
+        same_passes: also train the centralised baseline of the same passes, the longest of the three.
+        out: directory of the runs; by default runs/digits-DATE-TIME.
+    """
+    out = out or Path("runs") / time.strftime("digits-%Y%m%d-%H%M%S")
+    tables = []
+    with connected(None):
+        for seed in seeds:
+            configs = settings(seed, rounds, same_passes)
+            runs = {
+                name: train(config, out / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}", name)
+                for name, config in configs.items()
+            }
+            print_table(runs)
+            tables.append(fedray.summary(runs))
+            if seed == seeds[0]:
+                picture(runs, out / "samples.png")
+                first = runs["federated"]
+    pd.concat(dict(zip(seeds, tables, strict=True)), names=["seed", "run"]).to_csv(out / "summary.csv")
+    if len(seeds) > 1:
+        print(
+            pd.concat(tables).groupby(level=0).agg(["mean", "std"]).T.unstack().to_string(float_format="{:.3g}".format)
+        )
+        print(ratios(tables).to_string(float_format="{:.2f}".format))
+    print(f"samples   {out / 'samples.png'}")
+    print(f"run       {first}")
+    print(f"next      fedray sample {first} --num-images 100 --seed 1")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

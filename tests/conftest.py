@@ -1,0 +1,57 @@
+import os
+
+# One thread, as an actor of one CPU has; before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ["COLUMNS"] = "200"
+os.environ.pop("RAY_ADDRESS", None)
+
+import pytest
+import torch
+import toy
+
+from fedray.config import Config
+from fedray.partition import ByLabel
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(scope="session")
+def ray():
+    """One small private Ray for all tests."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        namespace="fedray",
+        log_to_driver=False,
+        logging_level="ERROR",
+        object_store_memory=800_000_000,
+        _node_ip_address="127.0.0.1",
+    )
+    ray.cloudpickle.register_pickle_by_value(toy)
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture
+def toy_config():
+    """Four clients of one label each, three rounds, in this process."""
+
+    def make(**changes):
+        task = toy.Toy(**{key: changes.pop(key) for key in list(changes) if key in toy.Toy.__dataclass_fields__})
+        settings = dict(
+            task=task, clients=task.labels, partition=ByLabel(), rounds=3, local_epochs=2, train_batch_size=3,
+            learning_rate=0.1, evaluate_samples=4, actors=0,
+        )  # fmt: skip
+        return Config(**(settings | changes))
+
+    return make

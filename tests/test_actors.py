@@ -1,0 +1,150 @@
+"""The same bits wherever a run is placed, by the command line as users type it."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from fedray import actors
+from fedray.choices import RunError, UserError
+from fedray.cli import main
+from fedray.federation import fit, sample
+from fedray.pools import LocalPool
+from fedray.record import Run
+
+TRAIN = "train --preset digits --clients 4 --rounds 2 --local-epochs 1 --evaluate-samples 8 --sampling-steps 5"
+
+
+def train(out, flags):
+    assert main([*TRAIN.split(), "--out", str(out), *flags.split()]) == 0
+    return Run.open(out).result["vector_sha256"], (out / "samples.png").read_bytes()
+
+
+VARIANTS = {
+    "plain": "--no-keep-optimizer --no-use-ema",
+    "kept optimizers": "--keep-optimizer",
+    "a fraction": "--fraction 0.5 --clients 8",
+    "float16": "--codec float16",
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
+def test_placement_never_matters(ray, tmp_path, variant):
+    here = train(tmp_path / "0", f"{variant} --actors 0")
+    assert train(tmp_path / "2", f"{variant} --actors 2") == here
+    if variant == VARIANTS["plain"]:
+        assert train(tmp_path / "1", f"{variant} --actors 1") == here
+        assert train(tmp_path / "4", f"{variant} --actors 4 --cpus-per-actor 0.5") == here
+        assert train(tmp_path / "again", f"{variant} --actors 0") == here
+        assert train(tmp_path / "seed", f"{variant} --actors 0 --seed 1") != here
+
+
+def test_actors_share_the_clients(ray, toy_config, tmp_path):
+    run = actors.run(toy_config(actors=2, slow=(0, 1, 2, 3), local_epochs=1), tmp_path / "run")
+    assert {client["actor"] for row in run.rows for client in row["clients"]} == {"actor 0", "actor 1"}
+
+
+def test_stopped_here_and_resumed_there(ray, toy_config, tmp_path):
+    config = toy_config(keep_optimizer=True, use_ema=True)
+    whole = actors.run(config, tmp_path / "whole").result["vector_sha256"]
+    rounds = fit(config, LocalPool(config), tmp_path / "run")
+    next(rounds)
+    rounds.close()
+    moved = toy_config(keep_optimizer=True, use_ema=True, actors=2, cpus_per_actor=0.5)
+    rows = []
+    resumed = actors.run(moved, tmp_path / "run", resume=True, on_row=rows.append)
+    assert [row["round"] for row in rows] == [2, 3]
+    assert resumed.result["vector_sha256"] == whole
+
+
+def test_samples_do_not_depend_on_the_pool(ray, toy_config):
+    config = toy_config(eval_batch_size=3)
+    model = torch.linspace(0, 1, 16)
+    here = sample(LocalPool(config), model, 10, config, seed=4)
+    pool = actors.RayPool(toy_config(eval_batch_size=3, actors=2))
+    try:
+        there = sample(pool, model, 10, config, seed=4)
+    finally:
+        pool.close()
+    assert here.shape == (10, 1, 2, 2)
+    assert np.array_equal(here, there)
+    assert not np.array_equal(here, sample(LocalPool(config), model, 10, config, seed=5))
+
+
+def test_errors_of_the_driver_reach_the_caller(ray, toy_config, tmp_path):
+    with pytest.raises(RunError, match="no client returned a model. Client 0: ValueError"):
+        actors.run(toy_config(failing=(0, 1, 2, 3), actors=2), tmp_path / "run")
+    with pytest.raises(UserError, match="only 32 examples"):
+        actors.run(toy_config(clients=40, actors=2), tmp_path / "more")
+    assert not (tmp_path / "more").exists()
+
+
+def test_a_killed_actor_ends_the_run_which_can_be_resumed(ray, toy_config, tmp_path):
+    """SIGKILL of a client's process, from outside, in the second round; then --resume."""
+    slow = {"slow": (0, 1, 2, 3), "local_epochs": 1, "rounds": 3}
+    whole = actors.run(toy_config(**slow), tmp_path / "whole").result["vector_sha256"]
+
+    def kill(row):
+        out = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True).stdout
+        pids = re.findall(r"^\s*(\d+)\s+\d+\s+ray::ClientActor", out, flags=re.MULTILINE)
+        ours = [int(pid) for pid in pids if _descends_from(int(pid), os.getpid())]
+        os.kill(ours[0], signal.SIGKILL)
+
+    started = time.monotonic()
+    with pytest.raises(RunError, match="in round 1 died: its process ended"):
+        actors.run(toy_config(**slow, actors=2), tmp_path / "run", on_row=kill)
+    assert time.monotonic() - started < 60
+    assert len(Run.open(tmp_path / "run").rows) == 1
+    assert actors.run(toy_config(**slow, actors=2), tmp_path / "run", resume=True).result["vector_sha256"] == whole
+
+
+def _descends_from(pid, ancestor):
+    import psutil
+
+    return ancestor in [parent.pid for parent in psutil.Process(pid).parents()]
+
+
+def test_more_actors_than_the_machine_has(ray, toy_config, tmp_path):
+    with pytest.raises(UserError, match=r"--actors 3 needs 3 CPUs, and there are 2 CPUs and 0 GPUs: at most 2 fit"):
+        actors.run(toy_config(actors=3), tmp_path / "run")
+    with pytest.raises(UserError, match="no GPU"):
+        actors.run(toy_config(actors=1, gpus_per_actor=0.5), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert actors.count_actors(toy_config(actors=None)) == 2
+    assert actors.count_actors(toy_config(actors=None, cpus_per_actor=0.25)) == 4  # never more than the cohort
+
+
+def test_no_cluster_at_the_address(monkeypatch):
+    monkeypatch.setattr(actors.ray, "is_initialized", lambda: False)
+    started = time.monotonic()
+    for address in ("127.0.0.1:1", "nowhere", "host:port"):
+        with pytest.raises(UserError, match=f"--address {address}: no Ray cluster"), actors.connected(address):
+            pass
+    assert time.monotonic() - started < 30
+
+
+def test_the_driver_outlives_its_caller_and_can_be_attached_to(ray, tmp_path):
+    """On a running cluster, SIGKILL the process that started a run: it goes on, and --resume shows its end."""
+    address = ray.get_runtime_context().gcs_address
+    flags = "--no-use-ema --actors 1 --rounds 12"
+    command = [sys.executable, "-m", "fedray", *TRAIN.split(), *flags.split(), "--address", address]
+    caller = subprocess.Popen([*command, "--out", str(tmp_path / "run")], start_new_session=True)
+    deadline = time.monotonic() + 90
+    while not (tmp_path / "run/rounds.jsonl").exists():
+        assert time.monotonic() < deadline
+        assert caller.poll() is None
+        time.sleep(0.1)
+    os.killpg(caller.pid, signal.SIGKILL)
+    caller.wait()
+    before = len(Run.open(tmp_path / "run").rows)
+    assert before < 12
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+    resumed = Run.open(tmp_path / "run")
+    assert len({row["round"] for row in resumed.rows}) == len(resumed.rows) == 12
+    assert resumed.result["vector_sha256"] == train(tmp_path / "whole", f"{flags} --actors 0")[0]

@@ -1,0 +1,60 @@
+"""A task of a few numbers, for tests of the federation: client k can be told to fail, or to return NaN."""
+
+import time
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedray.data import Dataset
+from fedray.vector import FlatParameters
+
+
+@dataclass(frozen=True)
+class Toy:
+    """Pulls a vector towards the mean of a client's labels. With partition by-label, client k holds label k."""
+
+    name: ClassVar[str] = "toy"
+    labels: int = 4
+    each: int = 8
+    size: int = 16
+    failing: tuple[int, ...] = ()
+    infinite: tuple[int, ...] = ()
+    slow: tuple[int, ...] = ()
+
+    def check(self, sampler, steps):
+        pass
+
+    def dataset(self):
+        labels = np.repeat(np.arange(self.labels), self.each)
+        return Dataset(np.zeros((len(labels), 1, 2, 2), np.uint8), labels)
+
+    def build(self, device):
+        return ToyLearner(self, device)
+
+
+class ToyLearner:
+    def __init__(self, task, device):
+        self.task = task
+        self.network = nn.Linear(task.size, 1, bias=False).to(device)
+        self.flat = FlatParameters(self.network)
+
+    def loss(self, batch, rng):
+        labels = set(batch["labels"].tolist())
+        if labels & set(self.task.failing):
+            raise ValueError("this client's camera is broken")
+        if labels & set(self.task.slow):
+            time.sleep(0.5)
+        target = batch["labels"].float().mean() + 0.1 * torch.randn((), generator=rng)
+        loss = (self.network.weight - target).square().mean()
+        return loss * float("inf") if labels & set(self.task.infinite) else loss
+
+    def sample(self, n, rng, sampler, steps):
+        level = self.network.weight.detach().mean() * 20
+        return (torch.rand((n, 1, 2, 2), generator=rng) * 50 + level).clamp(0, 255).to(torch.uint8)
+
+    def save(self, directory):
+        directory.mkdir()
+        torch.save(self.network.state_dict(), directory / "network.pt")
