@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from toy import Toy
 
 from fedray import federation
 from fedray.choices import RunError, UserError
@@ -15,7 +14,7 @@ from fedray.client import TrainJob, Worker, client_update
 from fedray.codecs import Float16
 from fedray.config import PRESETS, Config
 from fedray.federation import fit, make_plan
-from fedray.partition import Dirichlet
+from fedray.partition import Dirichlet, Shards
 from fedray.pools import LocalPool
 from fedray.record import Run, grid
 from fedray.rules import FedAvg
@@ -152,9 +151,6 @@ def test_killed_in_the_middle_of_writing_and_resumed(toy_config, tmp_path, monke
     train(config, tmp_path / "run", resume=True)
     assert sha(tmp_path / "run") == sha(tmp_path / "whole")
     assert [row["round"] for row in Run.open(tmp_path / "run").rows] == [1, 2, 3]
-    assert Run.open(tmp_path / "run").rows[-1]["seconds"].keys() == {"fold", "round", "evaluate"} | (
-        {"save"} if where != "_never" and "save" in Run.open(tmp_path / "run").rows[-1]["seconds"] else set()
-    )
 
 
 def test_kept_optimizers_change_the_run_and_keep_one_file_a_client(toy_config, tmp_path):
@@ -175,17 +171,22 @@ def test_a_failed_client_is_left_out_with_its_reason(toy_config, tmp_path):
     assert outcomes[1] == outcomes[3] == "ok"
     assert rows[0]["examples"] == 16
     assert rows[0]["bytes_down"] == 2 * rows[0]["bytes_up"]
-    # The same as a federation of the other two alone.
-    state = load_file(tmp_path / "run/checkpoints/round-000003.safetensors")["weight"]
-    assert torch.isfinite(state).all()
-    assert 1.5 < state.mean() < 2.5  # between labels 1 and 3; with 0 and 2 it would be 1.5
+
+
+def test_the_others_are_averaged_as_if_the_failed_were_not_there(toy_config, tmp_path):
+    config = toy_config(rounds=1, failing=(0,), infinite=(2,))
+    train(config, tmp_path / "run")
+    plan = make_plan(config)
+    worker = Worker(config, torch.device("cpu"), "test")
+    jobs = [TrainJob(0, client, plan.shards[client]) for client in (1, 3)]
+    trained = [client_update(worker, plan.initial.numpy(), job)[1][0] for job in jobs]
+    weights = load_file(tmp_path / "run/checkpoints/round-000001.safetensors")["weight"]
+    assert np.abs(weights.flatten().numpy() - np.mean(trained, axis=0, dtype=np.float64)).max() < 1e-6
 
 
 def test_no_usable_client_ends_the_run_and_it_can_be_resumed(toy_config, tmp_path):
     config = toy_config(failing=(0, 1, 2, 3))
-    with pytest.raises(
-        RunError, match="round 1: no client returned a model. Client 0: ValueError: .* broken"
-    ) as caught:
+    with pytest.raises(RunError, match="no client returned a model. Client 0: ValueError: .* broken") as caught:
         train(config, tmp_path / "run")
     assert "Traceback" in caught.value.__notes__[0]
     assert Run.open(tmp_path / "run").rows == []
@@ -295,12 +296,7 @@ def test_a_users_own_rule_and_partition_are_objects(toy_config, tmp_path):
     @dataclass(frozen=True)
     class Halves:
         def split(self, dataset, clients, rng):
-            return replace_shards(dataset, clients)
-
-    def replace_shards(dataset, clients):
-        from fedray.partition import Shards
-
-        return Shards(np.arange(len(dataset)), np.linspace(0, len(dataset), clients + 1).astype(int))
+            return Shards(np.arange(len(dataset)), np.linspace(0, len(dataset), clients + 1).astype(int))
 
     rows = train(toy_config(rule=FirstOnly(), partition=Halves()), tmp_path / "run")
     assert len(rows[0]["clients"]) == 4
@@ -325,7 +321,3 @@ def test_grids_are_enlarged_with_gaps():
     assert (picture[4:52, 4:52] == 255).all()
     assert (picture[:, :4] == 96).all()
     assert (picture[4:52, 56:104] == 0).all()
-
-
-def test_toy_is_a_task():
-    assert Toy().dataset().images.shape == (32, 1, 2, 2)

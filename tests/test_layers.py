@@ -9,13 +9,14 @@ import fedray
 
 PACKAGE = Path(fedray.__file__).parent
 ORDER = [
-    "choices", "seeds", "vector",
-    "data", "partition", "cohort", "codecs", "rules", "tasks", "tasks.ddpm", "scores", "scores.frechet", "scores.digits",
-    "config", "client", "record",
-    "pools", "federation", "results",
+    *("choices", "seeds", "vector"),
+    *("data", "partition", "cohort", "codecs", "rules", "tasks", "tasks.ddpm"),
+    *("scores", "scores.frechet", "scores.digits"),
+    *("config", "client", "record"),
+    *("pools", "federation", "results"),
     "actors",
-    "cli", "__main__",
-]  # fmt: skip
+    *("cli", "__main__"),
+]
 FILES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
     for path in PACKAGE.rglob("*.py")

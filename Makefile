@@ -1,0 +1,33 @@
+# fedray. `make help` lists what there is.
+
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO ?=
+
+.DEFAULT_GOAL := help
+.PHONY: demo test test-fast check help
+
+.venv/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "fedray needs Python 3.11 or newer; choose one with: make PYTHON=python3.12 ..."; exit 2; }
+	$(PYTHON) -m venv .venv
+	@echo "Installing PyTorch, Ray and diffusers into .venv: some 6 GB, a few minutes."
+	$(BIN)/python -m pip install --editable '.[dev]'
+	@touch $@
+
+demo: .venv/installed  ## train on real digits, federated and centralised, and show the result (a few minutes)
+	@$(BIN)/python experiments/digits.py --no-same-passes $(DEMO)
+
+test: .venv/installed  ## all tests but those that need a GPU
+	@$(BIN)/python -m pytest -m "not gpu"
+
+test-fast: .venv/installed  ## the tests that take seconds
+	@$(BIN)/python -m pytest -m "not gpu and not slow"
+
+check: .venv/installed  ## style (ruff) and types (mypy)
+	@$(BIN)/python -m ruff check .
+	@$(BIN)/python -m ruff format --check .
+	@$(BIN)/python -m mypy
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

@@ -1,0 +1,56 @@
+"""What README and experiments/ show users, run as it stands there."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+from fedray.record import Run
+
+ROOT = Path(__file__).parent.parent
+
+
+def python(*arguments, cwd):
+    ran = subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=500)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran.stdout
+
+
+def test_the_library_in_ten_lines(tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert len(blocks) == 1
+    assert len(blocks[0].strip().splitlines()) <= 10
+    (tmp_path / "ten_lines.py").write_text(blocks[0])
+    assert "fd[digits]" in python("ten_lines.py", cwd=tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("actors", [0, 2])
+def test_a_network_and_dataset_of_ones_own(tmp_path, actors):
+    arguments = ["--out", tmp_path / "run", "--rounds", 2, "--examples", 100, "--actors", actors]
+    assert "samples.png" in python(ROOT / "experiments/custom_task.py", *arguments, cwd=tmp_path)
+    run = Run.open(tmp_path / "run")
+    assert run.result["rounds"] == 2
+    assert run.rows[1]["loss"] < run.rows[0]["loss"]
+    assert {path.name for path in (run.directory / "model").iterdir()} == {"velocity.pt"}
+
+
+@pytest.mark.slow
+def test_the_digits_experiment_in_short(tmp_path):
+    command = [ROOT / "experiments/digits.py", "--rounds", 1, "--seeds", 0, 1, "--out", tmp_path / "runs"]
+    printed = python(*command, cwd=tmp_path)
+    assert "fd[digits], federated ÷" in printed
+    table = pd.read_csv(tmp_path / "runs/summary.csv")
+    assert len(table) == 6
+    steps = table[table.seed == 0].set_index("run")["sequential steps"]
+    passes = table[table.seed == 0].set_index("run")["passes"]
+    assert steps["federated"] == steps["centralised, same steps"] == 60
+    assert passes["federated"] == passes["centralised, same passes"] == 4
+    assert Image.open(tmp_path / "runs/samples.png").width == 1600
+    before = (tmp_path / "runs/federated-0/result.json").stat().st_mtime_ns
+    python(*command, cwd=tmp_path)  # nothing is trained twice
+    assert (tmp_path / "runs/federated-0/result.json").stat().st_mtime_ns == before
