@@ -47,6 +47,9 @@ def main(arguments: list[str] | None = None) -> int:
     except RunError as error:
         print(f"fedray: {error}", *getattr(error, "__notes__", []), sep="\n", file=sys.stderr)
         return 1
+    except OSError as error:  # a full disk, a directory that may not be written
+        print(f"fedray: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     return 0
@@ -183,9 +186,8 @@ def evaluate(arguments: list[str]) -> None:
     images, config = _draw(asked.run, asked.samples, asked.seed, asked.sampler, asked.sampling_steps, asked.actors)
     if config.features is None:
         raise UserError(f"the run at {asked.run} names no features (--features) to be scored on.")
-    table = Table(
-        "score", "value", title=f"{asked.run}: {len(images)} samples, {config.sampler}-{config.sampling_steps}"
-    )
+    print(f"{asked.run}: {len(images)} samples, {config.sampler}-{config.sampling_steps}")
+    table = Table("score", "value")
     for name, value in score(images, config).items():
         table.add_row(escape(name), f"{value:.4g}")
     Console().print(table)

@@ -108,7 +108,10 @@ class Run:
     def create(self, config: Config) -> None:
         """Begin a run here. Raises `UserError` if the directory holds anything."""
         self.check_vacant()
-        self.directory.mkdir(parents=True, exist_ok=True)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.directory} cannot be made: {error.strerror}; choose another --out.") from None
         _write_json(self.directory / "config.json", {"config": config.to_json(), **environment()})
 
     def check_vacant(self) -> None:
@@ -152,6 +155,8 @@ class Run:
     def append(self, row: Row) -> None:
         with open(self.directory / "rounds.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # the next checkpoint replaces the one that holds this row
 
     def recover(self, rounds: int) -> Row | None:
         """Make rows and client memories those of the last checkpoint, `rounds` complete rounds.
@@ -168,8 +173,10 @@ class Run:
         for memory in self.directory.glob("clients/*/*.safetensors"):
             if int(memory.stem) > rounds:
                 memory.unlink()
-        checkpoint = self.checkpoint()
-        if checkpoint is None or len(self.rows) == rounds:
+        checkpoint, written = self.checkpoint(), [row["round"] for row in self.rows]
+        if written != list(range(1, rounds + 1))[: len(written)] or len(written) < rounds - 1:
+            raise UserError(f"{path} does not have a row for each of the {rounds} complete rounds: it is damaged.")
+        if checkpoint is None or len(written) == rounds:
             return None
         with safe_open(checkpoint, framework="pt") as file:
             return json.loads(file.metadata()["row"])

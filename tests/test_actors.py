@@ -26,23 +26,32 @@ def train(out, flags):
     return Run.open(out).result["vector_sha256"], (out / "samples.png").read_bytes()
 
 
-VARIANTS = {
-    "plain": "--no-keep-optimizer --no-use-ema",
-    "kept optimizers": "--keep-optimizer",
-    "a fraction": "--fraction 0.5 --clients 8",
-    "float16": "--codec float16",
-}
+PLAIN = "--no-keep-optimizer --no-use-ema"
 
 
-@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
-def test_placement_never_matters(ray, tmp_path, variant):
-    here = train(tmp_path / "0", f"{variant} --actors 0")
-    assert train(tmp_path / "2", f"{variant} --actors 2") == here
-    if variant == VARIANTS["plain"]:
-        assert train(tmp_path / "1", f"{variant} --actors 1") == here
-        assert train(tmp_path / "4", f"{variant} --actors 4 --cpus-per-actor 0.5") == here
-        assert train(tmp_path / "again", f"{variant} --actors 0") == here
-        assert train(tmp_path / "seed", f"{variant} --actors 0 --seed 1") != here
+def test_two_actors_are_one_process(ray, tmp_path):
+    assert train(tmp_path / "2", f"{PLAIN} --actors 2") == train(tmp_path / "0", f"{PLAIN} --actors 0")
+
+
+@pytest.mark.slow
+def test_placement_never_matters(ray, tmp_path):
+    here = train(tmp_path / "0", f"{PLAIN} --actors 0")
+    assert train(tmp_path / "1", f"{PLAIN} --actors 1") == here
+    assert train(tmp_path / "4", f"{PLAIN} --actors 4 --cpus-per-actor 0.5") == here
+    assert train(tmp_path / "again", f"{PLAIN} --actors 0") == here
+    assert train(tmp_path / "seed", f"{PLAIN} --actors 0 --seed 1") != here
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", ["--keep-optimizer", "--fraction 0.5 --clients 8", "--codec float16"])
+def test_nor_does_it_with(ray, tmp_path, flags):
+    assert train(tmp_path / "2", f"{flags} --actors 2") == train(tmp_path / "0", f"{flags} --actors 0")
+
+
+@pytest.mark.slow
+def test_nor_does_it_on_two_threads(ray, tmp_path):
+    flags = "--cpus-per-actor 2"
+    assert train(tmp_path / "1", f"{flags} --actors 1") == train(tmp_path / "0", f"{flags} --actors 0")
 
 
 def test_actors_share_the_clients(ray, toy_config, tmp_path):
@@ -50,6 +59,7 @@ def test_actors_share_the_clients(ray, toy_config, tmp_path):
     assert {client["actor"] for row in run.rows for client in row["clients"]} == {"actor 0", "actor 1"}
 
 
+@pytest.mark.slow
 def test_stopped_here_and_resumed_there(ray, toy_config, tmp_path):
     config = toy_config(keep_optimizer=True, use_ema=True)
     whole = actors.run(config, tmp_path / "whole").result["vector_sha256"]
@@ -85,6 +95,7 @@ def test_errors_of_the_driver_reach_the_caller(ray, toy_config, tmp_path):
     assert not (tmp_path / "more").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_actor_ends_the_run_which_can_be_resumed(ray, toy_config, tmp_path):
     """SIGKILL of a client's process, from outside, in the second round; then --resume."""
     slow = {"slow": (0, 1, 2, 3), "local_epochs": 1, "rounds": 3}
@@ -129,6 +140,7 @@ def test_no_cluster_at_the_address(monkeypatch):
     assert time.monotonic() - started < 30
 
 
+@pytest.mark.slow
 def test_the_driver_outlives_its_caller_and_can_be_attached_to(ray, tmp_path):
     """On a running cluster, SIGKILL the process that started a run: it goes on, and --resume shows its end."""
     address = ray.get_runtime_context().gcs_address

@@ -158,6 +158,7 @@ def test_flags_that_cannot_be_read(flags, message, tmp_path, monkeypatch, capsys
         ("trian", "no command 'trian'; did you mean 'train'?"),
         ("train --out {run}", "holds another run"),
         ("train --out {run}/config.json", "is not an empty directory"),
+        ("train --actors 0 --out {run}/config.json/run", "cannot be made: Not a directory"),
         ("sample {run}/nothing", "the directory does not exist"),
         ("sample {run}/model", "it has no config.json"),
         ("sample {run} --num-images 0", "--num-images 0"),

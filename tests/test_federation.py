@@ -304,6 +304,15 @@ def test_a_users_own_rule_and_partition_are_objects(toy_config, tmp_path):
     train(toy_config(rule=FirstOnly(), partition=Halves()), tmp_path / "run", resume=True)
 
 
+def test_lost_rows_are_noticed(toy_config, tmp_path):
+    config = toy_config()
+    train(config, tmp_path / "run", rounds=3)
+    rounds = tmp_path / "run/rounds.jsonl"
+    rounds.write_text("".join(rounds.read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(UserError, match="does not have a row for each of the 3 complete rounds"):
+        train(config, tmp_path / "run", resume=True)
+
+
 def test_damaged_files_are_named(toy_config, tmp_path):
     train(toy_config(), tmp_path / "run")
     (tmp_path / "run/result.json").write_text("{")
