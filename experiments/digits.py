@@ -22,7 +22,7 @@ import tyro
 
 import fedray
 from fedray.actors import connected
-from fedray.cli import print_table, progress
+from fedray.cli import print_table, program, progress
 from fedray.data import digits
 
 FEDERATED = fedray.PRESETS["digits"]  # C=4, E=4
@@ -102,7 +102,7 @@ def main(
         print(ratios(tables).to_string(float_format="{:.2f}".format))
     print(f"samples   {out / 'samples.png'}")
     print(f"run       {first}")
-    print(f"next      fedray sample {first} --num-images 100 --seed 1")
+    print(f"next      {program()} sample {first} --num-images 100 --seed 1")
 
 
 if __name__ == "__main__":

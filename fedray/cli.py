@@ -1,6 +1,8 @@
 """The command line: fedray train, fedray sample, fedray evaluate."""
 
 import argparse
+import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -55,6 +57,11 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def program() -> str:
+    """How to type fedray here: by its path, where its environment is not activated."""
+    return "fedray" if shutil.which("fedray") else os.path.relpath(Path(sys.executable).with_name("fedray"))
+
+
 def train(arguments: list[str]) -> None:
     """Parse and run `fedray train`."""
     import tyro
@@ -106,12 +113,12 @@ def train(arguments: list[str]) -> None:
             finished = run(config, out, resume=asked.resume is not None, on_row=on_row, show=show)
         except (KeyboardInterrupt, fedray.RunError):
             if (out / "config.json").exists():
-                print(f"\nContinue this run with: fedray train --resume {out}", file=sys.stderr)
+                print(f"\nContinue this run with: {program()} train --resume {out}", file=sys.stderr)
             raise
     print_table({str(out): finished.directory})
     if config.evaluate_samples:
         print(f"samples   {out / 'samples.png'}")
-    print(f"run       {out}\nnext      fedray sample {out} --num-images 100 --seed 1")
+    print(f"run       {out}\nnext      {program()} sample {out} --num-images 100 --seed 1")
 
 
 def sample(arguments: list[str]) -> None:

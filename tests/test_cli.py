@@ -38,7 +38,13 @@ def test_train_ends_with_table_picture_and_next_command(tmp_path, capsys):
     out = tmp_path / "run"
     assert main(["train", *SHORT.split(), "--out", str(out)]) == 0
     printed = capsys.readouterr().out
-    for words in ("round 1/1  loss 0.", "fd[digits]", "MB up", f"samples   {out}/samples.png", f"fedray sample {out}"):
+    for words in (
+        "round 1/1  loss 0.",
+        "fd[digits]",
+        "MB up",
+        f"samples   {out}/samples.png",
+        f"sample {out} --num-images",
+    ):
         assert words in printed
     assert Image.open(out / "samples.png").size == (8 * 52 + 4, 52 + 4)
 
