@@ -55,8 +55,8 @@ def plain_loop(rounds, epochs, seed=0, batch=16, lr=4e-3, schedule="constant"):
 
 def digits_config(**changes):
     plain = dict(
-        clients=1, rounds=1, local_epochs=1, train_batch_size=16, lr_scheduler="constant", use_ema=False, keep_optimizer=False,
-        evaluate_samples=0, features=None, actors=0,
+        clients=1, rounds=1, local_epochs=1, train_batch_size=16, lr_scheduler="constant", use_ema=False,
+        keep_optimizer=False, evaluate_samples=0, features=None, actors=0,
     )  # fmt: skip
     return replace(PRESETS["digits"], **(plain | changes))
 
