@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fedray.choices import RunError, UserError
 from fedray.client import Work, Worker, do
-from fedray.config import Config
+from fedray.config import Config, check_resumable
 from fedray.federation import Show, fit, silent
 from fedray.pools import LocalPool, Pool, Progress, Reply
 from fedray.record import Row, Run
@@ -254,7 +254,9 @@ def run(
     config.check()
     out = Path(out).absolute()
     if resume:
-        Run.open(out)
+        check_resumable(Run.open(out).saved["config"], config)
+        if Run(out).result is not None:
+            return Run.open(out)
     else:
         Run(out).check_vacant()
     if config.actors == 0:
