@@ -24,27 +24,32 @@ def check_name(kind: str, name: str, names: Iterable[str]) -> None:
 
 
 def pick(kind: str, text: str, menu: Mapping[str, type]) -> Any:
-    """The object that a short form names: `"iid"`, or `"dirichlet:0.1"` where it has a number.
+    """The object that a short form names: `"iid"`, or `"dirichlet:0.1"` and `"by-attribute:Smiling"` with values.
 
-    `menu` maps names to dataclasses whose fields are numbers. Raises `UserError`.
+    `menu` maps names to dataclasses whose fields are numbers or strings. Raises `UserError`.
     """
     name, *values = text.split(":")
     check_name(kind, name, menu)
-    fields = [field.name for field in dataclasses.fields(menu[name])]
-    form = ":".join([name, *fields])
-    if len(values) != len(fields):
+    fields = dataclasses.fields(menu[name])
+    form = name + "".join(f":{field.name}" if _required(field) else f"[:{field.name}]" for field in fields)
+    if not sum(map(_required, fields)) <= len(values) <= len(fields):
         raise UserError(f"{kind} {text!r} is not of the form {form!r}.")
     try:
-        numbers = [float(value) for value in values]
+        typed = [field.type(value) for field, value in zip(fields, values, strict=False)]  # type: ignore[operator]
     except ValueError:
         raise UserError(f"{kind} {text!r}: {', '.join(values)!r} is not a number (the form is {form!r}).") from None
-    return menu[name](*numbers)
+    return menu[name](*typed)
+
+
+def _required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING
 
 
 def short(chosen: Any, menu: Mapping[str, type]) -> str:
     """The short form that `pick` reads; for an object that is not of the menu (a user's own), its repr."""
     for name, cls in menu.items():
         if type(chosen) is cls:
-            values = [getattr(chosen, field.name) for field in dataclasses.fields(cls)]
-            return ":".join([name, *(f"{value:g}" for value in values)])
+            fields = [field for field in dataclasses.fields(cls) if getattr(chosen, field.name) != field.default]
+            values = [getattr(chosen, field.name) for field in fields]
+            return ":".join([name, *(value if isinstance(value, str) else f"{value:g}" for value in values)])
     return repr(chosen)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from fedray.seeds import generator, number
 from fedray.tasks import Learner
 from fedray.vector import as_tensor
 
+DRAWS = 16  # timesteps and noises at which each held-out example's loss is taken
+
+Row = dict[str, Any]
 Memory = dict[str, np.ndarray]  # what a client keeps from round to round: its optimizer's state
 
 
@@ -30,7 +33,9 @@ class TrainJob:
     round: int
     client: int
     indices: np.ndarray  # int64 [examples], into the dataset
+    held_out: np.ndarray  # int64, the examples that it does not train on
     memory: Memory | None = None
+    ema: np.ndarray | None = None  # the average so far, where it is taken at every step
 
     @property
     def key(self) -> tuple[str | int, ...]:
@@ -38,6 +43,21 @@ class TrainJob:
 
     def __str__(self) -> str:
         return f"client {self.client} in round {self.round}"
+
+
+@dataclass(frozen=True, eq=False)
+class ValidateJob:
+    """Measure a model's loss on one client's held-out examples."""
+
+    client: int
+    held_out: np.ndarray
+
+    @property
+    def key(self) -> tuple[str | int, ...]:
+        return ("held out", self.client)
+
+    def __str__(self) -> str:
+        return f"the held-out loss of client {self.client}"
 
 
 @dataclass(frozen=True)
@@ -78,7 +98,7 @@ class Worker:
         return self.config.task.dataset()
 
 
-Work = Callable[[Worker, Any, Any], tuple[dict[str, Any], Any]]
+Work = Callable[[Worker, Any, Any], tuple[Row, Any]]
 
 
 def build(config: Config, device: torch.device) -> Learner:
@@ -87,10 +107,16 @@ def build(config: Config, device: torch.device) -> Learner:
         return config.task.build(device)
 
 
-def client_update(worker: Worker, model: Payload, job: TrainJob) -> tuple[dict[str, Any], tuple[Payload, Any]]:
-    """Local training (McMahan et al. 2017, algorithm 1, ClientUpdate; AdamW in place of SGD).
+class Trained(NamedTuple):
+    """What a client returns beside its row."""
 
-    Returns the client's row, and its payload with what it keeps for its next round.
+    payload: Payload
+    memory: Memory | None
+    ema: np.ndarray | None
+
+
+def client_update(worker: Worker, model: Payload, job: TrainJob) -> tuple[Row, Trained]:
+    """Local training (McMahan et al. 2017, algorithm 1, ClientUpdate; AdamW in place of SGD).
 
     Raises:
         ValueError: the client has no examples.
@@ -98,6 +124,7 @@ def client_update(worker: Worker, model: Payload, job: TrainJob) -> tuple[dict[s
     """
     config, learner = worker.config, worker.learner
     flat, examples = learner.flat, len(job.indices)
+    device = flat.vector.device
     if examples == 0:
         raise ValueError("the client holds no examples")
     start = config.codec.decode_model(model)
@@ -112,47 +139,76 @@ def client_update(worker: Worker, model: Payload, job: TrainJob) -> tuple[dict[s
         fused=True,
     )
     if job.memory is not None:
-        device = flat.vector.device
         optimizer.state[flat.vector] = {
             name: as_tensor(array).to(device, copy=True) for name, array in job.memory.items()
         }
-    images = torch.from_numpy(worker.dataset.images[job.indices])
-    labels = worker.dataset.labels
-    columns = {"images": images} if labels is None else {
-        "images": images, "labels": torch.from_numpy(labels[job.indices])
-    }  # fmt: skip
+    ema = None if job.ema is None else as_tensor(job.ema).to(device, copy=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.mixed_precision == "fp16")
     steps = config.steps(examples)
     learning_rate = lr_schedule(config, steps)
     rng = generator(config.seed, *job.key)
-    loss_sum = torch.zeros((), device=flat.vector.device)
-    images_seen = 0
-    for step, indices in enumerate(batches(examples, config.train_batch_size, steps, rng)):
+    loss_sum = torch.zeros((), device=device)
+    batch_count = image_count = 0
+    for step, group in enumerate(steps_of(examples, config, rng)):
         optimizer.param_groups[0]["lr"] = learning_rate(job.round * steps + step)
-        loss = learner.loss({name: column[indices] for name, column in columns.items()}, rng)
         flat.gradient.zero_()
-        loss.backward()
+        for indices in group:
+            batch = batch_of(worker.dataset, job.indices[indices.numpy()])
+            if config.random_flip:
+                mirrored = torch.rand(len(indices), generator=rng) < 0.5
+                batch["images"][mirrored] = batch["images"][mirrored].flip(-1)
+            with precision(config, device):
+                loss = learner.loss(batch, rng)
+            scaler.scale(loss / config.gradient_accumulation_steps).backward()
+            loss_sum += loss.detach()
+            batch_count += 1
+            image_count += len(indices)
+        scaler.unscale_(optimizer)
         if config.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_([flat.vector], config.max_grad_norm)
-        optimizer.step()
-        loss_sum += loss.detach()
-        images_seen += len(indices)
+        scaler.step(optimizer)
+        scaler.update()
+        if ema is not None:
+            ema.lerp_(flat.vector.detach(), 1 - config.ema_decay)
         worker.step()
     flat.check()
     trained = flat.vector.detach().to("cpu", copy=True)
     if not torch.isfinite(trained).all():
         raise FloatingPointError("the trained weights are not finite (lower the learning rate?)")
+    payload = config.codec.encode_update(trained, start)
+    row = {
+        "client": job.client, "examples": examples, "steps": steps, "images": image_count,
+        "loss": loss_sum.item() / batch_count, "bytes_up": payload.nbytes,
+    }  # fmt: skip
+    if len(job.held_out):
+        row["held_out_local"] = held_out_loss(worker, job.client, job.held_out)
     memory = None
     if config.keep_optimizer:
         memory = {name: value.cpu().numpy() for name, value in optimizer.state[flat.vector].items()}
-    payload = config.codec.encode_update(trained, start)
-    row = {
-        "client": job.client, "examples": examples, "steps": steps, "images": images_seen,
-        "loss": loss_sum.item() / steps, "bytes_up": payload.nbytes,
-    }  # fmt: skip
-    return row, (payload, memory)
+    return row, Trained(payload, memory, None if ema is None else ema.cpu().numpy())
 
 
-def sample_batch(worker: Worker, model: np.ndarray, job: SampleJob) -> tuple[dict[str, Any], np.ndarray]:
+def validate(worker: Worker, model: np.ndarray, job: ValidateJob) -> tuple[Row, None]:
+    """The loss of a model (a float32 vector) on one client's held-out examples."""
+    worker.learner.flat.vector.detach().copy_(as_tensor(model))
+    worker.step()
+    return {"held_out": held_out_loss(worker, job.client, job.held_out)}, None
+
+
+@torch.no_grad()
+def held_out_loss(worker: Worker, client: int, held_out: np.ndarray) -> float:
+    """Mean loss of the learner as it is, each example at `DRAWS` timesteps and noises, the same in every round."""
+    config, rng = worker.config, generator(worker.config.seed, "held out", client)
+    losses = []
+    repeated = np.tile(held_out, DRAWS)
+    for start in range(0, len(repeated), config.eval_batch_size):
+        indices = repeated[start : start + config.eval_batch_size]
+        with precision(config, worker.learner.flat.vector.device):
+            losses.append(worker.learner.loss(batch_of(worker.dataset, indices), rng).item() * len(indices))
+    return sum(losses) / len(repeated)
+
+
+def sample_batch(worker: Worker, model: np.ndarray, job: SampleJob) -> tuple[Row, np.ndarray]:
     """One batch of images, uint8 [size, channels, height, width], from the model (a float32 vector)."""
     worker.learner.flat.vector.detach().copy_(as_tensor(model))
     images = worker.learner.sample(job.size, generator(job.seed, *job.key), job.sampler, job.steps)
@@ -160,14 +216,31 @@ def sample_batch(worker: Worker, model: np.ndarray, job: SampleJob) -> tuple[dic
     return {}, images.numpy()
 
 
-def batches(examples: int, size: int, steps: int, rng: torch.Generator) -> Iterator[Tensor]:
-    """Indices of `steps` batches: epoch after epoch, each in a new order; an epoch's last may be smaller."""
+def batch_of(dataset: Dataset, indices: np.ndarray) -> dict[str, Tensor]:
+    """Examples as tensors. Only a batch is copied: the dataset is mapped, and shared by all processes of a node."""
+    batch = {"images": torch.from_numpy(dataset.images[indices])}
+    return batch if dataset.labels is None else batch | {"labels": torch.from_numpy(dataset.labels[indices])}
+
+
+def steps_of(examples: int, config: Config, rng: torch.Generator) -> Iterator[tuple[Tensor, ...]]:
+    """Indices of the batches of each optimizer step: epoch after epoch, each in a new order.
+
+    An epoch's last batch may be smaller, and its last step may have fewer batches.
+    """
+    steps = config.steps(examples)
     while True:
-        for indices in torch.randperm(examples, generator=rng).split(size):
+        batches = torch.randperm(examples, generator=rng).split(config.train_batch_size)
+        for start in range(0, len(batches), config.gradient_accumulation_steps):
             if steps == 0:
                 return
-            yield indices
+            yield batches[start : start + config.gradient_accumulation_steps]
             steps -= 1
+
+
+def precision(config: Config, device: torch.device) -> torch.autocast:
+    """The context in which a loss is computed."""
+    dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.mixed_precision]
+    return torch.autocast(device.type, dtype, enabled=config.mixed_precision != "no")
 
 
 def lr_schedule(config: Config, steps: int) -> Callable[[int], float]:
@@ -178,7 +251,7 @@ def lr_schedule(config: Config, steps: int) -> Callable[[int], float]:
     return lambda step: config.learning_rate * factor(step)
 
 
-def do(worker: Worker, work: Work, shared: Any, job: Any) -> tuple[dict[str, Any], Any]:
+def do(worker: Worker, work: Work, shared: Any, job: Any) -> tuple[Row, Any]:
     """Do one job; a failure is a row with an error, never an exception.
 
     Threads and torch's global generator (dropout draws from it) are set for the job and restored after it.

@@ -11,7 +11,8 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from fedray.choices import UserError, check_name, pick, short
 from fedray.codecs import CODECS, Codec, Float32
-from fedray.partition import IID, PARTITIONS, Partition
+from fedray.data import CELEBA_CROP
+from fedray.partition import IID, PARTITIONS, ByFolder, Partition
 from fedray.rules import FedAvg, Rule
 from fedray.tasks import Task
 from fedray.tasks.ddpm import DDPM
@@ -19,7 +20,10 @@ from fedray.tasks.ddpm import DDPM
 TASKS: dict[str, type] = {DDPM.name: DDPM}
 RULES: dict[str, type] = {"fedavg": FedAvg}
 FEATURES = ("digits",)
-LR_SCHEDULERS = ("constant", "linear", "cosine")
+LR_SCHEDULERS = (
+    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+)  # fmt: skip
+PRECISIONS = ("no", "bf16", "fp16")
 
 # Where a run is computed; it never changes the result (but for the threads: see `Config.threads`).
 PLACEMENT = ("actors", "cpus_per_actor", "gpus_per_actor", "address", "client_timeout")
@@ -48,7 +52,16 @@ class Config:
     fraction: float = 1.0
     """Share of the clients that take part in a round, drawn anew each round; in (0, 1]."""
     partition: Annotated[Partition, _short_form(PARTITIONS, "partition")] = IID()
-    """Who holds which examples: iid, by-label, or dirichlet:ALPHA (the smaller ALPHA, the more skewed)."""
+    """Who holds which examples: iid, quantity:ALPHA (skewed sizes), by-label, by-attribute:COLUMN, by-folder (or
+    identity), or dirichlet:ALPHA[:COLUMN] (the smaller ALPHA, the more skewed)."""
+    held_out_share: float = 0.0
+    """Share of each client's examples that it does not train on; the loss on them is measured each round."""
+    test_share: float = 0.0
+    """Share of each client's examples that is kept for tests: neither trained on nor measured."""
+    validation_rounds: int = 1
+    """Measure the held-out loss every so many rounds, and after the last."""
+    only_client: int | None = None
+    """Train this client alone, on its part of the partition: what it would reach without the others."""
     rounds: int = 10
     """T, communication rounds."""
     rule: Annotated[Rule, _short_form(RULES, "rule")] = FedAvg()
@@ -58,7 +71,8 @@ class Config:
     use_ema: bool = False
     """Keep an exponential moving average of the global model at the server, and sample from it."""
     ema_decay: float = 0.995
-    """Decay of that average per local step: a round of n steps decays it by ema_decay ** n."""
+    """Decay of that average per local step: a round of n steps decays it by ema_decay ** n. Where one client trains
+    it is taken at every step."""
 
     # Local training
     local_epochs: int | None = None
@@ -70,7 +84,16 @@ class Config:
     learning_rate: float = 1e-4
     """AdamW's learning rate."""
     lr_scheduler: str = "constant"
-    """How the learning rate falls over the whole run: constant, linear or cosine."""
+    """Learning rate over the whole run: constant, constant_with_warmup, linear, cosine, cosine_with_restarts or
+    polynomial."""
+    lr_warmup_steps: int = 0
+    """Steps over which the learning rate rises at the beginning of the run."""
+    gradient_accumulation_steps: int = 1
+    """Batches whose gradients are averaged for one optimizer step."""
+    mixed_precision: str = "no"
+    """Compute in float32 (no), bf16 or fp16 (GPU only); the weights stay float32."""
+    random_flip: bool = False
+    """Mirror half of the training images, left to right."""
     adam_beta1: float = 0.95
     """AdamW's β1."""
     adam_beta2: float = 0.999
@@ -95,6 +118,8 @@ class Config:
     """Images generated, and scored, after the last round; 0 for none."""
     eval_batch_size: int = 64
     """Images in a sampling batch."""
+    checkpoints_total_limit: int = 1
+    """How many of the last checkpoints are kept."""
     features: str | None = None
     """Features that the score is measured on: digits (a small digit classifier), or None for no score."""
 
@@ -117,14 +142,20 @@ class Config:
 
     @property
     def cohort_size(self) -> int:
-        return max(1, round(self.fraction * self.clients))
+        return 1 if self.only_client is not None else max(1, round(self.fraction * self.clients))
 
     def steps(self, examples: int) -> int:
         """Optimizer steps of a client with so many examples in one round."""
         if self.local_steps is not None:
             return self.local_steps
         assert self.local_epochs is not None
-        return self.local_epochs * math.ceil(examples / self.train_batch_size)
+        batches = math.ceil(examples / self.train_batch_size)
+        return self.local_epochs * math.ceil(batches / self.gradient_accumulation_steps)
+
+    @property
+    def single(self) -> bool:
+        """One client trains: the run is plain training, not a federation."""
+        return self.clients == 1 or self.only_client is not None
 
     def check(self) -> None:
         """Raise `UserError` for what can be seen to be wrong without data or hardware."""
@@ -134,26 +165,34 @@ class Config:
             raise UserError("neither --local-epochs nor --local-steps is given; give one of them.")
         counts = (
             "clients", "rounds", "local_epochs", "local_steps", "train_batch_size", "eval_batch_size",
-            "learning_rate", "max_grad_norm", "cpus_per_actor", "client_timeout",
+            "learning_rate", "max_grad_norm", "cpus_per_actor", "client_timeout", "gradient_accumulation_steps",
+            "validation_rounds", "checkpoints_total_limit",
         )  # fmt: skip
         for name in counts:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise UserError(f"{flag(name)} {value}: it must be above 0.")
-        for name in ("evaluate_samples", "gpus_per_actor", "adam_weight_decay", "actors"):
+        for name in ("evaluate_samples", "gpus_per_actor", "adam_weight_decay", "actors", "lr_warmup_steps"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise UserError(f"{flag(name)} {value}: it must not be negative.")
         if not 0 < self.fraction <= 1:
             raise UserError(f"--fraction {self.fraction}: it must be above 0 and at most 1.")
-        for name in ("ema_decay", "adam_beta1", "adam_beta2"):
+        for name in ("ema_decay", "adam_beta1", "adam_beta2", "held_out_share", "test_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{flag(name)} {getattr(self, name)}: it must be at least 0 and below 1.")
         if self.gpus_per_actor > 1 and self.gpus_per_actor != int(self.gpus_per_actor):
             raise UserError(f"--gpus-per-actor {self.gpus_per_actor}: above 1 it must be a whole number.")
         if self.evaluate_samples == 1 and self.features:
             raise UserError("--evaluate-samples 1: a score needs at least 2 images (or --features None).")
+        if self.held_out_share + self.test_share >= 1:
+            raise UserError("--held-out-share and --test-share together leave nothing to train on.")
+        if self.only_client is not None and not 0 <= self.only_client < self.clients:
+            raise UserError(f"--only-client {self.only_client}: clients are numbered 0 to {self.clients - 1}.")
         check_name("learning-rate scheduler", self.lr_scheduler, LR_SCHEDULERS)
+        check_name("precision", self.mixed_precision, PRECISIONS)
+        if self.mixed_precision == "fp16" and not self.gpus_per_actor:
+            raise UserError("--mixed-precision fp16 needs a GPU (--gpus-per-actor); on a CPU use bf16.")
         if self.features is not None:
             check_name("feature network", self.features, FEATURES)
         self.task.check(self.sampler, self.sampling_steps)
@@ -217,10 +256,33 @@ PRESETS = {
         evaluate_samples=512,
         features="digits",
     ),
+    # 32×32 grey faces, 1.8 million parameters; a person is a client.
+    "faces": Config(
+        task=DDPM(
+            dataset_name="imagefolder",
+            resolution=32,
+            block_out_channels=(32, 64, 96),
+            attention=(False, False, True),
+            mid_block_attention=True,
+        ),
+        clients=40,
+        partition=ByFolder(),
+        held_out_share=0.2,
+        rounds=20,
+        local_epochs=4,
+        learning_rate=1e-3,
+        lr_scheduler="cosine",
+        lr_warmup_steps=20,
+        random_flip=True,
+        use_ema=True,
+        ema_decay=0.997,
+        sampling_steps=100,
+    ),
     # Chen 2024, section 3.1: the U-Net of diffusers' train_unconditional.py, 113,673,219 parameters.
     "celeba": Config(
         task=DDPM(
             dataset_name="celeba",
+            crop=CELEBA_CROP,
             resolution=64,
             channels=3,
             block_out_channels=(128, 128, 256, 256, 512, 512),

@@ -13,19 +13,29 @@ from typing import Any
 
 import numpy as np
 import torch
+from tensorboardX import SummaryWriter
 
-from fedray import cohort, vector
+from fedray import cohort, partition_report, vector
 from fedray.choices import RunError, UserError
-from fedray.client import SampleJob, TrainJob, build, client_update, sample_batch, threads
+from fedray.client import (
+    SampleJob,
+    TrainJob,
+    ValidateJob,
+    build,
+    client_update,
+    sample_batch,
+    threads,
+    validate,
+)
 from fedray.config import Config, check_resumable
 from fedray.data import Dataset
-from fedray.partition import Shards
-from fedray.pools import Pool, in_order
+from fedray.partition import Shards, hold_out
+from fedray.pools import Pool, Reply, in_order
 from fedray.record import Row, Run
 from fedray.rules import ServerState, Update
 from fedray.scores import digits
 from fedray.seeds import generator
-from fedray.vector import Layout
+from fedray.vector import Layout, as_tensor
 
 Show = Callable[[str, float, float], None]  # phase, how much of it is done, of how much
 
@@ -35,7 +45,7 @@ def silent(phase: str, done: float, total: float) -> None:
 
 
 def run_round(
-    state: ServerState, config: Config, shards: Shards, pool: Pool, run: Run, show: Show = silent
+    state: ServerState, config: Config, plan: "Plan", pool: Pool, run: Run, show: Show = silent
 ) -> tuple[ServerState, Row]:
     """One communication round.
 
@@ -55,15 +65,16 @@ def run_round(
     def jobs() -> Iterator[TrainJob]:  # drawn only as fast as they are done: a memory is as large as two models
         for client in clients:
             memory = run.recall(client) if config.keep_optimizer else None
-            yield TrainJob(state.round, client, shards[client], memory)
+            yield TrainJob(state.round, client, plan.shards[client], plan.held_out[client], memory, step_ema)
 
-    total = sum(config.steps(len(shards[client])) for client in clients)
+    step_ema = state.ema.numpy() if state.ema is not None and config.single else None
+    total = sum(config.steps(len(plan.shards[client])) for client in clients)
 
     def progress(done: int) -> None:
         show("training", state.round + done / total, config.rounds)
 
     def updates() -> Iterator[Update]:  # in cohort order, so that float sums are reproducible
-        nonlocal folding
+        nonlocal folding, step_ema
         for reply in in_order(pool.map(client_update, model, jobs(), progress)):
             client = reply.job.client
             row = {"client": client, "examples": len(reply.job.indices), "bytes_down": model.nbytes, **reply.row}
@@ -73,10 +84,11 @@ def run_round(
                 failures.append((client, row["outcome"], row.pop("trace")))
                 continue
             began = time.perf_counter()
-            payload, memory = reply.fetch()
-            if memory is not None:
-                run.remember(client, state.round + 1, memory)
-            yield Update(client, config.codec.decode_update(payload, state.vector), row["examples"])
+            trained = reply.fetch()
+            if trained.memory is not None:
+                run.remember(client, state.round + 1, trained.memory)
+            step_ema = trained.ema
+            yield Update(client, config.codec.decode_update(trained.payload, state.vector), row["examples"])
             folding += time.perf_counter() - began
 
     try:
@@ -92,9 +104,10 @@ def run_round(
     took_part = [row for row in rows if row["outcome"] == "ok"]
     examples = sum(row["examples"] for row in took_part)
     mean = {name: sum(row["examples"] * row[name] for row in took_part) / examples for name in ("loss", "steps")}
-    if config.use_ema:
-        before = state.vector if state.ema is None else state.ema
-        after = replace(after, ema=before.lerp(after.vector, 1 - config.ema_decay ** mean["steps"]))
+    if step_ema is not None:
+        after = replace(after, ema=as_tensor(step_ema).clone())
+    elif state.ema is not None:
+        after = replace(after, ema=state.ema.lerp(after.vector, 1 - config.ema_decay ** mean["steps"]))
     return after, {
         "round": after.round,
         "cohort": clients,
@@ -106,9 +119,43 @@ def run_round(
         "bytes_down": sum(row["bytes_down"] for row in rows),
         "bytes_up": sum(row["bytes_up"] for row in took_part),
         "seconds": {"fold": folding, "round": time.perf_counter() - started},
+        "held_out": {},
         "scores": {},
         "clients": rows,
     }
+
+
+def validate_round(state: ServerState, row: Row, config: Config, plan: "Plan", pool: Pool, show: Show) -> Row:
+    """Held-out losses of a round: of what the cohort trained, before aggregation, and of the aggregated model.
+
+    local: mean over the cohort, each client's own model on its own examples, weighted by them;  global: mean over
+    all clients of the aggregated model;  spread: standard deviation of that over clients;  clients: each of them.
+    """
+    began = time.perf_counter()
+    clients = range(config.clients) if config.only_client is None else [config.only_client]
+    sizes = {client: len(plan.held_out[client]) for client in clients if len(plan.held_out[client])}
+    jobs = [ValidateJob(client, plan.held_out[client]) for client in sizes]
+    losses = {}
+    for reply in in_order(
+        pool.map(validate, state.vector.numpy(), jobs, lambda done: show("validating", done, len(jobs)))
+    ):
+        if not reply.ok:
+            raise _failed(f"round {state.round}: {reply.job} could not be measured: {reply.row['error']}.", reply)
+        losses[reply.job.client] = reply.row["held_out"]
+    local = {client["client"]: client["held_out_local"] for client in row["clients"] if "held_out_local" in client}
+    row["seconds"]["validate"] = time.perf_counter() - began
+
+    def mean(values: dict[int, float]) -> float | None:
+        return float(np.average(list(values.values()), weights=[sizes[c] for c in values])) if values else None
+
+    spread = float(np.std(list(losses.values())))
+    return {"local": mean(local), "global": mean(losses), "spread": spread, "clients": losses}
+
+
+def _failed(message: str, reply: Reply) -> RunError:
+    error = RunError(message)
+    error.add_note(reply.row["trace"])
+    return error
 
 
 def fit(config: Config, pool: Pool, out: Path, show: Show = silent, resume: bool = False) -> Iterator[Row]:
@@ -127,7 +174,8 @@ def fit(config: Config, pool: Pool, out: Path, show: Show = silent, resume: bool
     run.check_disk(config, plan.layout)
     if not resume:
         run.create(config)
-    with run.locked():
+        partition_report.write(run.directory, plan.dataset, plan.parts)
+    with run.locked(), SummaryWriter(str(run.directory / "tensorboard")) as board:
         state, row = run.state(plan.layout), None
         if state is None:
             state = ServerState(0, plan.initial, plan.initial if config.use_ema else None)
@@ -135,14 +183,18 @@ def fit(config: Config, pool: Pool, out: Path, show: Show = silent, resume: bool
             row = run.recover(state.round)
         while row is not None or state.round < config.rounds:
             if row is None:
-                state, row = run_round(state, config, plan.shards, pool, run, show)
+                state, row = run_round(state, config, plan, pool, run, show)
+                last = state.round == config.rounds
+                if plan.held_out.sizes.any() and (last or state.round % config.validation_rounds == 0):
+                    row["held_out"] = validate_round(state, row, config, plan, pool, show)
                 began = time.perf_counter()
-                run.complete(state, row, plan.layout)
+                run.complete(state, row, plan.layout, config.checkpoints_total_limit)
                 row["seconds"]["save"] = time.perf_counter() - began
             if state.round == config.rounds and config.evaluate_samples:
                 images, row["scores"], row["seconds"]["evaluate"] = evaluate(state, config, pool, show)
                 run.draw(images, state.round)
             run.append(row)
+            _plot(board, row)
             yield row
             row = None
         if run.result is None:
@@ -175,9 +227,7 @@ def sample(pool: Pool, model: torch.Tensor, n: int, config: Config, seed: int, s
     show("sampling", 0, len(jobs))
     for reply in in_order(pool.map(sample_batch, model.numpy(), jobs, progress)):
         if not reply.ok:
-            error = RunError(f"sampling failed: {reply.row['error']}.")
-            error.add_note(reply.row["trace"])
-            raise error
+            raise _failed(f"sampling failed: {reply.row['error']}.", reply)
         images.append(reply.fetch())
     return np.concatenate(images)
 
@@ -195,13 +245,19 @@ class Plan:
     """What a run is going to do."""
 
     dataset: Dataset
-    shards: Shards
+    shards: Shards  # what clients train on
+    held_out: Shards  # what their losses are measured on
+    test: Shards
     layout: Layout
     initial: torch.Tensor  # [d], the weights it starts from
     payload: int  # bytes per client and direction
     steps: int  # of all clients in all rounds
     sequential_steps: int  # of the slowest client in each round, over all rounds
     client_rounds: int  # how often a model goes down and up
+
+    @property
+    def parts(self) -> dict[str, Shards]:
+        return {"train": self.shards, "held out": self.held_out, "test": self.test}
 
 
 def make_plan(config: Config) -> Plan:
@@ -216,7 +272,9 @@ def make_plan(config: Config) -> Plan:
         raise UserError(
             f"--clients {config.clients}: there are only {len(dataset)} examples; each client needs at least one."
         )
-    shards = config.partition.split(dataset, config.clients, generator(config.seed, "partition"))
+    whole = config.partition.split(dataset, config.clients, generator(config.seed, "partition"))
+    shares = (config.held_out_share, config.test_share)
+    shards, held_out, test = hold_out(whole, shares, generator(config.seed, "held out"))
     flat = build(config, torch.device("cpu")).flat
     per_round = [
         [config.steps(len(shards[client])) for client in _cohort(config, number)] for number in range(config.rounds)
@@ -224,6 +282,8 @@ def make_plan(config: Config) -> Plan:
     return Plan(
         dataset=dataset,
         shards=shards,
+        held_out=held_out,
+        test=test,
         layout=flat.layout,
         initial=flat.vector.detach().clone(),
         payload=config.codec.encode_model(flat.vector.detach()).nbytes,
@@ -234,7 +294,18 @@ def make_plan(config: Config) -> Plan:
 
 
 def _cohort(config: Config, number: int) -> list[int]:
+    if config.only_client is not None:
+        return [config.only_client]
     return cohort.choose(config.clients, config.fraction, generator(config.seed, "cohort", number))
+
+
+def _plot(board: SummaryWriter, row: Row) -> None:
+    """A round's numbers, for TensorBoard."""
+    held_out = {f"held_out/{name}": value for name, value in row["held_out"].items() if name != "clients"}
+    scalars = {"loss": row["loss"], "seconds": row["seconds"]["round"], "bytes": row["bytes_down"] + row["bytes_up"]}
+    for name, value in (scalars | held_out | row["scores"]).items():
+        if value is not None:
+            board.add_scalar(name, value, row["round"])
 
 
 def _finish(run: Run, state: ServerState, config: Config, plan: Plan) -> None:
@@ -253,8 +324,11 @@ def _finish(run: Run, state: ServerState, config: Config, plan: Plan) -> None:
             "rounds": state.round,
             "loss": rows[-1]["loss"],
             "scores": rows[-1]["scores"],
+            "held_out": rows[-1]["held_out"],
             **totals,
             "passes": totals["images"] / len(plan.dataset),
-            "seconds": math.fsum(sum(row["seconds"].get(k, 0) for k in ("round", "save", "evaluate")) for row in rows),
+            "seconds": math.fsum(
+                sum(row["seconds"].get(k, 0) for k in ("round", "validate", "save", "evaluate")) for row in rows
+            ),
         }
     )

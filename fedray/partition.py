@@ -33,6 +33,27 @@ class Shards:
         return np.diff(self.offsets)
 
 
+def hold_out(shards: Shards, shares: tuple[float, ...], rng: torch.Generator) -> list[Shards]:
+    """Set shares of each client's examples apart: what is left for training, then a `Shards` for each share.
+
+    Raises:
+        UserError: a client is left without an example to train on.
+    """
+    kept: list[list[np.ndarray]] = [[] for _ in range(1 + len(shares))]
+    for client in range(len(shards)):
+        order = shards[client][_permutation(len(shards[client]), rng)] if any(shares) else shards[client]
+        cuts = np.cumsum([round(share * len(order)) for share in reversed(shares)])
+        *apart, train = np.split(order, cuts)
+        if len(train) == 0:
+            raise UserError(
+                f"client {client} has {len(order)} examples and none left to train on; lower --held-out-share and "
+                f"--test-share, or choose another --partition."
+            )
+        for part, examples in zip(kept, [train, *reversed(apart)], strict=True):
+            part.append(examples)
+    return [_shards(parts) for parts in kept]
+
+
 class Partition(Protocol):
     def split(self, dataset: Dataset, clients: int, rng: torch.Generator) -> Shards:
         """Deal all examples to `clients` clients, each at least one."""
@@ -43,7 +64,24 @@ class IID:
     """Shuffled and cut into equal parts."""
 
     def split(self, dataset: Dataset, clients: int, rng: torch.Generator) -> Shards:
-        return _cut(_permutation(len(dataset), rng), clients)
+        return _shards(np.array_split(_permutation(len(dataset), rng), clients))
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """Shuffled, and cut into parts of sizes drawn from Dir(α): the smaller α, the more skewed the sizes.
+
+    Li et al. 2022 (arXiv:2102.02079), "quantity skew". A client that would get nothing takes one example.
+    """
+
+    alpha: float
+
+    def __post_init__(self) -> None:
+        _check_alpha("quantity", self.alpha)
+
+    def split(self, dataset: Dataset, clients: int, rng: torch.Generator) -> Shards:
+        shares = _dirichlet(self.alpha, clients, rng)[0]
+        return _shards(_none_empty(np.split(_permutation(len(dataset), rng), _cuts(shares, len(dataset)))))
 
 
 @dataclass(frozen=True)
@@ -54,8 +92,36 @@ class ByLabel:
     """
 
     def split(self, dataset: Dataset, clients: int, rng: torch.Generator) -> Shards:
+        return ByAttribute("label").split(dataset, clients, rng)
+
+
+@dataclass(frozen=True)
+class ByAttribute:
+    """As by-label, by any column: "Smiling" gives clients who smile and clients who do not."""
+
+    column: str
+
+    def split(self, dataset: Dataset, clients: int, rng: torch.Generator) -> Shards:
         order = _permutation(len(dataset), rng)
-        return _cut(order[np.argsort(_labels(dataset, "by-label")[order], kind="stable")], clients)
+        return _shards(np.array_split(order[np.argsort(dataset.column(self.column)[order], kind="stable")], clients))
+
+
+@dataclass(frozen=True)
+class ByFolder:
+    """A folder is a client: all examples of one folder (or identity, where there are any) have one owner.
+
+    With fewer clients than folders, shuffled folders are dealt to the clients in turn.
+    """
+
+    def split(self, dataset: Dataset, clients: int, rng: torch.Generator) -> Shards:
+        column = "identity" if "identity" in dataset.columns else "folder"
+        folders, owned = np.unique(dataset.column(column), return_inverse=True)
+        if clients > len(folders):
+            raise UserError(f"--clients {clients}: partition by-folder has only {len(folders)} to deal, by {column}.")
+        dealt = np.arange(len(folders)) % clients
+        if clients < len(folders):
+            dealt = dealt[_permutation(len(folders), rng)]
+        return _shards([np.flatnonzero(dealt[owned] == client) for client in range(clients)])
 
 
 @dataclass(frozen=True)
@@ -63,50 +129,65 @@ class Dirichlet:
     """Each label's examples are dealt in proportions drawn from Dir(α): the smaller α, the more skewed.
 
     Hsu, Qi and Brown 2019 (arXiv:1909.06335), with the draw per label (Yurochkin et al. 2019), so that every
-    example has one owner. A client that would get nothing takes one example from the largest.
+    example has one owner. A client that would get nothing takes one example from the largest. `column` names any
+    column in place of the label.
     """
 
     alpha: float
+    column: str = "label"
 
     def __post_init__(self) -> None:
-        if not 0 < self.alpha < float("inf"):
-            raise UserError(f"partition dirichlet:{self.alpha:g}: alpha must be above 0.")
+        _check_alpha("dirichlet", self.alpha)
 
     def split(self, dataset: Dataset, clients: int, rng: torch.Generator) -> Shards:
-        labels = _labels(dataset, "dirichlet")
+        column = dataset.column(self.column)
+        labels = np.unique(column)
         held: list[list[np.ndarray]] = [[] for _ in range(clients)]
-        # NumPy's draw, seeded from ours: torch's gives NaN for small α.
-        numpy_rng = np.random.default_rng(int(torch.randint(2**62, (), generator=rng)))
-        for label in np.unique(labels):
-            members = np.flatnonzero(labels == label)
+        for label, shares in zip(labels, _dirichlet(self.alpha, clients, rng, len(labels)), strict=True):
+            members = np.flatnonzero(column == label)
             members = members[_permutation(len(members), rng)]
-            shares = numpy_rng.dirichlet(np.full(clients, self.alpha))
-            cuts = np.rint(np.cumsum(shares)[:-1] * len(members)).astype(np.int64)
-            for client, part in enumerate(np.split(members, cuts)):
+            for client, part in enumerate(np.split(members, _cuts(shares, len(members)))):
                 held[client].append(part)
-        parts = [np.concatenate(parts) for parts in held]
-        for client, part in enumerate(parts):
-            if len(part) == 0:
-                largest = max(range(clients), key=lambda other: len(parts[other]))
-                parts[client], parts[largest] = parts[largest][:1], parts[largest][1:]
-        return _shards(parts)
+        return _shards(_none_empty([np.concatenate(parts) for parts in held]))
 
 
-PARTITIONS: dict[str, type] = {"iid": IID, "by-label": ByLabel, "dirichlet": Dirichlet}
+PARTITIONS: dict[str, type] = {
+    "iid": IID,
+    "quantity": Quantity,
+    "by-label": ByLabel,
+    "by-attribute": ByAttribute,
+    "by-folder": ByFolder,
+    "dirichlet": Dirichlet,
+}
 
 
 def _permutation(n: int, rng: torch.Generator) -> np.ndarray:
     return torch.randperm(n, generator=rng).numpy()
 
 
-def _labels(dataset: Dataset, partition: str) -> np.ndarray:
-    if dataset.labels is None:
-        raise UserError(f"partition {partition} needs labels, and this dataset has none; use iid.")
-    return dataset.labels
+def _check_alpha(partition: str, alpha: float) -> None:
+    if not 0 < alpha < float("inf"):
+        raise UserError(f"partition {partition}:{alpha:g}: alpha must be above 0.")
 
 
-def _cut(order: np.ndarray, clients: int) -> Shards:
-    return _shards(np.array_split(order, clients))
+def _dirichlet(alpha: float, clients: int, rng: torch.Generator, draws: int = 1) -> np.ndarray:
+    """Shares [draws, clients]. NumPy's draw, seeded from ours: torch's gives NaN for small α."""
+    numpy_rng = np.random.default_rng(int(torch.randint(2**62, (), generator=rng)))
+    return numpy_rng.dirichlet(np.full(clients, alpha), draws)
+
+
+def _cuts(shares: np.ndarray, n: int) -> np.ndarray:
+    """Where to cut n examples into these shares."""
+    return np.rint(np.cumsum(shares)[:-1] * n).astype(np.int64)
+
+
+def _none_empty(parts: list[np.ndarray]) -> list[np.ndarray]:
+    """A client without examples takes one from the largest."""
+    for client, part in enumerate(parts):
+        if len(part) == 0:
+            largest = max(range(len(parts)), key=lambda other: len(parts[other]))
+            parts[client], parts[largest] = parts[largest][:1], parts[largest][1:]
+    return parts
 
 
 def _shards(parts: list[np.ndarray]) -> Shards:

@@ -3,6 +3,8 @@
 config.json     the configuration, versions and git commit
 rounds.jsonl    a row per complete round
 result.json     the final model's SHA-256, totals and scores
+partition.csv   who holds what, and a picture of it: partition.png
+tensorboard/    the numbers of the rows, as event files
 checkpoints/    the last complete round: round-000020.safetensors (the vector, and its average as ema.*)
 clients/        what clients keep between rounds (kept optimizers)
 samples/        a grid per evaluation; the last one also as samples.png
@@ -34,12 +36,10 @@ from torchvision.utils import make_grid
 
 from fedray import vector
 from fedray.choices import RunError, UserError
-from fedray.client import Memory
+from fedray.client import Memory, Row
 from fedray.config import Config
 from fedray.rules import ServerState
 from fedray.vector import Layout
-
-Row = dict[str, Any]
 
 
 class Run:
@@ -134,8 +134,8 @@ class Run:
                 raise UserError(f"{self.directory} is being written by another process; wait for it.") from None
             yield
 
-    def complete(self, state: ServerState, row: Row, layout: Layout) -> None:
-        """Save a complete round: the moment its checkpoint is renamed, the round counts.
+    def complete(self, state: ServerState, row: Row, layout: Layout, limit: int) -> None:
+        """Save a complete round: the moment its checkpoint is renamed, the round counts. Keeps the last `limit`.
 
         The row travels in the checkpoint, so that a run killed before `append` still has it.
         """
@@ -146,7 +146,7 @@ class Run:
             tensors |= {f"ema.{name}": view for name, view in layout.views(state.ema).items()}
         metadata = {"round": str(state.round), "ema": str(state.ema is not None), "row": json.dumps(row)}
         vector.save(directory / f"round-{state.round:06d}.safetensors", tensors, metadata)
-        for path in sorted(directory.glob("round-*.safetensors"))[:-1]:
+        for path in sorted(directory.glob("round-*.safetensors"))[:-limit]:
             path.unlink()
         for client in row["cohort"]:
             for path in sorted(self._memory(client).glob("*.safetensors"))[:-1]:

@@ -83,7 +83,7 @@ def test_dirichlet_is_as_skewed_as_alpha_says():
 def test_labels_are_needed_for_partitions_by_label():
     unlabelled = Dataset(np.zeros((4, 1, 2, 2), np.uint8))
     for partition in (ByLabel(), Dirichlet(1.0)):
-        with pytest.raises(UserError, match="needs labels"):
+        with pytest.raises(UserError, match="needs a column 'label', and of its images this dataset knows nothing"):
             partition.split(unlabelled, 2, generator(0))
     assert len(IID().split(unlabelled, 2, generator(0))) == 2
 
@@ -111,7 +111,7 @@ def test_short_forms_are_read_as_they_are_written(text, menu):
 def test_wrong_names_get_the_nearest():
     with pytest.raises(UserError, match="no partition 'by-lable'; did you mean 'by-label'"):
         pick("partition", "by-lable", PARTITIONS)
-    for text in ("dirichlet", "dirichlet:1:2", "dirichlet:x", "dirichlet:0", "dirichlet:nan", "iid:3"):
+    for text in ("dirichlet", "dirichlet:1:2:3", "dirichlet:x", "dirichlet:0", "dirichlet:nan", "iid:3"):
         with pytest.raises(UserError, match=text):
             pick("partition", text, PARTITIONS)
 

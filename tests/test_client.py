@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,12 +11,14 @@ from diffusers.optimization import get_scheduler
 from sklearn.datasets import load_digits
 
 from fedray import vector
-from fedray.client import TrainJob, Worker, batches, client_update, do, lr_schedule
+from fedray.client import TrainJob, Worker, client_update, do, lr_schedule, steps_of
 from fedray.config import PRESETS
 from fedray.federation import fit
 from fedray.pools import LocalPool
 from fedray.record import Run
 from fedray.seeds import generator, number
+
+NONE = np.array([], int)  # held-out examples
 
 
 def plain_loop(rounds, epochs, seed=0, batch=16, lr=4e-3, schedule="constant"):
@@ -82,12 +85,20 @@ def test_centralised_with_a_kept_optimizer_is_one_uninterrupted_plain_run(tmp_pa
     assert fresh != sha
 
 
-def test_batches_are_epochs_each_in_a_new_order():
-    seen = list(batches(10, 4, 7, torch.Generator().manual_seed(0)))
-    assert [len(indices) for indices in seen] == [4, 4, 2, 4, 4, 2, 4]
-    first, second = torch.cat(seen[:3]), torch.cat(seen[3:6])
+def test_steps_are_epochs_each_in_a_new_order():
+    config = digits_config(local_epochs=None, local_steps=7, train_batch_size=4)
+    seen = list(steps_of(10, config, torch.Generator().manual_seed(0)))
+    assert [[len(indices) for indices in group] for group in seen] == [[4], [4], [2], [4], [4], [2], [4]]
+    first, second = (torch.cat([group[0] for group in seen[start : start + 3]]) for start in (0, 3))
     assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(10))
     assert not torch.equal(first, second)
+
+
+def test_accumulated_batches_do_not_cross_an_epoch():
+    config = digits_config(local_epochs=2, train_batch_size=4, gradient_accumulation_steps=2)
+    seen = list(steps_of(10, config, torch.Generator().manual_seed(0)))
+    assert [[len(indices) for indices in group] for group in seen] == [[4, 4], [2], [4, 4], [2]]
+    assert config.steps(10) == 4
 
 
 def test_learning_rate_falls_over_the_whole_run():
@@ -110,7 +121,7 @@ def test_gradients_are_clipped_to_their_norm(toy_config, monkeypatch):
     config = toy_config(max_grad_norm=0.01)
     worker = Worker(config, torch.device("cpu"), "test")
     model = worker.learner.flat.vector.detach().numpy().copy()
-    client_update(worker, model, TrainJob(0, 3, worker.dataset.labels.nonzero()[0]))
+    client_update(worker, model, TrainJob(0, 3, worker.dataset.labels.nonzero()[0], NONE))
     assert norms
     assert max(norms) == pytest.approx(0.01, rel=1e-3)
 
@@ -124,7 +135,7 @@ def test_a_job_leaves_threads_and_the_global_generator_alone(toy_config):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        row, _ = do(worker, client_update, model, TrainJob(0, 0, worker.dataset.labels.nonzero()[0]))
+        row, _ = do(worker, client_update, model, TrainJob(0, 0, worker.dataset.labels.nonzero()[0], NONE))
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

@@ -96,5 +96,5 @@ def test_what_cannot_be_built_is_refused(changes, message):
 
 
 def test_images_must_have_the_stated_form():
-    with pytest.raises(UserError, match="--channels and --resolution"):
+    with pytest.raises(UserError, match="the digits are 8×8 and grey, not 16×16"):
         DDPM(resolution=16).dataset()

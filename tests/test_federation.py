@@ -42,7 +42,9 @@ def test_a_round_is_the_weighted_mean_of_what_clients_train(toy_config, tmp_path
     trained = []
     for client in range(4):
         worker = Worker(config, torch.device("cpu"), "test")
-        _, (payload, _) = client_update(worker, plan.initial.numpy(), TrainJob(0, client, plan.shards[client]))
+        _, (payload, *_) = client_update(
+            worker, plan.initial.numpy(), TrainJob(0, client, plan.shards[client], plan.held_out[client])
+        )
         trained.append(payload.astype(np.float64))
     expected = np.average(trained, axis=0, weights=plan.shards.sizes)
     weights = load_file(tmp_path / "run/checkpoints/round-000001.safetensors")["weight"]
@@ -76,9 +78,11 @@ def test_rows_say_what_happened(toy_config, tmp_path):
 def test_the_run_directory_is_whole(toy_config, tmp_path):
     train(toy_config(), tmp_path / "run")
     names = {str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    (events,) = {name for name in names if name.startswith("tensorboard/events.out.tfevents")}
+    names.remove(events)
     assert names == {
         "config.json", "rounds.jsonl", "result.json", "checkpoints/round-000003.safetensors",
-        "samples/round-000003.png", "samples.png", "model/network.pt",
+        "samples/round-000003.png", "samples.png", "model/network.pt", "partition.csv", "partition.png",
     }  # fmt: skip
     saved = json.loads((tmp_path / "run/config.json").read_text())
     assert saved["config"]["partition"] == "by-label"
@@ -178,7 +182,7 @@ def test_the_others_are_averaged_as_if_the_failed_were_not_there(toy_config, tmp
     train(config, tmp_path / "run")
     plan = make_plan(config)
     worker = Worker(config, torch.device("cpu"), "test")
-    jobs = [TrainJob(0, client, plan.shards[client]) for client in (1, 3)]
+    jobs = [TrainJob(0, client, plan.shards[client], plan.held_out[client]) for client in (1, 3)]
     trained = [client_update(worker, plan.initial.numpy(), job)[1][0] for job in jobs]
     weights = load_file(tmp_path / "run/checkpoints/round-000001.safetensors")["weight"]
     assert np.abs(weights.flatten().numpy() - np.mean(trained, axis=0, dtype=np.float64)).max() < 1e-6

@@ -9,8 +9,8 @@ import fedray
 
 PACKAGE = Path(fedray.__file__).parent
 ORDER = [
-    *("choices", "seeds", "vector"),
-    *("data", "partition", "cohort", "codecs", "rules", "tasks", "tasks.ddpm"),
+    *("choices", "seeds", "vector", "images"),
+    *("data", "partition", "partition_report", "cohort", "codecs", "rules", "tasks", "tasks.ddpm"),
     *("scores", "scores.frechet", "scores.digits"),
     *("config", "client", "record"),
     *("pools", "federation", "results"),

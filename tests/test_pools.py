@@ -1,5 +1,6 @@
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -36,7 +37,7 @@ def jobs_of(config, clients, drawn):
     labels = config.task.dataset().labels
     for client in range(clients):
         drawn.append(client)
-        yield TrainJob(0, client, (labels == client).nonzero()[0])
+        yield TrainJob(0, client, (labels == client).nonzero()[0], np.array([], int))
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Task `ddpm`: a denoising diffusion model trained from scratch (Ho et al. 2020; Chen 2024, section 2.1)."""
 
+import difflib
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,6 +21,7 @@ from torch import Tensor
 from fedray import data
 from fedray.choices import UserError, check_name
 from fedray.data import Dataset
+from fedray.images import Form
 from fedray.tasks import Batch
 from fedray.vector import FlatParameters
 
@@ -30,19 +31,26 @@ SAMPLERS = {
     "dpmsolver++": DPMSolverMultistepScheduler,
     "unipc": UniPCMultistepScheduler,
 }
-DATASETS: dict[str, Callable[[], Dataset]] = {"digits": data.digits}
+DATASETS = ("digits", "imagefolder", "celeba")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
 @dataclass(frozen=True)
 class DDPM:
-    """An unconditional `diffusers.UNet2DModel` that predicts the noise (ε) of a `DDPMScheduler`."""
+    """An unconditional `diffusers.UNet2DModel` that learns to invert a `DDPMScheduler`."""
 
     name: ClassVar[str] = "ddpm"
 
     dataset_name: str = "digits"
-    """What the clients hold: digits (scikit-learn's 1,797 handwritten digits)."""
+    """digits (scikit-learn's), imagefolder or celeba (in --train-data-dir), a .parquet file, or a Hugging Face name."""
+    train_data_dir: str | None = None
+    """Folder of the images: any tree of them (imagefolder), or what CelebA was unpacked into (celeba)."""
+    crop: int | None = None
+    """Side of the central square that is kept of each image, in pixels; None keeps the largest."""
+    skip_unreadable: bool = False
+    """Leave out images that cannot be read, instead of stopping."""
     resolution: int = 8
-    """Height and width of the images, in pixels."""
+    """Height and width that images are resized to, in pixels."""
     channels: int = 1
     """1 for grey images, 3 for RGB."""
     block_out_channels: tuple[int, ...] = (16, 32)
@@ -59,10 +67,24 @@ class DDPM:
     """T, the diffusion steps in training."""
     ddpm_beta_schedule: str = "linear"
     """How β rises from 1e-4 to 0.02: linear, scaled_linear or squaredcos_cap_v2."""
+    prediction_type: str = "epsilon"
+    """What the network predicts: epsilon (the noise), v_prediction (the velocity) or sample (the image)."""
+    snr_gamma: float | None = None
+    """Min-SNR weighting of the loss with this γ (5 is usual); None weighs as DDPM does."""
+
+    def __post_init__(self) -> None:
+        if self.train_data_dir is not None:  # actors and resumed runs have other working directories
+            object.__setattr__(self, "train_data_dir", str(Path(self.train_data_dir).absolute()))
 
     def check(self, sampler: str, steps: int) -> None:
-        check_name("dataset", self.dataset_name, DATASETS)
+        self._check_source()
         check_name("sampler", sampler, SAMPLERS)
+        check_name("prediction type", self.prediction_type, PREDICTION_TYPES)
+        for name in ("crop", "snr_gamma", "resolution", "ddpm_num_steps", "layers_per_block"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise UserError(f"--{name.replace('_', '-')} {value}: it must be above 0.")
+        if self.channels not in (1, 3):
+            raise UserError(f"--channels {self.channels}: it must be 1 (grey) or 3 (RGB).")
         check_name("beta schedule", self.ddpm_beta_schedule, ("linear", "scaled_linear", "squaredcos_cap_v2"))
         if not 1 <= steps <= self.ddpm_num_steps:
             raise UserError(
@@ -84,16 +106,34 @@ class DDPM:
                 f"after each block but the last."
             )
 
-    def dataset(self) -> Dataset:
-        check_name("dataset", self.dataset_name, DATASETS)
-        dataset = DATASETS[self.dataset_name]()
-        form = (self.channels, self.resolution, self.resolution)
-        if dataset.images.shape[1:] != form:
+    def _check_source(self) -> None:
+        name, directory = self.dataset_name, self.train_data_dir
+        if name in ("imagefolder", "celeba") and directory is None:
+            raise UserError(f"--dataset-name {name} needs --train-data-dir, the folder of the images.")
+        if name not in ("imagefolder", "celeba") and directory is not None:
             raise UserError(
-                f"the images of {self.dataset_name} are {dataset.images.shape[1:]} (channels, height, width), "
-                f"but --channels and --resolution say {form}."
+                f"--train-data-dir is given with --dataset-name {name}; say --dataset-name imagefolder or celeba "
+                f"(or --preset faces)."
             )
-        return dataset
+        # A name that is nearly one of ours is a slip, not one of the hub's.
+        if name not in DATASETS and "/" not in name and difflib.get_close_matches(name, DATASETS, 1, 0.75):
+            check_name("dataset", name, DATASETS)
+
+    def dataset(self) -> Dataset:
+        self._check_source()
+        form = Form(self.resolution, self.channels, self.crop)
+        if self.dataset_name == "digits":
+            dataset = data.digits()
+            if dataset.images.shape[1:] != (self.channels, self.resolution, self.resolution):
+                raise UserError(
+                    f"the digits are 8×8 and grey, not {self.resolution}×{self.resolution} in {self.channels} channels "
+                    f"(--resolution, --channels)."
+                )
+            return dataset
+        if self.train_data_dir is None:
+            return data.hugging_face(self.dataset_name, form, self.skip_unreadable)
+        source = data.celeba if self.dataset_name == "celeba" else data.image_folder
+        return source(Path(self.train_data_dir), form, self.skip_unreadable)
 
     def unet(self) -> UNet2DModel:
         """The network, freshly initialised."""
@@ -118,29 +158,48 @@ class DDPM:
             beta_start=1e-4,
             beta_end=0.02,
             beta_schedule=self.ddpm_beta_schedule,
+            prediction_type=self.prediction_type,
         )
 
     def build(self, device: torch.device) -> "DDPMLearner":
-        return DDPMLearner(self.unet(), self.scheduler(), device)
+        return DDPMLearner(self.unet(), self.scheduler(), self.snr_gamma, device)
 
 
 class DDPMLearner:
     """A U-Net on a device, and the forward process that it learns to invert."""
 
-    def __init__(self, unet: UNet2DModel, scheduler: DDPMScheduler, device: torch.device) -> None:
+    def __init__(
+        self, unet: UNet2DModel, scheduler: DDPMScheduler, snr_gamma: float | None, device: torch.device
+    ) -> None:
         self.unet = unet.to(device)
         self.scheduler = scheduler
+        self.snr_gamma = snr_gamma
         self.device = device
         self.flat = FlatParameters(self.unet)
         self.alphas_cumprod = scheduler.alphas_cumprod.to(device)
 
     def loss(self, batch: Batch, rng: torch.Generator) -> Tensor:
-        """‖ε − ε_θ(√ᾱ_t x_0 + √(1 − ᾱ_t) ε, t)‖², t uniform (Ho et al. 2020, equation 14)."""
+        """‖target − f_θ(√ᾱ_t x_0 + √(1 − ᾱ_t) ε, t)‖², t uniform (Ho et al. 2020, equation 14).
+
+        The target is ε, v = √ᾱ_t ε − √(1 − ᾱ_t) x_0 (Salimans and Ho 2022), or x_0, then weighted by the
+        signal-to-noise ratio as diffusers does; with γ, by min(SNR, γ) relative to x_0 (Hang et al. 2023).
+        """
         images = batch["images"].to(self.device).float() / 127.5 - 1  # [b, c, h, w] in [−1, 1]
         timesteps = torch.randint(len(self.alphas_cumprod), (len(images),), generator=rng).to(self.device)
         noise = torch.randn(images.shape, generator=rng).to(self.device)
-        noisy = self.scheduler.add_noise(images, noise, timesteps)
-        return F.mse_loss(self.unet(noisy, timesteps).sample, noise)
+        predicted = self.unet(self.scheduler.add_noise(images, noise, timesteps), timesteps).sample.float()
+        kind = self.scheduler.config.prediction_type
+        if kind == "v_prediction":
+            target = self.scheduler.get_velocity(images, noise, timesteps)
+        else:
+            target = noise if kind == "epsilon" else images
+        if self.snr_gamma is None and kind != "sample":
+            return F.mse_loss(predicted, target)
+        alpha = self.alphas_cumprod[timesteps]
+        snr = alpha / (1 - alpha)
+        weight = snr if self.snr_gamma is None else snr.clamp(max=self.snr_gamma)  # of ‖x_0 − prediction of x_0‖²
+        weight = weight / {"sample": torch.ones_like(snr), "epsilon": snr, "v_prediction": snr + 1}[kind]
+        return (weight * F.mse_loss(predicted, target, reduction="none").mean((1, 2, 3))).mean()
 
     @torch.no_grad()
     def sample(self, n: int, rng: torch.Generator, sampler: str, steps: int) -> Tensor:

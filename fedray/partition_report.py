@@ -1,0 +1,74 @@
+"""Who holds what: a table and a picture of a partition."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from fedray.data import Dataset
+from fedray.partition import Shards
+
+FEW = 64  # a column with more values than this (identities, file names) is not broken down
+
+
+def table(dataset: Dataset, parts: Mapping[str, Shards]) -> pd.DataFrame:
+    """A row per client: its examples, those of each part (train, held out, test), and its shares.
+
+    Shares are of all its examples: of each label ("label 3"), folder or other value, and of each attribute that is
+    true. Columns of more than 64 values are left out.
+    """
+    clients = range(len(next(iter(parts.values()))))
+    owned = [np.concatenate([shards[client] for shards in parts.values()]) for client in clients]
+    frame = pd.DataFrame({"client": clients, "examples": [len(indices) for indices in owned]})
+    for name, shards in parts.items():
+        frame[name] = shards.sizes
+    shares = {}
+    for name, column in _columns(dataset).items():
+        for value in [True] if column.dtype == bool else np.unique(column):
+            title = name if column.dtype == bool else f"{name} {value}"
+            shares[title] = [np.mean(column[indices] == value) for indices in owned]
+    return pd.concat([frame, pd.DataFrame(shares)], axis=1)
+
+
+def write(directory: Path, dataset: Dataset, parts: Mapping[str, Shards]) -> None:
+    """Write partition.csv and partition.png into a run's directory."""
+    frame = table(dataset, parts)
+    frame.to_csv(directory / "partition.csv", index=False)
+    _picture(frame, list(parts)).savefig(directory / "partition.png", dpi=100)
+
+
+def _columns(dataset: Dataset) -> dict[str, np.ndarray]:
+    columns = {} if dataset.labels is None else {"label": dataset.labels}
+    columns |= dict(dataset.columns)
+    return {
+        name: column
+        for name, column in columns.items()
+        if column.dtype.kind in "biuUO" and len(np.unique(column.astype(str))) <= FEW
+    }
+
+
+def _picture(frame: pd.DataFrame, parts: list[str]) -> Figure:
+    """How many examples each client holds, and, as shades, its shares."""
+    shares = frame.drop(columns=["client", "examples", *parts])
+    rows = max(3.0, min(12.0, 0.2 * len(frame)))
+    figure = Figure(
+        figsize=(5 + (min(10, 0.25 * shares.shape[1] + 1.5) if shares.shape[1] else 0), rows), layout="constrained"
+    )
+    axes = figure.subplots(1, 2 if shares.shape[1] else 1, sharey=True, squeeze=False)[0]
+    left = np.zeros(len(frame))
+    colours = matplotlib.colormaps["cividis"](np.linspace(0.1, 0.9, len(parts)))
+    for part, colour in zip(parts, colours, strict=True):
+        if frame[part].any():
+            axes[0].barh(frame["client"], frame[part], left=left, color=colour, label=part)
+            left += frame[part].to_numpy()
+    axes[0].set(xlabel="examples", ylabel="client")
+    axes[0].invert_yaxis()
+    axes[0].legend()
+    if shares.shape[1]:
+        image = axes[1].imshow(shares, aspect="auto", cmap="cividis", vmin=0)
+        axes[1].set_xticks(range(shares.shape[1]), shares.columns, rotation=90, fontsize=7)
+        figure.colorbar(image, ax=axes[1], label="share of the client's examples")
+    return figure
