@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import secrets
 import socket
 import time
 import traceback
@@ -19,13 +20,14 @@ from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayEr
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fedray.choices import RunError, UserError
-from fedray.client import Work, Worker, do
+from fedray.client import Row, Work, Worker, do
 from fedray.config import Config, check_resumable
-from fedray.federation import Show, fit, silent
+from fedray.federation import Show, fit, make_plan, silent
 from fedray.pools import LocalPool, Pool, Progress, Reply
-from fedray.record import Row, Run
+from fedray.record import Run, environment
 
 NAMESPACE = "fedray"
+TOKEN = secrets.token_hex(32)  # of a private Ray; Ray reads it once per process
 START_TIMEOUT = 180.0  # seconds for actors to start: they import torch, on a cold disk one after the other
 CONNECT_TIMEOUT = 10.0  # seconds for a cluster to answer at its address
 TRANSFER_TIMEOUT = 600.0  # seconds for one payload to reach the driver
@@ -84,7 +86,8 @@ class RayPool:
         queue = enumerate(jobs)
         idle = list(self.actors)
         running: dict[Any, _Running] = {}
-        begin = sum(ray.get([actor.steps_done.remote() for actor in self.actors], timeout=START_TIMEOUT))
+        begin = self._steps_done()
+        looked = time.monotonic()
         oldest, drawn, done = 0, 0, set()  # `done` holds indices above `oldest`
         while True:
             while idle and drawn < oldest + self.window:
@@ -111,9 +114,13 @@ class RayPool:
             for call in running.values():
                 if time.monotonic() > call.deadline:
                     raise RunError(f"{call.job} has not answered for {self.timeout:.0f} s (--client-timeout).")
-            if not ready:
-                counts = [actor.steps_done.remote() for actor in self.actors]
-                progress(sum(_fetch(count, "progress") for count in counts) - begin)
+            if time.monotonic() > looked + POLL:
+                progress(self._steps_done() - begin)
+                looked = time.monotonic()
+
+    def _steps_done(self) -> int:
+        counts = [actor.steps_done.remote() for actor in self.actors]
+        return sum(_fetch(count, f"its progress (actor {index})") for index, count in enumerate(counts))
 
     def close(self) -> None:
         for actor in self.actors:
@@ -208,11 +215,11 @@ class DriverActor:
         self.finished = False
         self.error: Exception | None = None
 
-    def run(self, config: Config, out: Path, resume: bool) -> None:
+    def run(self, config: Config, out: Path, resume: bool, provenance: dict[str, Any]) -> None:
         try:
             pool = RayPool(config)
             try:
-                for row in fit(config, pool, out, self._show, resume):
+                for row in fit(config, pool, out, self._show, resume, provenance):
                     self.rows.append(row)
             finally:
                 pool.close()
@@ -253,6 +260,7 @@ def run(
     """
     config.check()
     out = Path(out).absolute()
+    provenance = environment()
     if resume:
         check_resumable(Run.open(out).saved["config"], config)
         if Run(out).result is not None:
@@ -260,26 +268,39 @@ def run(
     else:
         Run(out).check_vacant()
     if config.actors == 0:
-        for row in fit(config, LocalPool(config), out, show, resume):
+        for row in fit(config, LocalPool(config), out, show, resume, provenance):
             on_row(row)
     else:
+        plan = make_plan(config)  # mistakes are told, and images decoded, before Ray starts
+        Run(out).check_disk(config, plan.layout)
         with connected(config.address):
-            _drive(config, out, resume, on_row, show)
+            _drive(config, out, resume, provenance, on_row, show)
     return Run.open(out)
 
 
-def _drive(config: Config, out: Path, resume: bool, on_row: Callable[[Row], None], show: Show) -> None:
-    """Start the run's driver actor (or find it), and pass on what it reports until it has finished."""
+def _drive(
+    config: Config,
+    out: Path,
+    resume: bool,
+    provenance: dict[str, Any],
+    on_row: Callable[[Row], None],
+    show: Show,
+) -> None:
+    """Start the run's driver actor (or attach to it), and pass on what it reports until it has finished."""
     count_actors(config)
     name = f"driver:{out}"
-    try:
-        driver = ray.get_actor(name, NAMESPACE)
-    except ValueError:
+    driver = _find_driver(name)
+    if driver is not None and not resume:
+        raise UserError(
+            f"a run with the directory {out} is still going on this cluster; attach to it with --resume, or choose "
+            f"another --out."
+        )
+    if driver is None:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         options = _options(0, 0) | {"name": name, "namespace": NAMESPACE, "lifetime": "detached"}
         # On this node, since the run directory is; two threads, to answer while it runs.
         driver = ray.remote(max_concurrency=2, scheduling_strategy=here, **options)(DriverActor).remote()
-        driver.run.remote(config, out, resume)
+        driver.run.remote(config, out, resume, provenance)
     seen, finished, error = 0, False, None
     while not finished:
         try:
@@ -297,6 +318,30 @@ def _drive(config: Config, out: Path, resume: bool, on_row: Callable[[Row], None
     ray.kill(driver)
     if error is not None:
         raise error
+
+
+def _find_driver(name: str) -> Any:
+    """The driver actor of that name, if it is still at work. One that has finished is removed."""
+    try:
+        driver = ray.get_actor(name, NAMESPACE)
+        finished = ray.get(driver.poll.remote(0), timeout=START_TIMEOUT)[2]
+    except (ValueError, RayActorError):
+        return None
+    if finished:
+        ray.kill(driver)
+        _wait_until_gone(name)
+    return None if finished else driver
+
+
+def _wait_until_gone(name: str) -> None:
+    deadline = time.monotonic() + START_TIMEOUT
+    while time.monotonic() < deadline:
+        try:
+            ray.get_actor(name, NAMESPACE)
+        except ValueError:
+            return
+        time.sleep(0.1)
+    raise RunError(f"the actor {name} was killed and does not go away.")
 
 
 @contextmanager
@@ -328,9 +373,10 @@ def connected(address: str | None) -> Iterator[None]:
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     quiet: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "ERROR"}
     if address == "local":
-        # Private and on the loopback interface. Said explicitly, or a token file is left in the user's home.
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+        # Ray listens on every interface of the machine and asks for a token, unless told otherwise: one that only
+        # this process and its actors know, in place of a file in the user's home.
+        os.environ.setdefault("RAY_AUTH_TOKEN", TOKEN)
+        ray.init(address="local", include_dashboard=False, **quiet)
     else:
         try:
             if ":" in address:  # Ray would try for minutes

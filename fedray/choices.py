@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 
-class UserError(ValueError):
+class UserError(Exception):
     """A mistake of the user's: one sentence that says what was wrong, where, and what to do. Exit code 2."""
 
 
@@ -51,5 +51,5 @@ def short(chosen: Any, menu: Mapping[str, type]) -> str:
         if type(chosen) is cls:
             fields = [field for field in dataclasses.fields(cls) if getattr(chosen, field.name) != field.default]
             values = [getattr(chosen, field.name) for field in fields]
-            return ":".join([name, *(value if isinstance(value, str) else f"{value:g}" for value in values)])
+            return ":".join([name, *(str(value).removesuffix(".0") for value in values)])
     return repr(chosen)

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+import tyro
+
 import fedray
 
 USAGE = """fedray simulates federated training of diffusion models on Ray.
@@ -64,8 +66,6 @@ def program() -> str:
 
 def train(arguments: list[str]) -> None:
     """Parse and run `fedray train`."""
-    import tyro
-
     from fedray.choices import UserError
     from fedray.config import Config, preset
     from fedray.record import Run
@@ -121,32 +121,43 @@ def train(arguments: list[str]) -> None:
     print(f"run       {out}\nnext      {program()} sample {out} --num-images 100 --seed 1")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """What `fedray sample` and `fedray evaluate` have in common."""
+
+    run: tyro.conf.Positional[Path]
+    """Directory of the run."""
+    seed: int = 0
+    """Seed of the noise that the images start from."""
+    sampler: str | None = None
+    """ddpm, ddim, dpmsolver++ or unipc; by default the run's."""
+    sampling_steps: int | None = None
+    """Denoising steps; by default the run's."""
+    actors: int | None = 0
+    """Client actors that draw; 0 draws in this process, None takes as many as fit."""
+    cpus_per_actor: float = 1.0
+    """CPUs of an actor."""
+    gpus_per_actor: float = 0.0
+    """GPUs of an actor; 0 computes on CPUs."""
+    address: str | None = None
+    """A running Ray cluster to join (auto, or HOST:PORT)."""
+
+
 def sample(arguments: list[str]) -> None:
     """Parse and run `fedray sample`."""
     import torch
-    import tyro
 
     from fedray.choices import UserError
     from fedray.record import grid
 
     @dataclass(frozen=True)
-    class Sample:
+    class Sample(Draw):
         """Draw images from a run's model, into one picture."""
 
-        run: tyro.conf.Positional[Path]
-        """Directory of the run."""
         num_images: int = 64
         """How many images to draw."""
         out: Path | None = None
         """File of the picture; by default RUN/samples/sample-seedS.png."""
-        seed: int = 0
-        """Seed of the noise that the images start from."""
-        sampler: str | None = None
-        """ddpm, ddim, dpmsolver++ or unipc; by default the run's."""
-        sampling_steps: int | None = None
-        """Denoising steps; by default the run's."""
-        actors: int | None = 0
-        """Client actors that draw; 0 draws in this process, None takes as many as fit."""
 
     asked = tyro.cli(Sample, args=arguments, prog="fedray sample")
     if asked.num_images < 1:
@@ -154,7 +165,7 @@ def sample(arguments: list[str]) -> None:
     out = asked.out or asked.run / "samples" / f"sample-seed{asked.seed}.png"
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError(f"--out {out}: the name of the picture must end in .png, .jpg or .webp.")
-    images, _ = _draw(asked.run, asked.num_images, asked.seed, asked.sampler, asked.sampling_steps, asked.actors)
+    images, _ = _draw(asked, asked.num_images)
     out.parent.mkdir(parents=True, exist_ok=True)
     grid(torch.from_numpy(images)).save(out)
     print(f"samples   {out}")
@@ -162,37 +173,27 @@ def sample(arguments: list[str]) -> None:
 
 def evaluate(arguments: list[str]) -> None:
     """Parse and run `fedray evaluate`."""
-    import tyro
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     from fedray.choices import UserError
     from fedray.federation import score
+    from fedray.record import Run
 
     @dataclass(frozen=True)
-    class Evaluate:
+    class Evaluate(Draw):
         """Score a run's model on newly drawn samples."""
 
-        run: tyro.conf.Positional[Path]
-        """Directory of the run."""
         samples: int | None = None
         """How many images to draw and score; by default as many as the run did."""
-        seed: int = 0
-        """Seed of the noise that the images start from."""
-        sampler: str | None = None
-        """ddpm, ddim, dpmsolver++ or unipc; by default the run's."""
-        sampling_steps: int | None = None
-        """Denoising steps; by default the run's."""
-        actors: int | None = 0
-        """Client actors that draw; 0 draws in this process, None takes as many as fit."""
 
     asked = tyro.cli(Evaluate, args=arguments, prog="fedray evaluate")
     if asked.samples is not None and asked.samples < 2:
         raise UserError(f"--samples {asked.samples}: a score needs at least 2.")
-    images, config = _draw(asked.run, asked.samples, asked.seed, asked.sampler, asked.sampling_steps, asked.actors)
-    if config.features is None:
+    if Run.open(asked.run).config.features is None:
         raise UserError(f"the run at {asked.run} names no features (--features) to be scored on.")
+    images, config = _draw(asked, asked.samples)
     print(f"{asked.run}: {len(images)} samples, {config.sampler}-{config.sampling_steps}")
     table = Table("score", "value")
     for name, value in score(images, config).items():
@@ -200,9 +201,7 @@ def evaluate(arguments: list[str]) -> None:
     Console().print(table)
 
 
-def _draw(
-    directory: Path, n: int | None, seed: int, sampler: str | None, steps: int | None, actors: int | None
-) -> tuple[Any, Any]:
+def _draw(asked: Draw, n: int | None) -> tuple[Any, Any]:
     """n images (by default as many as the run evaluated) of a run's last checkpoint, and the settings used."""
     import torch
 
@@ -212,13 +211,17 @@ def _draw(
     from fedray.federation import sample
     from fedray.record import Run
 
+    directory = asked.run
     run = Run.open(directory)
     config = run.config
     config = replace(
         config,
-        sampler=sampler or config.sampler,
-        sampling_steps=config.sampling_steps if steps is None else steps,
-        actors=actors,
+        sampler=asked.sampler or config.sampler,
+        sampling_steps=config.sampling_steps if asked.sampling_steps is None else asked.sampling_steps,
+        actors=asked.actors,
+        cpus_per_actor=asked.cpus_per_actor,
+        gpus_per_actor=asked.gpus_per_actor,
+        address=asked.address,
     )
     config.check()
     n = config.evaluate_samples if n is None else n
@@ -228,16 +231,17 @@ def _draw(
     if state is None:
         raise UserError(f"the run at {directory} has no complete round yet.")
     with open_pool(config) as pool, progress(config.rounds) as (_, show):
-        return sample(pool, state.vector if state.ema is None else state.ema, n, config, seed, show), config
+        return sample(pool, state.vector if state.ema is None else state.ema, n, config, asked.seed, show), config
 
 
 def _print_plan(config: Any) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from fedray.federation import make_plan
+    from fedray.federation import make_plan, steps_planned
 
     plan = make_plan(config)
+    steps = steps_planned(config, plan)
     sizes = plan.shards.sizes
     actors = {None: "as many as fit", 0: "none (this process)"}.get(config.actors, config.actors)
     table = Table("what", "value", title="dry run: nothing is trained")
@@ -247,9 +251,9 @@ def _print_plan(config: Any) -> None:
         "rounds": f"{config.rounds}",
         "actors": f"{actors}, {config.cpus_per_actor:g} CPUs and {config.gpus_per_actor:g} GPUs each",
         "parameters": f"{plan.layout.size:,}",
-        "steps": f"{plan.steps:,} in all; {plan.sequential_steps:,} one after the other",
+        "steps": f"{sum(map(sum, steps)):,} in all; {sum(map(max, steps)):,} one after the other",
         "bytes": f"{plan.payload:,} per client, round and direction",
-        "bytes in all": f"{plan.payload * plan.client_rounds / 1e6:,.1f} MB down and as many up",
+        "bytes in all": f"{plan.payload * sum(map(len, steps)) / 1e6:,.1f} MB down and as many up",
     }.items():
         table.add_row(name, value)
     Console().print(table)

@@ -42,7 +42,7 @@ class TrainJob:
         return ("train", self.round, self.client)
 
     def __str__(self) -> str:
-        return f"client {self.client} in round {self.round}"
+        return f"client {self.client} in round {self.round + 1}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +103,7 @@ Work = Callable[[Worker, Any, Any], tuple[Row, Any]]
 
 def build(config: Config, device: torch.device) -> Learner:
     """The task's learner with the run's initial weights, the same in every process."""
-    with _seeded(config.seed, "init"):
+    with _seeded(device, config.seed, "init"):
         return config.task.build(device)
 
 
@@ -256,9 +256,9 @@ def do(worker: Worker, work: Work, shared: Any, job: Any) -> tuple[Row, Any]:
 
     Threads and torch's global generator (dropout draws from it) are set for the job and restored after it.
     """
-    started = time.perf_counter()
+    started, device = time.perf_counter(), worker.learner.flat.vector.device
     try:
-        with threads(worker.config.threads), _seeded(worker.config.seed, "global", *job.key):
+        with threads(worker.config.threads), _seeded(device, worker.config.seed, "global", *job.key):
             row, payload = work(worker, shared, job)
     except Exception as error:
         row, payload = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}, None
@@ -277,7 +277,7 @@ def threads(count: int) -> Iterator[None]:
 
 
 @contextmanager
-def _seeded(seed: int, *key: str | int) -> Iterator[None]:
-    with torch.random.fork_rng():
+def _seeded(device: torch.device, seed: int, *key: str | int) -> Iterator[None]:
+    with torch.random.fork_rng([] if device.type == "cpu" else [device]):
         torch.manual_seed(number(seed, *key))
         yield

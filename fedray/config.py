@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
+from fedray import cohort
 from fedray.choices import UserError, check_name, pick, short
 from fedray.codecs import CODECS, Codec, Float32
 from fedray.data import CELEBA_CROP
@@ -25,7 +26,8 @@ LR_SCHEDULERS = (
 )  # fmt: skip
 PRECISIONS = ("no", "bf16", "fp16")
 
-# Where a run is computed; it never changes the result (but for the threads: see `Config.threads`).
+# Where a run is computed. It does not change the result, but for threads and for GPUs, whose float sums differ:
+# `check_resumable` holds a run to those.
 PLACEMENT = ("actors", "cpus_per_actor", "gpus_per_actor", "address", "client_timeout")
 
 
@@ -76,9 +78,10 @@ class Config:
 
     # Local training
     local_epochs: int | None = None
-    """E, passes over its own data that a client makes in a round. Give this or local steps."""
+    """E, passes over its own data that a client makes in a round (by default the preset's). Give this or local
+    steps."""
     local_steps: int | None = None
-    """Optimizer steps that a client makes in a round. Give this or local epochs."""
+    """Optimizer steps that a client makes in a round, in place of local epochs."""
     train_batch_size: int = 16
     """Images in a client's batch; an epoch's last batch may be smaller."""
     learning_rate: float = 1e-4
@@ -142,7 +145,7 @@ class Config:
 
     @property
     def cohort_size(self) -> int:
-        return 1 if self.only_client is not None else max(1, round(self.fraction * self.clients))
+        return 1 if self.only_client is not None else cohort.size(self.clients, self.fraction)
 
     def steps(self, examples: int) -> int:
         """Optimizer steps of a client with so many examples in one round."""
@@ -229,7 +232,10 @@ class Config:
         for key, menu in _MENUS.items():
             values[key] = pick(key, values[key], menu)
         lists = {key: tuple(value) if isinstance(value, list) else value for key, value in task.items()}
-        return cls(task=TASKS[name](**lists), **values)
+        try:
+            return cls(task=TASKS[name](**lists), **values)
+        except TypeError as error:
+            raise UserError(f"this run is of another version of fedray: its task does not fit ({error}).") from None
 
 
 _MENUS: dict[str, dict[str, type]] = {"partition": PARTITIONS, "rule": RULES, "codec": CODECS}
@@ -308,13 +314,18 @@ def preset(name: str) -> Config:
 
 def check_resumable(saved: dict[str, Any], asked: Config) -> None:
     """Raise `UserError`, naming the setting, if `asked` differs from a saved `to_json` in more than placement."""
-    now = json.loads(json.dumps(asked.to_json()))  # tuples are lists in JSON
+    now = json.loads(json.dumps(asked.to_json(), default=str))  # tuples are lists in JSON
     for name in now:
         if name not in PLACEMENT and now[name] != saved.get(name):
             raise UserError(
                 f"{flag(name)} is {now[name]} now, but was {saved.get(name)} when the run began; a resumed run "
                 f"keeps its settings."
             )
+    if bool(asked.gpus_per_actor) != bool(saved["gpus_per_actor"]):
+        raise UserError(
+            f"--gpus-per-actor is {asked.gpus_per_actor:g} now, but was {saved['gpus_per_actor']:g} when the run "
+            f"began; a run that began on CPUs stays on CPUs, and one on GPUs on GPUs."
+        )
     threads = max(1, math.floor(saved["cpus_per_actor"]))
     if asked.threads != threads:
         raise UserError(

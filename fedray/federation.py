@@ -18,6 +18,7 @@ from tensorboardX import SummaryWriter
 from fedray import cohort, partition_report, vector
 from fedray.choices import RunError, UserError
 from fedray.client import (
+    Row,
     SampleJob,
     TrainJob,
     ValidateJob,
@@ -31,7 +32,7 @@ from fedray.config import Config, check_resumable
 from fedray.data import Dataset
 from fedray.partition import Shards, hold_out
 from fedray.pools import Pool, Reply, in_order
-from fedray.record import Row, Run
+from fedray.record import Run, environment
 from fedray.rules import ServerState, Update
 from fedray.scores import digits
 from fedray.seeds import generator
@@ -91,15 +92,13 @@ def run_round(
             yield Update(client, config.codec.decode_update(trained.payload, state.vector), row["examples"])
             folding += time.perf_counter() - began
 
-    try:
-        after = config.rule.step(state, updates())
-    except ValueError:
-        if len(failures) < len(clients):
-            raise
+    progress(0)
+    after = replace(config.rule.step(state, updates()), round=state.round + 1)
+    if len(failures) == len(clients):
         client, reason, trace = failures[0]
         failed = RunError(f"round {state.round + 1}: no client returned a model. Client {client}: {reason}.")
         failed.add_note(trace)
-        raise failed from None
+        raise failed
 
     took_part = [row for row in rows if row["outcome"] == "ok"]
     examples = sum(row["examples"] for row in took_part)
@@ -158,8 +157,17 @@ def _failed(message: str, reply: Reply) -> RunError:
     return error
 
 
-def fit(config: Config, pool: Pool, out: Path, show: Show = silent, resume: bool = False) -> Iterator[Row]:
+def fit(
+    config: Config,
+    pool: Pool,
+    out: Path,
+    show: Show = silent,
+    resume: bool = False,
+    provenance: dict[str, Any] | None = None,
+) -> Iterator[Row]:
     """The whole run: yields a row per round, and writes the run directory. Continues a run that was stopped.
+
+    `provenance` is what config.json says of versions, machine and command; by default those of this process.
 
     Raises:
         UserError: the configuration, the data or the directory does not allow it (nothing is written then).
@@ -173,7 +181,7 @@ def fit(config: Config, pool: Pool, out: Path, show: Show = silent, resume: bool
         run.check_vacant()
     run.check_disk(config, plan.layout)
     if not resume:
-        run.create(config)
+        run.create(config, provenance or environment())
         partition_report.write(run.directory, plan.dataset, plan.parts)
     with run.locked(), SummaryWriter(str(run.directory / "tensorboard")) as board:
         state, row = run.state(plan.layout), None
@@ -251,9 +259,6 @@ class Plan:
     layout: Layout
     initial: torch.Tensor  # [d], the weights it starts from
     payload: int  # bytes per client and direction
-    steps: int  # of all clients in all rounds
-    sequential_steps: int  # of the slowest client in each round, over all rounds
-    client_rounds: int  # how often a model goes down and up
 
     @property
     def parts(self) -> dict[str, Shards]:
@@ -276,9 +281,6 @@ def make_plan(config: Config) -> Plan:
     shares = (config.held_out_share, config.test_share)
     shards, held_out, test = hold_out(whole, shares, generator(config.seed, "held out"))
     flat = build(config, torch.device("cpu")).flat
-    per_round = [
-        [config.steps(len(shards[client])) for client in _cohort(config, number)] for number in range(config.rounds)
-    ]
     return Plan(
         dataset=dataset,
         shards=shards,
@@ -287,10 +289,15 @@ def make_plan(config: Config) -> Plan:
         layout=flat.layout,
         initial=flat.vector.detach().clone(),
         payload=config.codec.encode_model(flat.vector.detach()).nbytes,
-        steps=sum(map(sum, per_round)),
-        sequential_steps=sum(map(max, per_round)),
-        client_rounds=sum(map(len, per_round)),
     )
+
+
+def steps_planned(config: Config, plan: Plan) -> list[list[int]]:
+    """Optimizer steps of each client of each round's cohort."""
+    return [
+        [config.steps(len(plan.shards[client])) for client in _cohort(config, number)]
+        for number in range(config.rounds)
+    ]
 
 
 def _cohort(config: Config, number: int) -> list[int]:

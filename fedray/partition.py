@@ -166,8 +166,8 @@ def _permutation(n: int, rng: torch.Generator) -> np.ndarray:
 
 
 def _check_alpha(partition: str, alpha: float) -> None:
-    if not 0 < alpha < float("inf"):
-        raise UserError(f"partition {partition}:{alpha:g}: alpha must be above 0.")
+    if not 0 < alpha <= 1e6:
+        raise UserError(f"partition {partition}:{alpha:g}: alpha must be above 0 and at most a million.")
 
 
 def _dirichlet(alpha: float, clients: int, rng: torch.Generator, draws: int = 1) -> np.ndarray:

@@ -29,13 +29,13 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 from torch import Tensor
 from torchvision.utils import make_grid
 
 from fedray import vector
-from fedray.choices import RunError, UserError
+from fedray.choices import UserError
 from fedray.client import Memory, Row
 from fedray.config import Config
 from fedray.rules import ServerState
@@ -68,7 +68,10 @@ class Run:
     @property
     def config(self) -> Config:
         """The run's configuration (fedray's own tasks only)."""
-        return Config.from_json(self.saved["config"])
+        try:
+            return Config.from_json(self.saved["config"])
+        except KeyError as error:
+            raise UserError(f"{self.directory / 'config.json'} is damaged: it lacks {error}.") from None
 
     @property
     def rows(self) -> list[Row]:
@@ -95,24 +98,27 @@ class Run:
         path = self.checkpoint()
         if path is None:
             return None
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
         try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata()
             ema = vector.load(path, layout, "ema.") if metadata["ema"] == "True" else None
             return ServerState(int(metadata["round"]), vector.load(path, layout), ema)
         except ValueError as error:
             raise UserError(str(error)) from None
+        except SafetensorError as error:
+            raise UserError(f"{path} is damaged: {error}.") from None
 
     # Writing
 
-    def create(self, config: Config) -> None:
-        """Begin a run here. Raises `UserError` if the directory holds anything."""
+    def create(self, config: Config, provenance: dict[str, Any]) -> None:
+        """Begin a run here. Raises `UserError` if the directory holds anything, or cannot be written."""
         self.check_vacant()
+        text = _json({"config": config.to_json(), **provenance})
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
+            _write(self.directory / "config.json", text)
         except OSError as error:
-            raise UserError(f"{self.directory} cannot be made: {error.strerror}; choose another --out.") from None
-        _write_json(self.directory / "config.json", {"config": config.to_json(), **environment()})
+            raise UserError(f"{self.directory} cannot be written: {error.strerror}; choose another --out.") from None
 
     def check_vacant(self) -> None:
         """Raise `UserError` if a run cannot begin here."""
@@ -197,15 +203,16 @@ class Run:
         """Raise `UserError` if kept optimizers (two vectors a client) would not fit on the disk."""
         # Twice the cohort's: a round's memories are written before the previous ones are removed.
         need = 2 * 4 * layout.size * (config.clients + config.cohort_size) if config.keep_optimizer else 0
+        held = sum(path.stat().st_size for path in self.directory.glob("clients/*/*"))  # by a run that is resumed
         free = shutil.disk_usage(next(p for p in self.directory.absolute().parents if p.exists())).free
-        if need > free:
+        if need > free + held:
             raise UserError(
                 f"--keep-optimizer needs {need / 1e9:.1f} GB on the disk of {self.directory} for "
                 f"{config.clients} clients, and {free / 1e9:.1f} GB are free."
             )
 
     def finish(self, result: Row) -> None:
-        _write_json(self.directory / "result.json", result)
+        _write(self.directory / "result.json", _json(result))
 
     def draw(self, images: np.ndarray, rounds: int) -> None:
         """Save the grid of an evaluation as samples/round-….png, and as samples.png."""
@@ -259,11 +266,15 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is damaged at line {error.lineno}: {error.msg}.") from None
 
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
+def _json(values: dict[str, Any]) -> str:
+    return json.dumps(values, indent=2, default=str) + "\n"  # str: what a user's own task is configured with
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file: complete or not at all."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        aside.write_text(json.dumps(values, indent=2) + "\n")
+        aside.write_text(text)
         aside.replace(path)
-    except OSError as error:
+    finally:
         aside.unlink(missing_ok=True)
-        raise RunError(f"{path} could not be written: {error.strerror}.") from None

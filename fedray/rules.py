@@ -27,7 +27,7 @@ class ServerState:
 
 class Rule(Protocol):
     def step(self, state: ServerState, updates: Iterable[Update]) -> ServerState:
-        """Fold the updates of one round, in the order given, into the next state."""
+        """Fold the updates of one round, in the order given, into the next state (its `round` is set by the caller)."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,4 @@ class FedAvg:
                 mean = update.vector.clone()
             else:
                 mean.lerp_(update.vector, update.examples / examples)
-        if mean is None:
-            raise ValueError("no update to aggregate.")
-        return replace(state, round=state.round + 1, vector=mean)
+        return state if mean is None else replace(state, vector=mean)

@@ -57,6 +57,7 @@ def test_nor_does_it_on_two_threads(ray, tmp_path):
 def test_actors_share_the_clients(ray, toy_config, tmp_path):
     run = actors.run(toy_config(actors=2, slow=(0, 1, 2, 3), local_epochs=1), tmp_path / "run")
     assert {client["actor"] for row in run.rows for client in row["clients"]} == {"actor 0", "actor 1"}
+    assert run.saved["command"] == sys.argv  # the user's, not the driver actor's
 
 
 @pytest.mark.slow
@@ -88,8 +89,9 @@ def test_samples_do_not_depend_on_the_pool(ray, toy_config):
 
 
 def test_errors_of_the_driver_reach_the_caller(ray, toy_config, tmp_path):
-    with pytest.raises(RunError, match="no client returned a model. Client 0: ValueError"):
-        actors.run(toy_config(failing=(0, 1, 2, 3), actors=2), tmp_path / "run")
+    for resume in (False, True):
+        with pytest.raises(RunError, match="no client returned a model. Client 0: ValueError"):
+            actors.run(toy_config(failing=(0, 1, 2, 3), actors=2), tmp_path / "run", resume=resume)
     with pytest.raises(UserError, match="only 32 examples"):
         actors.run(toy_config(clients=40, actors=2), tmp_path / "more")
     assert not (tmp_path / "more").exists()
@@ -108,7 +110,7 @@ def test_a_killed_actor_ends_the_run_which_can_be_resumed(ray, toy_config, tmp_p
         os.kill(ours[0], signal.SIGKILL)
 
     started = time.monotonic()
-    with pytest.raises(RunError, match="in round 1 died: its process ended"):
+    with pytest.raises(RunError, match="in round 2 died: its process ended"):
         actors.run(toy_config(**slow, actors=2), tmp_path / "run", on_row=kill)
     assert time.monotonic() - started < 60
     assert len(Run.open(tmp_path / "run").rows) == 1
@@ -121,6 +123,7 @@ def _descends_from(pid, ancestor):
     return ancestor in [parent.pid for parent in psutil.Process(pid).parents()]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_more_actors_than_the_machine_has(ray, toy_config, tmp_path):
     with pytest.raises(UserError, match=r"--actors 3 needs 3 CPUs, and there are 2 CPUs and 0 GPUs: at most 2 fit"):
         actors.run(toy_config(actors=3), tmp_path / "run")
@@ -129,6 +132,27 @@ def test_more_actors_than_the_machine_has(ray, toy_config, tmp_path):
     assert not (tmp_path / "run").exists()
     assert actors.count_actors(toy_config(actors=None)) == 2
     assert actors.count_actors(toy_config(actors=None, cpus_per_actor=0.25)) == 4  # never more than the cohort
+
+
+@pytest.mark.slow
+def test_a_private_ray_asks_for_a_token():
+    """Ray listens on every interface: nobody without the token may join, nor may one that says it needs none."""
+    code = """
+import os, subprocess, sys
+import ray
+from fedray.actors import connected
+with connected(None):
+    address = ray.get_runtime_context().gcs_address
+    join = "import ray; ray.init(address=sys.argv[1], log_to_driver=False); print('joined', ray.cluster_resources())"
+    env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    for token in ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 64}, {"RAY_AUTH_MODE": "disabled"}):
+        ran = subprocess.run([sys.executable, "-c", "import sys; " + join, address], env=env | token,
+                             capture_output=True, text=True, timeout=100)
+        print(ran.returncode != 0, "joined" in ran.stdout)
+"""
+    env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    ran = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
+    assert ran.stdout.splitlines() == ["True False"] * 2, ran.stdout + ran.stderr
 
 
 def test_no_cluster_at_the_address(monkeypatch):
@@ -141,7 +165,7 @@ def test_no_cluster_at_the_address(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_driver_outlives_its_caller_and_can_be_attached_to(ray, tmp_path):
+def test_the_driver_outlives_its_caller_and_can_be_attached_to(ray, tmp_path, capsys):
     """On a running cluster, SIGKILL the process that started a run: it goes on, and --resume shows its end."""
     address = ray.get_runtime_context().gcs_address
     flags = "--no-use-ema --actors 1 --rounds 12"
@@ -156,6 +180,11 @@ def test_the_driver_outlives_its_caller_and_can_be_attached_to(ray, tmp_path):
     caller.wait()
     before = len(Run.open(tmp_path / "run").rows)
     assert before < 12
+    again = [*TRAIN.split(), *flags.split(), "--out", str(tmp_path / "run")]
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert main(again) == 2
+    assert "is still going on this cluster" in capsys.readouterr().err
+    (tmp_path / "moved").rename(tmp_path / "run")
     assert main(["train", "--resume", str(tmp_path / "run")]) == 0
     resumed = Run.open(tmp_path / "run")
     assert len({row["round"] for row in resumed.rows}) == len(resumed.rows) == 12

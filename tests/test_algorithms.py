@@ -103,7 +103,15 @@ def test_cohorts():
 # Short forms
 
 
-@pytest.mark.parametrize(("text", "menu"), [("iid", PARTITIONS), ("dirichlet:0.1", PARTITIONS), ("float16", CODECS)])
+@pytest.mark.parametrize(
+    ("text", "menu"),
+    [
+        ("iid", PARTITIONS),
+        ("dirichlet:0.1", PARTITIONS),
+        (f"dirichlet:{1 / 3}:Smiling", PARTITIONS),
+        ("float16", CODECS),
+    ],
+)
 def test_short_forms_are_read_as_they_are_written(text, menu):
     assert short(pick("thing", text, menu), menu) == text
 
@@ -111,7 +119,16 @@ def test_short_forms_are_read_as_they_are_written(text, menu):
 def test_wrong_names_get_the_nearest():
     with pytest.raises(UserError, match="no partition 'by-lable'; did you mean 'by-label'"):
         pick("partition", "by-lable", PARTITIONS)
-    for text in ("dirichlet", "dirichlet:1:2:3", "dirichlet:x", "dirichlet:0", "dirichlet:nan", "iid:3"):
+    with pytest.raises(UserError, match="at most a million"):
+        pick("partition", "dirichlet:1e308", PARTITIONS)
+    for text in (
+        "dirichlet",
+        "dirichlet:1:2:3",
+        "dirichlet:x",
+        "dirichlet:0",
+        "dirichlet:nan",
+        "iid:3",
+    ):
         with pytest.raises(UserError, match=text):
             pick("partition", text, PARTITIONS)
 
@@ -162,7 +179,6 @@ def test_fedavg_is_the_mean_weighted_by_examples():
     examples = [3, 1, 100, 20, 7, 55, 14]
     after = fedavg(vectors, examples)
     exact = np.average(np.stack([v.double().numpy() for v in vectors]), axis=0, weights=examples)
-    assert after.round == 4
     assert np.abs(after.vector.numpy() - exact).max() < 1e-6
 
 
@@ -177,8 +193,7 @@ def test_fedavg_of_one_client_is_its_vector_bit_for_bit():
 def test_clients_without_examples_do_not_shift_the_mean():
     vectors = [torch.randn(50, generator=generator(2, k)) for k in range(4)]
     assert torch.equal(fedavg(vectors, [0, 5, 0, 3]).vector, fedavg(vectors[1::2], [5, 3]).vector)
-    with pytest.raises(ValueError, match="no update"):
-        FedAvg().step(ServerState(0, vectors[0]), [])
+    assert torch.equal(FedAvg().step(ServerState(0, vectors[0]), []).vector, vectors[0])
 
 
 def test_fedavg_holds_one_update_at_a_time():

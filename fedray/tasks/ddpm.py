@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import (
@@ -80,8 +81,10 @@ class DDPM:
         self._check_source()
         check_name("sampler", sampler, SAMPLERS)
         check_name("prediction type", self.prediction_type, PREDICTION_TYPES)
-        for name in ("crop", "snr_gamma", "resolution", "ddpm_num_steps", "layers_per_block"):
-            if (value := getattr(self, name)) is not None and value <= 0:
+        counts = ("crop", "snr_gamma", "resolution", "ddpm_num_steps", "layers_per_block", "norm_num_groups")
+        for name in (*counts, "block_out_channels"):
+            value = getattr(self, name)
+            if value is not None and np.min(value, initial=1) <= 0:
                 raise UserError(f"--{name.replace('_', '-')} {value}: it must be above 0.")
         if self.channels not in (1, 3):
             raise UserError(f"--channels {self.channels}: it must be 1 (grey) or 3 (RGB).")
