@@ -8,7 +8,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +276,28 @@ def run(
         with connected(config.address):
             _drive(config, out, resume, provenance, on_row, show)
     return Run.open(out)
+
+
+def run_local_only(
+    config: Config,
+    out: str | Path,
+    *,
+    on_row: Callable[[Row], None] = lambda row: None,
+    show: Show = silent,
+) -> list[Run]:
+    """The baseline without a federation: every client trains alone, on its part of the partition.
+
+    One run per client, in `out`/client-0000 and so on; those that are there already are continued or kept.
+    Raises as `run` does.
+    """
+    runs = []
+    with connected(config.address) if config.actors != 0 else nullcontext():
+        for client in range(config.clients):
+            directory = Path(out) / f"client-{client:04d}"
+            begun = (directory / "config.json").exists()
+            alone = dataclasses.replace(config, only_client=client)
+            runs.append(run(alone, directory, resume=begun, on_row=on_row, show=show))
+    return runs
 
 
 def _drive(

@@ -89,6 +89,8 @@ def train(arguments: list[str]) -> None:
         """Directory of the run; by default runs/PRESET-DATE-TIME."""
         resume: Path | None = None
         """Continue the run in this directory; only settings of placement may be given with it."""
+        local_only: bool = False
+        """Train every client alone, without a federation: what the others are worth. A run per client."""
         dry_run: bool = False
         """Print what would be done (clients, examples, steps, bytes) and train nothing."""
         task: tyro.conf.OmitArgPrefixes[DDPM] = cast(DDPM, base.task)
@@ -105,9 +107,17 @@ def train(arguments: list[str]) -> None:
     if asked.dry_run:
         _print_plan(config)
         return
-    from fedray.actors import run
+    from fedray.actors import run, run_local_only
 
+    if asked.local_only and asked.resume:
+        raise UserError("--local-only and --resume are both given; repeat the command with the same --out to go on.")
     out = asked.resume or asked.out or Path("runs") / time.strftime(f"{asked.preset}-%Y%m%d-%H%M%S")
+    if asked.local_only:
+        with progress(config.rounds) as (on_row, show):
+            runs = run_local_only(config, out, on_row=on_row, show=show)
+        print_table({run.directory.name: run.directory for run in runs}, mean=True)
+        print(f"runs      {out}")
+        return
     with progress(config.rounds) as (on_row, show):
         try:
             finished = run(config, out, resume=asked.resume is not None, on_row=on_row, show=show)
@@ -264,15 +274,19 @@ def _print_plan(config: Any) -> None:
         Console().print(clients)
 
 
-def print_table(runs: dict[str, Path]) -> None:
-    """Print complete runs side by side."""
+def print_table(runs: dict[str, Path], mean: bool = False) -> None:
+    """Print complete runs side by side; with `mean`, a row per run and their mean."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     from fedray.results import summary
 
-    frame = summary(runs).T
+    frame = summary(runs)
+    if mean:
+        frame.loc["mean"] = frame.mean()
+    else:
+        frame = frame.T
     table = Table("", *map(escape, frame.columns))
     for name, values in frame.iterrows():
         cells = (f"{value:,.0f}" if value == round(value) else f"{value:,.4g}" for value in values)

@@ -52,8 +52,8 @@ def decode(source: Path | bytes, form: Form) -> np.ndarray:
         image = image.convert("L" if form.channels == 1 else "RGB")
         side = min(*image.size, form.crop or min(image.size))
         left, top = (image.width - side) // 2, (image.height - side) // 2
-        square = (left, top, left + side, top + side)
-        pixels = np.asarray(image.resize((form.resolution,) * 2, Image.Resampling.BICUBIC, box=square))
+        square = image.crop((left, top, left + side, top + side))
+        pixels = np.asarray(square.resize((form.resolution, form.resolution), Image.Resampling.BICUBIC))
     return pixels[None] if form.channels == 1 else pixels.transpose(2, 0, 1)
 
 

@@ -12,7 +12,8 @@ from fedray.record import Run
 def summary(runs: Mapping[str, str | Path]) -> pd.DataFrame:
     """One row per complete run, under the name given to it.
 
-    Columns: loss (mean training loss of the last round), the scores, passes over the data, sequential steps
+    Columns: loss (mean training loss of the last round), the loss on held-out examples and the scores where there
+    are any, passes over the data, sequential steps
     (of the slowest client, over all rounds), MB down and up (10⁶ bytes, over all clients and rounds), seconds.
 
     Raises:
@@ -26,6 +27,7 @@ def summary(runs: Mapping[str, str | Path]) -> pd.DataFrame:
             raise UserError(f"the run at {directory} is not complete; finish it with --resume {directory}.")
         table[name] = {
             "loss": result["loss"],
+            **({"held-out loss": result["held_out"]["global"]} if result["held_out"] else {}),
             **result["scores"],
             "passes": result["passes"],
             "sequential steps": result["sequential_steps"],
