@@ -246,7 +246,12 @@ def precision(config: Config, device: torch.device) -> torch.autocast:
 def lr_schedule(config: Config, steps: int) -> Callable[[int], float]:
     """Learning rate at a step of the whole run (round × local steps + local step), by diffusers' schedules."""
     dummy = torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate)
-    schedule = get_scheduler(config.lr_scheduler, dummy, num_warmup_steps=0, num_training_steps=config.rounds * steps)
+    schedule = get_scheduler(
+        config.lr_scheduler,
+        dummy,
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=config.rounds * steps,
+    )
     factor = schedule.lr_lambdas[0]
     return lambda step: config.learning_rate * factor(step)
 

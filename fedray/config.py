@@ -278,7 +278,6 @@ PRESETS = {
         local_epochs=4,
         learning_rate=1e-3,
         lr_scheduler="cosine",
-        lr_warmup_steps=20,
         random_flip=True,
         use_ema=True,
         ema_decay=0.997,
