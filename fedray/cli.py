@@ -112,6 +112,8 @@ def train(arguments: list[str]) -> None:
     if asked.local_only and asked.resume:
         raise UserError("--local-only and --resume are both given; repeat the command with the same --out to go on.")
     out = asked.resume or asked.out or Path("runs") / time.strftime(f"{asked.preset}-%Y%m%d-%H%M%S")
+    config.check()
+    config.task.dataset()  # decoding shows progress of its own
     if asked.local_only:
         with progress(config.rounds) as (on_row, show):
             runs = run_local_only(config, out, on_row=on_row, show=show)

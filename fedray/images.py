@@ -22,6 +22,7 @@ from fedray.choices import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pgm", ".ppm", ".bmp", ".tif", ".tiff")
 VERSION = 1  # of what `decode` makes of an image: part of the cache's key
+CHUNK = 32  # images that a thread decodes at a time
 LOCK_TIMEOUT = 7200.0  # seconds to wait for another process that decodes the same images
 
 
@@ -108,16 +109,18 @@ def _decode_all(
     images = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
     unreadable: dict[int, str] = {}
 
-    def one(index: int) -> None:
-        try:
-            images[index] = decode(read(index), form)
-        except Exception as error:  # Pillow has no common error for damaged images
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            unreadable[index] = "not an image" if "cannot identify" in reason else reason
+    def some(start: int) -> None:
+        for index in range(start, min(start + CHUNK, len(names))):
+            try:
+                images[index] = decode(read(index), form)
+            except Exception as error:  # Pillow has no common error for damaged images
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                unreadable[index] = "not an image" if "cannot identify" in reason else reason
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # Pillow decodes and resizes without Python's lock
-        done = threads.map(one, range(len(names)))
-        for _ in track(done, f"decoding {what}", len(names), console=Console(stderr=True), transient=True):
+        starts = range(0, len(names), CHUNK)
+        done = threads.map(some, starts)
+        for _ in track(done, f"decoding {what}", len(starts), console=Console(stderr=True), transient=True):
             pass
     if len(unreadable) == len(names):
         raise _refusal(what, names, unreadable)
