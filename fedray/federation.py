@@ -124,7 +124,7 @@ def run_round(
     }
 
 
-def validate_round(state: ServerState, row: Row, config: Config, plan: "Plan", pool: Pool, show: Show) -> Row:
+def validate_round(state: ServerState, row: Row, config: Config, plan: "Plan", pool: Pool) -> Row:
     """Held-out losses of a round: of what the cohort trained, before aggregation, and of the aggregated model.
 
     local: mean over the cohort, each client's own model on its own examples, weighted by them;  global: mean over
@@ -135,9 +135,7 @@ def validate_round(state: ServerState, row: Row, config: Config, plan: "Plan", p
     sizes = {client: len(plan.held_out[client]) for client in clients if len(plan.held_out[client])}
     jobs = [ValidateJob(client, plan.held_out[client]) for client in sizes]
     losses = {}
-    for reply in in_order(
-        pool.map(validate, state.vector.numpy(), jobs, lambda done: show("validating", done, len(jobs)))
-    ):
+    for reply in in_order(pool.map(validate, state.vector.numpy(), jobs, lambda done: None)):
         if not reply.ok:
             raise _failed(f"round {state.round}: {reply.job} could not be measured: {reply.row['error']}.", reply)
         losses[reply.job.client] = reply.row["held_out"]
@@ -194,7 +192,7 @@ def fit(
                 state, row = run_round(state, config, plan, pool, run, show)
                 last = state.round == config.rounds
                 if plan.held_out.sizes.any() and (last or state.round % config.validation_rounds == 0):
-                    row["held_out"] = validate_round(state, row, config, plan, pool, show)
+                    row["held_out"] = validate_round(state, row, config, plan, pool)
                 began = time.perf_counter()
                 run.complete(state, row, plan.layout, config.checkpoints_total_limit)
                 row["seconds"]["save"] = time.perf_counter() - began
