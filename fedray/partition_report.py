@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from fedray.data import Dataset
 from fedray.partition import Shards
 
+SHOWN = 200  # clients in the picture
 FEW = 64  # a column with more values than this (identities, file names) is not broken down
 
 
@@ -20,29 +21,38 @@ def table(dataset: Dataset, parts: Mapping[str, Shards]) -> pd.DataFrame:
     Shares are of all its examples: of each label ("label 3"), folder or other value, and of each attribute that is
     true. Columns of more than 64 values are left out.
     """
-    clients = range(len(next(iter(parts.values()))))
-    owned = [np.concatenate([shards[client] for shards in parts.values()]) for client in clients]
-    frame = pd.DataFrame({"client": clients, "examples": [len(indices) for indices in owned]})
-    for name, shards in parts.items():
-        frame[name] = shards.sizes
+    sizes = np.stack([shards.sizes for shards in parts.values()])  # [parts, clients]
+    examples = sizes.sum(0)
+    frame = pd.DataFrame({"client": range(len(examples)), "examples": examples} | dict(zip(parts, sizes, strict=True)))
+    order = np.concatenate([shards.indices for shards in parts.values()])
+    owner = np.concatenate([np.repeat(np.arange(len(examples)), shards.sizes) for shards in parts.values()])
     shares = {}
     for name, column in _columns(dataset).items():
-        for value in [True] if column.dtype == bool else np.unique(column):
-            title = name if column.dtype == bool else f"{name} {value}"
-            shares[title] = [np.mean(column[indices] == value) for indices in owned]
+        values, codes = np.unique(column, return_inverse=True)
+        counts = np.bincount(owner * len(values) + codes[order], minlength=len(examples) * len(values))
+        for value, count in zip(values, counts.reshape(len(examples), len(values)).T, strict=True):
+            if column.dtype != bool:
+                shares[f"{name} {value}"] = count / examples
+            elif value:
+                shares[name] = count / examples
     return pd.concat([frame, pd.DataFrame(shares)], axis=1)
 
 
 def write(directory: Path, dataset: Dataset, parts: Mapping[str, Shards]) -> None:
-    """Write partition.csv and partition.png into a run's directory."""
+    """Write partition.csv, and partition.png of the first 200 clients, into a run's directory."""
     frame = table(dataset, parts)
     frame.to_csv(directory / "partition.csv", index=False)
-    _picture(frame, list(parts)).savefig(directory / "partition.png", dpi=100)
+    _picture(frame[:SHOWN], list(parts)).savefig(directory / "partition.png", dpi=100)
 
 
 def _columns(dataset: Dataset) -> dict[str, np.ndarray]:
-    columns = {} if dataset.labels is None else {"label": dataset.labels}
-    columns |= dict(dataset.columns)
+    columns = dict(dataset.columns)
+    labels, folders = dataset.labels, columns.get("folder")
+    # In a folder of folders the labels are the folders: shown once, by their names.
+    if labels is not None and (
+        folders is None or not np.array_equal(np.unique(folders, return_inverse=True)[1], labels)
+    ):
+        columns = {"label": labels, **columns}
     return {
         name: column
         for name, column in columns.items()
@@ -65,6 +75,7 @@ def _picture(frame: pd.DataFrame, parts: list[str]) -> Figure:
             axes[0].barh(frame["client"], frame[part], left=left, color=colour, label=part)
             left += frame[part].to_numpy()
     axes[0].set(xlabel="examples", ylabel="client")
+    axes[0].yaxis.get_major_locator().set_params(integer=True)
     axes[0].invert_yaxis()
     axes[0].legend()
     if shares.shape[1]:
