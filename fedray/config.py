@@ -274,6 +274,7 @@ PRESETS = {
         clients=40,
         partition=ByFolder(),
         held_out_share=0.2,
+        test_share=0.1,
         rounds=20,
         local_epochs=4,
         learning_rate=1e-3,

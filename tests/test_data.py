@@ -23,9 +23,9 @@ from fedray.images import Form
 from fedray.partition import ByAttribute, ByFolder, Dirichlet, Quantity, hold_out
 from fedray.record import Run
 from fedray.seeds import generator
+from fedray.tasks.ddpm import DDPM
 
 SHARED = Path(__file__).parents[2] / "shared/data"
-faces = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the images in ../shared/data")
 TINY = "--block-out-channels 8 16 --attention False False --no-mid-block-attention --resolution 16 --rounds 2"
 SHORT = f"{TINY} --local-epochs 1 --evaluate-samples 2 --sampling-steps 2 --actors 0 --lr-warmup-steps 0"
 
@@ -186,7 +186,7 @@ def test_metadata_files(tmp_path):
         data.image_folder(tmp_path, Form(8, 1))
 
 
-def test_parquet_and_hugging_face_datasets(odd, tmp_path):
+def test_parquet_and_hugging_face_datasets(odd, tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     paths = sorted(str(path) for path in odd.iterdir())
     table = datasets.Dataset.from_dict({"picture": paths, "label": list(range(9)), "age": [float(n) for n in range(9)]})
@@ -195,6 +195,10 @@ def test_parquet_and_hugging_face_datasets(odd, tmp_path):
     assert np.array_equal(dataset.images, data.image_folder(odd, Form(16, 3)).images)
     assert dataset.labels.tolist() == list(range(9))
     assert dataset.column("age").tolist() == list(range(9))
+    monkeypatch.chdir(tmp_path)
+    named = DDPM(dataset_name="odd.parquet", resolution=16, channels=3)
+    monkeypatch.chdir("/")  # where an actor may be
+    assert np.array_equal(named.dataset().images, dataset.images)
     with pytest.raises(UserError, match="no such dataset could be loaded"):
         data.hugging_face(str(tmp_path / "absent.parquet"), Form(16, 3))
 
@@ -309,7 +313,7 @@ def test_celeba_that_is_not_whole(celeba, tmp_path, capsys, change, message):
         ("", "--dataset-name imagefolder needs --train-data-dir"),
         ("--train-data-dir {tmp}/one --partition by-attribute:Smilling", "needs a column 'Smilling'"),
         ("--train-data-dir {tmp}/one --clients 3", "by-folder has only 1 to deal, by folder"),
-        ("--train-data-dir {tmp}/one --clients 1 --held-out-share 0.9", "client 0 has 1 examples and none left"),
+        ("--train-data-dir {tmp}/one --clients 1 --held-out-share 0.8", "client 0 has 1 examples and none left"),
         ("--train-data-dir {tmp}/one --dataset-name digits", "--train-data-dir is given with --dataset-name digits"),
         ("--dataset-name celebA --train-data-dir {tmp}/one", "say --dataset-name imagefolder or celeba"),
     ],

@@ -74,8 +74,11 @@ class DDPM:
     """Min-SNR weighting of the loss with this γ (5 is usual); None weighs as DDPM does."""
 
     def __post_init__(self) -> None:
-        if self.train_data_dir is not None:  # actors and resumed runs have other working directories
+        # Actors and resumed runs have other working directories.
+        if self.train_data_dir is not None:
             object.__setattr__(self, "train_data_dir", str(Path(self.train_data_dir).absolute()))
+        if self.dataset_name not in DATASETS and Path(self.dataset_name).exists():
+            object.__setattr__(self, "dataset_name", str(Path(self.dataset_name).absolute()))
 
     def check(self, sampler: str, steps: int) -> None:
         self._check_source()
