@@ -74,14 +74,14 @@ def image_folder(directory: Path, form: Form, skip_unreadable: bool = False) -> 
         str(directory), names, _stamp(paths, names), lambda index: paths[index], form, skip_unreadable
     )
     labels = columns.pop("label") if "label" in columns else columns["folder"]
-    return Dataset(images, np.unique(labels, return_inverse=True)[1][kept], _rows(columns, kept))
+    return Dataset(images, _codes(labels)[kept], _rows(columns, kept))
 
 
 def celeba(directory: Path, form: Form, skip_unreadable: bool = False) -> Dataset:
     """CelebA as it is distributed (Liu et al. 2015): img_align_celeba/ or its zip, and the three lists beside it.
 
-    Columns: identity (identity_CelebA.txt), split (list_eval_partition.txt: train, valid or test), and the 40
-    attributes as booleans (list_attr_celeba.txt). A list that is not there gives no column.
+    The labels are the identities. Columns: identity (identity_CelebA.txt), split (list_eval_partition.txt: train,
+    valid or test), and the 40 attributes as booleans (list_attr_celeba.txt). A list that is not there gives no column.
 
     Raises:
         UserError: the images are not there or cannot be read, or a list lacks some of them.
@@ -116,7 +116,8 @@ def celeba(directory: Path, form: Form, skip_unreadable: bool = False) -> Datase
         table = _listed(path, names, attributes, skip=2)
         columns |= {name: table[name].to_numpy() > 0 for name in attributes}
     images, kept = cached(str(directory), names, stamp, read, form, skip_unreadable)
-    return Dataset(images, None, _rows(columns, kept))
+    labels = _codes(columns["identity"])[kept] if "identity" in columns else None
+    return Dataset(images, labels, _rows(columns, kept))
 
 
 def hugging_face(name: str, form: Form, skip_unreadable: bool = False) -> Dataset:

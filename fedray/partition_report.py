@@ -1,6 +1,7 @@
 """Who holds what: a table and a picture of a partition."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -47,17 +48,19 @@ def write(directory: Path, dataset: Dataset, parts: Mapping[str, Shards]) -> Non
 
 def _columns(dataset: Dataset) -> dict[str, np.ndarray]:
     columns = dict(dataset.columns)
-    labels, folders = dataset.labels, columns.get("folder")
-    # In a folder of folders the labels are the folders: shown once, by their names.
-    if labels is not None and (
-        folders is None or not np.array_equal(np.unique(folders, return_inverse=True)[1], labels)
-    ):
-        columns = {"label": labels, **columns}
+    if dataset.labels is not None and not any(map(partial(_same, dataset.labels), columns.values())):
+        columns = {"label": dataset.labels, **columns}
     return {
         name: column
         for name, column in columns.items()
         if column.dtype.kind in "biuUO" and len(np.unique(column.astype(str))) <= FEW
     }
+
+
+def _same(labels: np.ndarray, column: np.ndarray) -> bool:
+    """Whether the labels are numbers for a column's values (folders, identities): then they are shown by name."""
+    groups = np.unique(np.stack([labels, np.unique(column, return_inverse=True)[1]]), axis=1).shape[1]
+    return groups == len(np.unique(labels)) == len(np.unique(column))
 
 
 def _picture(frame: pd.DataFrame, parts: list[str]) -> Figure:

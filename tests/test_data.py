@@ -233,6 +233,7 @@ def test_celeba_is_read_from_its_folder_or_its_zip(celeba):
     photo = Image.open(celeba / "img_align_celeba/000007.jpg").crop((0, 20, 178, 198))
     expected = np.asarray(photo.resize((64, 64), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
     assert np.array_equal(dataset.images[6], expected)
+    assert dataset.labels.tolist() == dataset.column("identity").tolist()
     assert dataset.column("identity").tolist() == [n // 5 + 100 for n in range(40)]
     assert dataset.column("split").tolist() == ["train"] * 15 + ["valid"] * 15 + ["test"] * 10
     assert dataset.column("Smiling").sum() == 14
@@ -247,7 +248,7 @@ def test_celeba_is_read_from_its_folder_or_its_zip(celeba):
     ("partition", "clients"),
     [
         ("iid", 4), ("quantity:0.5", 4), ("by-attribute:Smiling", 4), ("by-folder", 8), ("by-folder", 3),
-        ("dirichlet:0.5:Male", 4),
+        ("by-label", 4), ("dirichlet:0.5", 4), ("dirichlet:0.5:Male", 4),
     ],
 )  # fmt: skip
 def test_celeba_trains_with_each_partition_and_the_report_is_right(celeba, tmp_path, partition, clients):
