@@ -11,7 +11,8 @@ __version__ = version("fedray")
 _HOME = {
     "Config": "config", "PRESETS": "config", "RunError": "choices", "UserError": "choices",
     "Dataset": "data", "FlatParameters": "vector", "DDPM": "tasks.ddpm", "Run": "record",
-    "IID": "partition", "ByLabel": "partition", "Dirichlet": "partition", "Shards": "partition",
+    "IID": "partition", "Quantity": "partition", "ByLabel": "partition", "ByAttribute": "partition",
+    "ByFolder": "partition", "Dirichlet": "partition", "Shards": "partition", "run_local_only": "actors",
     "Float16": "codecs", "Float32": "codecs", "FedAvg": "rules", "grid": "record", "run": "actors",
     "summary": "results",
 }  # fmt: skip
