@@ -110,7 +110,7 @@ def test_a_killed_actor_ends_the_run_which_can_be_resumed(ray, toy_config, tmp_p
         os.kill(ours[0], signal.SIGKILL)
 
     started = time.monotonic()
-    with pytest.raises(RunError, match="in round 2 died: its process ended"):
+    with pytest.raises(RunError, match="died: its process ended"):
         actors.run(toy_config(**slow, actors=2), tmp_path / "run", on_row=kill)
     assert time.monotonic() - started < 60
     assert len(Run.open(tmp_path / "run").rows) == 1
