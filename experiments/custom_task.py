@@ -18,7 +18,7 @@ import tyro
 from torch import Tensor, nn
 
 import fedray
-from fedray.cli import progress
+from fedray.commands.terminal import progress
 
 
 def shapes(n: int) -> fedray.Dataset:

@@ -22,7 +22,7 @@ import tyro
 
 import fedray
 from fedray.actors import connected
-from fedray.cli import print_table, program, progress
+from fedray.commands.terminal import print_table, program, progress
 from fedray.data import digits
 
 FEDERATED = fedray.PRESETS["digits"]  # C=4, E=4

@@ -7,7 +7,7 @@ import secrets
 import socket
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from fedray.choices import RunError, UserError
 from fedray.client import Row, Work, Worker, do
 from fedray.config import Config, check_resumable
-from fedray.federation import Show, fit, make_plan, silent
+from fedray.evaluation import Metric, Show, silent
+from fedray.federation import fit, make_plan
 from fedray.pools import LocalPool, Pool, Progress, Reply
 from fedray.record import Run, environment
 
@@ -215,11 +216,13 @@ class DriverActor:
         self.finished = False
         self.error: Exception | None = None
 
-    def run(self, config: Config, out: Path, resume: bool, provenance: dict[str, Any]) -> None:
+    def run(
+        self, config: Config, out: Path, resume: bool, provenance: dict[str, Any], metrics: Mapping[str, Metric]
+    ) -> None:
         try:
             pool = RayPool(config)
             try:
-                for row in fit(config, pool, out, self._show, resume, provenance):
+                for row in fit(config, pool, out, self._show, resume, provenance, metrics):
                     self.rows.append(row)
             finally:
                 pool.close()
@@ -248,11 +251,13 @@ def run(
     resume: bool = False,
     on_row: Callable[[Row], None] = lambda row: None,
     show: Show = silent,
+    metrics: Mapping[str, Metric] | None = None,
 ) -> Run:
     """Train: the whole run, in this process (`config.actors` 0) or on Ray. Returns its directory, opened.
 
-    Rows go to `on_row` as rounds complete, progress to `show`. With `resume`, a stopped run in `out` goes on
-    from its last complete round, and a run that is still going on the cluster is attached to.
+    Rows go to `on_row` as rounds complete, progress to `show`. `metrics` are scores of your own, by name: functions
+    of (samples, the dataset's images), both uint8 [n, c, h, w], that give a number. With `resume`, a stopped run in
+    `out` goes on from its last complete round, and a run that is still going on the cluster is attached to.
 
     Raises:
         UserError: what was asked for cannot be done; nothing was written.
@@ -268,13 +273,13 @@ def run(
     else:
         Run(out).check_vacant()
     if config.actors == 0:
-        for row in fit(config, LocalPool(config), out, show, resume, provenance):
+        for row in fit(config, LocalPool(config), out, show, resume, provenance, metrics):
             on_row(row)
     else:
         plan = make_plan(config)  # mistakes are told, and images decoded, before Ray starts
         Run(out).check_disk(config, plan.layout)
         with connected(config.address):
-            _drive(config, out, resume, provenance, on_row, show)
+            _drive(config, out, resume, provenance, on_row, show, metrics or {})
     return Run.open(out)
 
 
@@ -307,6 +312,7 @@ def _drive(
     provenance: dict[str, Any],
     on_row: Callable[[Row], None],
     show: Show,
+    metrics: Mapping[str, Metric],
 ) -> None:
     """Start the run's driver actor (or attach to it), and pass on what it reports until it has finished."""
     count_actors(config)
@@ -322,7 +328,7 @@ def _drive(
         options = _options(0, 0) | {"name": name, "namespace": NAMESPACE, "lifetime": "detached"}
         # On this node, since the run directory is; two threads, to answer while it runs.
         driver = ray.remote(max_concurrency=2, scheduling_strategy=here, **options)(DriverActor).remote()
-        driver.run.remote(config, out, resume, provenance)
+        driver.run.remote(config, out, resume, provenance, metrics)
     seen, finished, error = 0, False, None
     while not finished:
         try:

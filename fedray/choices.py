@@ -14,6 +14,11 @@ class RunError(RuntimeError):
     """A run that cannot go on (a dead actor, no usable client). What was saved stays; exit code 1."""
 
 
+def reason(error: Exception) -> str:
+    """What an error of somebody else's code says, as a part of our sentence: its first line, without the period."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
+
+
 def check_name(kind: str, name: str, names: Iterable[str]) -> None:
     """Raise `UserError` with the nearest name unless `name` is one of `names`."""
     names = list(names)

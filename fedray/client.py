@@ -1,4 +1,4 @@
-"""The work that a process does: local training of one client, and a batch of samples. Knows nothing of Ray."""
+"""The jobs that a process does: local training of a client, samples, features. Knows nothing of Ray."""
 
 import time
 import traceback
@@ -16,6 +16,8 @@ from torch import Tensor
 from fedray.codecs import Payload
 from fedray.config import Config
 from fedray.data import Dataset
+from fedray.scores import networks
+from fedray.scores.nearest import nearest
 from fedray.seeds import generator, number
 from fedray.tasks import Learner
 from fedray.vector import as_tensor
@@ -62,13 +64,15 @@ class ValidateJob:
 
 @dataclass(frozen=True)
 class SampleJob:
-    """Generate one batch of images."""
+    """Generate one batch of images, and their features if they are asked for."""
 
     batch: int
     size: int
     sampler: str
     steps: int
     seed: int
+    features: bool
+    keep: int  # how many of the images are wanted, beside the features
 
     @property
     def key(self) -> tuple[str | int, ...]:
@@ -78,13 +82,43 @@ class SampleJob:
         return f"batch {self.batch} of the samples"
 
 
+@dataclass(frozen=True)
+class FeatureJob:
+    """Features of the dataset's images from `start` on."""
+
+    start: int
+    stop: int
+
+    @property
+    def key(self) -> tuple[str | int, ...]:
+        return ("features", self.start)
+
+    def __str__(self) -> str:
+        return f"the features of images {self.start} to {self.stop - 1}"
+
+
+@dataclass(frozen=True, eq=False)
+class NearestJob:
+    """The nearest training images of some images: given, or by their indices in the dataset."""
+
+    start: int
+    images: np.ndarray
+
+    @property
+    def key(self) -> tuple[str | int, ...]:
+        return ("nearest", self.start)
+
+    def __str__(self) -> str:
+        return f"the nearest training images of images from {self.start} on"
+
+
 class Worker:
-    """What a process needs for its jobs, built once: the learner on its device, and the data."""
+    """What a process needs for its jobs, built once: the learner on its device, the data, the feature network."""
 
     def __init__(self, config: Config, device: torch.device, name: str) -> None:
         self.config = config
+        self.device = device
         self.name = name
-        self.learner = build(config, device)
         self.steps_done = 0  # optimizer steps and sampled batches since the process started
         self.on_step: Callable[[int], None] = lambda steps_done: None
 
@@ -94,8 +128,17 @@ class Worker:
         self.on_step(self.steps_done)
 
     @cached_property
+    def learner(self) -> Learner:
+        return build(self.config, self.device)
+
+    @cached_property
     def dataset(self) -> Dataset:
         return self.config.task.dataset()
+
+    @cached_property
+    def features(self) -> networks.Network:
+        assert self.config.features is not None
+        return networks.load(self.config.features, self.config.inception_weights, self.device)
 
 
 Work = Callable[[Worker, Any, Any], tuple[Row, Any]]
@@ -208,12 +251,30 @@ def held_out_loss(worker: Worker, client: int, held_out: np.ndarray) -> float:
     return sum(losses) / len(repeated)
 
 
-def sample_batch(worker: Worker, model: np.ndarray, job: SampleJob) -> tuple[Row, np.ndarray]:
-    """One batch of images, uint8 [size, channels, height, width], from the model (a float32 vector)."""
+def sample_batch(worker: Worker, model: np.ndarray, job: SampleJob) -> tuple[Row, tuple[np.ndarray | None, np.ndarray]]:
+    """One batch from the model (a float32 vector): features [size, d], and images uint8 [keep, c, h, w]."""
     worker.learner.flat.vector.detach().copy_(as_tensor(model))
     images = worker.learner.sample(job.size, generator(job.seed, *job.key), job.sampler, job.steps)
+    found = worker.features(images).numpy() if job.features else None
     worker.step()
-    return {}, images.numpy()
+    return {}, (found, images[: job.keep].numpy())
+
+
+def dataset_features(worker: Worker, _: None, job: FeatureJob) -> tuple[Row, np.ndarray]:
+    """Features [stop − start, d] of images of the dataset."""
+    images = torch.from_numpy(worker.dataset.images[job.start : job.stop].copy())
+    found = worker.features(images).numpy()
+    worker.step()
+    return {}, found
+
+
+def nearest_images(worker: Worker, trained: np.ndarray, job: NearestJob) -> tuple[Row, tuple[np.ndarray, ...]]:
+    """Indices of the nearest images trained on, and the distances, of uint8 images (or of those indexed)."""
+    dataset = worker.dataset.images
+    images = job.images if job.images.ndim > 1 else dataset[job.images]
+    found = nearest(images, dataset, trained, worker.config.random_flip)
+    worker.step()
+    return {}, found
 
 
 def batch_of(dataset: Dataset, indices: np.ndarray) -> dict[str, Tensor]:
@@ -261,7 +322,7 @@ def do(worker: Worker, work: Work, shared: Any, job: Any) -> tuple[Row, Any]:
 
     Threads and torch's global generator (dropout draws from it) are set for the job and restored after it.
     """
-    started, device = time.perf_counter(), worker.learner.flat.vector.device
+    started, device = time.perf_counter(), worker.device
     try:
         with threads(worker.config.threads), _seeded(device, worker.config.seed, "global", *job.key):
             row, payload = work(worker, shared, job)

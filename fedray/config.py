@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -15,12 +16,12 @@ from fedray.codecs import CODECS, Codec, Float32
 from fedray.data import CELEBA_CROP
 from fedray.partition import IID, PARTITIONS, ByFolder, Partition
 from fedray.rules import FedAvg, Rule
+from fedray.scores import networks
 from fedray.tasks import Task
 from fedray.tasks.ddpm import DDPM
 
 TASKS: dict[str, type] = {DDPM.name: DDPM}
 RULES: dict[str, type] = {"fedavg": FedAvg}
-FEATURES = ("digits",)
 LR_SCHEDULERS = (
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
 )  # fmt: skip
@@ -119,12 +120,21 @@ class Config:
     """Denoising steps per image."""
     evaluate_samples: int = 64
     """Images generated, and scored, after the last round; 0 for none."""
+    evaluate_every: int | None = None
+    """Generate and score every so many rounds, besides after the last."""
+    keep_samples: bool = False
+    """Keep every generated image as a PNG file, not only the grid of the first 64."""
     eval_batch_size: int = 64
     """Images in a sampling batch."""
     checkpoints_total_limit: int = 1
     """How many of the last checkpoints are kept."""
     features: str | None = None
-    """Features that the score is measured on: digits (a small digit classifier), or None for no score."""
+    """Features that scores are measured on: inception (inception-768, -192, -64), digits (a small classifier of
+    digits), a TorchScript FILE.pt, a Python function MODULE:FUNCTION or FILE.py:FUNCTION; None for no score."""
+    inception_weights: str | None = None
+    """File of Inception's weights (pytorch-fid's); by default torch's hub cache."""
+    kid_subset_size: int = 1000
+    """Images in each of the 100 subsets that the kernel distance is averaged over."""
 
     # Placement
     actors: int | None = None
@@ -137,6 +147,13 @@ class Config:
     """A running Ray cluster to join (auto, or HOST:PORT); None starts a private one, unless RAY_ADDRESS is set."""
     client_timeout: float = 86_400.0
     """Seconds after which a client that has not answered ends the run."""
+
+    def __post_init__(self) -> None:
+        # Actors and resumed runs have other working directories.
+        if self.features is not None:
+            object.__setattr__(self, "features", networks.absolute(self.features))
+        if self.inception_weights is not None:
+            object.__setattr__(self, "inception_weights", str(Path(self.inception_weights).absolute()))
 
     @property
     def threads(self) -> int:
@@ -155,6 +172,11 @@ class Config:
         batches = math.ceil(examples / self.train_batch_size)
         return self.local_epochs * math.ceil(batches / self.gradient_accumulation_steps)
 
+    def evaluates(self, rounds: int) -> bool:
+        """Whether the model is sampled and scored after so many rounds."""
+        due = rounds == self.rounds or (self.evaluate_every is not None and rounds % self.evaluate_every == 0)
+        return due and self.evaluate_samples > 0
+
     @property
     def single(self) -> bool:
         """One client trains: the run is plain training, not a federation."""
@@ -169,7 +191,7 @@ class Config:
         counts = (
             "clients", "rounds", "local_epochs", "local_steps", "train_batch_size", "eval_batch_size",
             "learning_rate", "max_grad_norm", "cpus_per_actor", "client_timeout", "gradient_accumulation_steps",
-            "validation_rounds", "checkpoints_total_limit",
+            "validation_rounds", "checkpoints_total_limit", "evaluate_every",
         )  # fmt: skip
         for name in counts:
             value = getattr(self, name)
@@ -186,6 +208,8 @@ class Config:
                 raise UserError(f"{flag(name)} {getattr(self, name)}: it must be at least 0 and below 1.")
         if self.gpus_per_actor > 1 and self.gpus_per_actor != int(self.gpus_per_actor):
             raise UserError(f"--gpus-per-actor {self.gpus_per_actor}: above 1 it must be a whole number.")
+        if self.kid_subset_size < 2:
+            raise UserError(f"--kid-subset-size {self.kid_subset_size}: it must be at least 2.")
         if self.evaluate_samples == 1 and self.features:
             raise UserError("--evaluate-samples 1: a score needs at least 2 images (or --features None).")
         if self.held_out_share + self.test_share >= 1:
@@ -196,8 +220,6 @@ class Config:
         check_name("precision", self.mixed_precision, PRECISIONS)
         if self.mixed_precision == "fp16" and not self.gpus_per_actor:
             raise UserError("--mixed-precision fp16 needs a GPU (--gpus-per-actor); on a CPU use bf16.")
-        if self.features is not None:
-            check_name("feature network", self.features, FEATURES)
         self.task.check(self.sampler, self.sampling_steps)
         if self.features == "digits" and getattr(self.task, "dataset_name", "digits") != "digits":
             raise UserError("--features digits judges digits only; this run learns something else.")
@@ -261,6 +283,7 @@ PRESETS = {
         sampling_steps=100,
         evaluate_samples=512,
         features="digits",
+        kid_subset_size=256,
     ),
     # 32×32 grey faces, 1.8 million parameters; a person is a client.
     "faces": Config(

@@ -4,13 +4,14 @@ import difflib
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from fedray.choices import UserError
-from fedray.images import SUFFIXES, Form, cached
+from fedray.choices import UserError, reason
+from fedray.images import Decoded, Form, cached, images_below, sha256
 
 CELEBA_CROP = 178  # the central square of CelebA's 178×218
 
@@ -20,15 +21,21 @@ class Dataset:
     """Images and what is known of them.
 
     images: uint8 [n, channels, height, width];  labels: int64 [n] or None;  columns: by name, [n] each: folder or
-    identity, attributes, and whatever a metadata file has.
+    identity, attributes, and whatever a metadata file has;  known_sha256: of the images, where it is known.
     """
 
     images: np.ndarray
     labels: np.ndarray | None = None
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+    known_sha256: str | None = None
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the images in this form: what a run, or a score's reference, can be held to."""
+        return self.known_sha256 or sha256(self.images)
 
     def column(self, name: str) -> np.ndarray:
         """A column by name; "label" are the labels. Raises `UserError` with the names that there are."""
@@ -64,17 +71,15 @@ def image_folder(directory: Path, form: Form, skip_unreadable: bool = False) -> 
     Raises:
         UserError: there is no such directory, no image in it, an image cannot be read, or metadata does not fit.
     """
-    paths = _images_below(directory)
+    paths = images_below(directory)
     names = [path.relative_to(directory).as_posix() for path in paths]
     columns = {"folder": np.array([path.parent.relative_to(directory).as_posix() for path in paths])}
     for name in ("metadata.csv", "metadata.jsonl"):
         if (directory / name).is_file():
             columns |= _metadata(directory / name, names)
-    images, kept = cached(
-        str(directory), names, _stamp(paths, names), lambda index: paths[index], form, skip_unreadable
-    )
+    decoded = cached(str(directory), names, _stamp(paths, names), lambda index: paths[index], form, skip_unreadable)
     labels = columns.pop("label") if "label" in columns else columns["folder"]
-    return Dataset(images, _codes(labels)[kept], _rows(columns, kept))
+    return _dataset(decoded, _codes(labels), columns)
 
 
 def celeba(directory: Path, form: Form, skip_unreadable: bool = False) -> Dataset:
@@ -89,7 +94,7 @@ def celeba(directory: Path, form: Form, skip_unreadable: bool = False) -> Datase
     folder, archive = directory / "img_align_celeba", directory / "img_align_celeba.zip"
     read: Callable[[int], Path | bytes]
     if folder.is_dir():
-        paths = _images_below(folder)
+        paths = images_below(folder)
         names, stamp = [path.name for path in paths], _stamp(paths, [path.name for path in paths])
         read = paths.__getitem__
     elif archive.is_file():
@@ -115,9 +120,8 @@ def celeba(directory: Path, form: Form, skip_unreadable: bool = False) -> Datase
         attributes = path.open().readlines()[1].split()
         table = _listed(path, names, attributes, skip=2)
         columns |= {name: table[name].to_numpy() > 0 for name in attributes}
-    images, kept = cached(str(directory), names, stamp, read, form, skip_unreadable)
-    labels = _codes(columns["identity"])[kept] if "identity" in columns else None
-    return Dataset(images, labels, _rows(columns, kept))
+    decoded = cached(str(directory), names, stamp, read, form, skip_unreadable)
+    return _dataset(decoded, _codes(columns["identity"]) if "identity" in columns else None, columns)
 
 
 def hugging_face(name: str, form: Form, skip_unreadable: bool = False) -> Dataset:
@@ -137,9 +141,8 @@ def hugging_face(name: str, form: Form, skip_unreadable: bool = False) -> Datase
         else:
             loaded = datasets.load_dataset(name, split="train")
     except Exception as error:  # it has dozens, of which many are its dependencies'
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"--dataset-name {name}: no such dataset could be loaded ({reason}). It must be digits, celeba, "
+            f"--dataset-name {name}: no such dataset could be loaded ({reason(error)}). It must be digits, celeba, "
             f"imagefolder, a .parquet file, or the name of a Hugging Face dataset."
         ) from None
     column = next((name for name, kind in loaded.features.items() if isinstance(kind, datasets.Image)), None)
@@ -154,9 +157,8 @@ def hugging_face(name: str, form: Form, skip_unreadable: bool = False) -> Datase
     table = loaded.remove_columns(column).to_pandas()
     columns = {key: table[key].to_numpy() for key in table if np.ndim(table[key].iloc[0]) == 0}
     names = [f"row {index}" for index in range(len(loaded))]
-    pixels, kept = cached(name, names, loaded._fingerprint, read, form, skip_unreadable)
-    columns = _rows(columns, kept)
-    return Dataset(pixels, _codes(columns.pop("label")) if "label" in columns else None, columns)
+    decoded = cached(name, names, loaded._fingerprint, read, form, skip_unreadable)
+    return _dataset(decoded, _codes(columns.pop("label")) if "label" in columns else None, columns)
 
 
 def _codes(labels: np.ndarray) -> np.ndarray:
@@ -166,18 +168,15 @@ def _codes(labels: np.ndarray) -> np.ndarray:
     return np.unique(labels.astype(str), return_inverse=True)[1]
 
 
-def _rows(columns: Mapping[str, np.ndarray], kept: np.ndarray) -> dict[str, np.ndarray]:
-    return {name: column[kept] for name, column in columns.items()}
-
-
-def _images_below(directory: Path) -> list[Path]:
-    if not directory.is_dir():
-        reason = "is a file, not a directory" if directory.exists() else "does not exist"
-        raise UserError(f"--train-data-dir {directory} {reason}.")
-    paths = sorted(path for path in directory.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    if not paths:
-        raise UserError(f"--train-data-dir {directory} has no images ({' '.join(SUFFIXES)}).")
-    return paths
+def _dataset(decoded: Decoded, labels: np.ndarray | None, columns: Mapping[str, np.ndarray]) -> Dataset:
+    """What is known of the images that could be read."""
+    rows = decoded.positions
+    return Dataset(
+        decoded.images,
+        None if labels is None else labels[rows],
+        {name: column[rows] for name, column in columns.items()},
+        decoded.sha256,
+    )
 
 
 def _stamp(paths: Sequence[Path], names: Sequence[str]) -> list[list[object]]:
@@ -191,7 +190,7 @@ def _metadata(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     try:
         table = pd.read_csv(path) if path.suffix == ".csv" else pd.read_json(path, lines=True)
     except ValueError as error:
-        raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}.") from None
+        raise UserError(f"{path} cannot be read: {reason(error)}.") from None
     if "file_name" not in table:
         raise UserError(f"{path} has no column file_name.")
     table = _aligned(table.set_index("file_name"), path, names)
@@ -203,7 +202,7 @@ def _listed(path: Path, names: Sequence[str], columns: list[str], skip: int = 0)
     try:
         table = pd.read_csv(path, sep=r"\s+", header=None, names=["file_name", *columns], skiprows=skip)
     except ValueError as error:
-        raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}.") from None
+        raise UserError(f"{path} cannot be read: {reason(error)}.") from None
     return _aligned(table.set_index("file_name"), path, names)
 
 

@@ -6,7 +6,7 @@ v, the server takes the mean weighted by examples as the new w; T rounds. Who co
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,30 +19,24 @@ from fedray import cohort, partition_report, vector
 from fedray.choices import RunError, UserError
 from fedray.client import (
     Row,
-    SampleJob,
     TrainJob,
     ValidateJob,
     build,
     client_update,
-    sample_batch,
-    threads,
     validate,
 )
 from fedray.config import Config, check_resumable
 from fedray.data import Dataset
+from fedray.evaluation import GRID, Metric, Show, evaluate, look_for_copies, open_reference, silent
 from fedray.partition import Shards, hold_out
-from fedray.pools import Pool, Reply, in_order
+from fedray.pools import Pool, in_order
 from fedray.record import Run, environment
 from fedray.rules import ServerState, Update
-from fedray.scores import digits
+from fedray.scores import networks
+from fedray.scores.nearest import LOOKED_AT
+from fedray.scores.reference import Reference
 from fedray.seeds import generator
 from fedray.vector import Layout, as_tensor
-
-Show = Callable[[str, float, float], None]  # phase, how much of it is done, of how much
-
-
-def silent(phase: str, done: float, total: float) -> None:
-    """Show nothing."""
 
 
 def run_round(
@@ -120,6 +114,7 @@ def run_round(
         "seconds": {"fold": folding, "round": time.perf_counter() - started},
         "held_out": {},
         "scores": {},
+        "evaluation": {},
         "clients": rows,
     }
 
@@ -137,7 +132,9 @@ def validate_round(state: ServerState, row: Row, config: Config, plan: "Plan", p
     losses = {}
     for reply in in_order(pool.map(validate, state.vector.numpy(), jobs, lambda done: None)):
         if not reply.ok:
-            raise _failed(f"round {state.round}: {reply.job} could not be measured: {reply.row['error']}.", reply)
+            failed = RunError(f"round {state.round}: {reply.job} could not be measured: {reply.row['error']}.")
+            failed.add_note(reply.row["trace"])
+            raise failed
         losses[reply.job.client] = reply.row["held_out"]
     local = {client["client"]: client["held_out_local"] for client in row["clients"] if "held_out_local" in client}
     row["seconds"]["validate"] = time.perf_counter() - began
@@ -149,10 +146,37 @@ def validate_round(state: ServerState, row: Row, config: Config, plan: "Plan", p
     return {"local": mean(local), "global": mean(losses), "spread": spread, "clients": losses}
 
 
-def _failed(message: str, reply: Reply) -> RunError:
-    error = RunError(message)
-    error.add_note(reply.row["trace"])
-    return error
+def evaluate_round(
+    state: ServerState,
+    row: Row,
+    config: Config,
+    plan: "Plan",
+    pool: Pool,
+    run: Run,
+    against: Reference | None,
+    metrics: Mapping[str, Metric],
+    show: Show = silent,
+) -> None:
+    """Score the model (its average, where there is one) into `row`, and draw its samples.
+
+    After the last round also: the scores' intervals, and whether samples copy what was trained on.
+    """
+    began, last = time.perf_counter(), state.round == config.rounds
+    look = last and len(plan.unseen) > 0
+    keep = LOOKED_AT if look else GRID
+    found = evaluate(
+        pool, state.sampled, config.evaluate_samples, config, plan.dataset, against, metrics, keep,
+        intervals=last, show=show,
+    )  # fmt: skip
+    row["scores"], row["evaluation"] = found.scores, found.about
+    run.draw("samples", found.images[:GRID], state.round)
+    if config.keep_samples:
+        run.keep_samples(found.images, state.round)
+    if look:
+        share, closest, nearest = look_for_copies(pool, found.images, plan.shards.indices, plan.unseen, show)
+        row["scores"]["copies"] = share.to_json()
+        run.draw_nearest(found.images[closest], plan.dataset.images[nearest], state.round)
+    row["seconds"]["evaluate"] = time.perf_counter() - began
 
 
 def fit(
@@ -162,10 +186,12 @@ def fit(
     show: Show = silent,
     resume: bool = False,
     provenance: dict[str, Any] | None = None,
+    metrics: Mapping[str, Metric] | None = None,
 ) -> Iterator[Row]:
     """The whole run: yields a row per round, and writes the run directory. Continues a run that was stopped.
 
     `provenance` is what config.json says of versions, machine and command; by default those of this process.
+    `metrics` are functions of (samples, the dataset's images), both uint8 [n, c, h, w], that give a number.
 
     Raises:
         UserError: the configuration, the data or the directory does not allow it (nothing is written then).
@@ -175,11 +201,14 @@ def fit(
     plan = make_plan(config)
     if resume:
         check_resumable(Run.open(out).saved["config"], config)
+        run.check_images(plan.dataset)
     else:
         run.check_vacant()
     run.check_disk(config, plan.layout)
+    scored = config.evaluate_samples and config.features is not None
+    against = open_reference(config, plan.dataset, pool, show) if scored else None
     if not resume:
-        run.create(config, provenance or environment())
+        run.create(config, plan.dataset, provenance or environment())
         partition_report.write(run.directory, plan.dataset, plan.parts)
     with run.locked(), SummaryWriter(str(run.directory / "tensorboard")) as board:
         state, row = run.state(plan.layout), None
@@ -196,54 +225,14 @@ def fit(
                 began = time.perf_counter()
                 run.complete(state, row, plan.layout, config.checkpoints_total_limit)
                 row["seconds"]["save"] = time.perf_counter() - began
-            if state.round == config.rounds and config.evaluate_samples:
-                images, row["scores"], row["seconds"]["evaluate"] = evaluate(state, config, pool, show)
-                run.draw(images, state.round)
+            if config.evaluates(state.round):
+                evaluate_round(state, row, config, plan, pool, run, against, metrics or {}, show)
             run.append(row)
             _plot(board, row)
             yield row
             row = None
         if run.result is None:
             _finish(run, state, config, plan)
-
-
-def evaluate(
-    state: ServerState, config: Config, pool: Pool, show: Show = silent
-) -> tuple[np.ndarray, dict[str, float], float]:
-    """Samples of the model (its average, where there is one), their scores, and the seconds it took."""
-    began = time.perf_counter()
-    model = state.vector if state.ema is None else state.ema
-    images = sample(pool, model, config.evaluate_samples, config, config.seed, show)
-    return images, score(images, config), time.perf_counter() - began
-
-
-def sample(pool: Pool, model: torch.Tensor, n: int, config: Config, seed: int, show: Show = silent) -> np.ndarray:
-    """n images, uint8 [n, channels, height, width], from the vector `model`; the same whatever the pool.
-
-    Raises:
-        RunError: a batch could not be generated.
-    """
-    sizes = [min(config.eval_batch_size, n - start) for start in range(0, n, config.eval_batch_size)]
-    jobs = [SampleJob(batch, size, config.sampler, config.sampling_steps, seed) for batch, size in enumerate(sizes)]
-    images = []
-
-    def progress(done: int) -> None:
-        show("sampling", done, len(jobs))
-
-    show("sampling", 0, len(jobs))
-    for reply in in_order(pool.map(sample_batch, model.numpy(), jobs, progress)):
-        if not reply.ok:
-            raise _failed(f"sampling failed: {reply.row['error']}.", reply)
-        images.append(reply.fetch())
-    return np.concatenate(images)
-
-
-def score(images: np.ndarray, config: Config) -> dict[str, float]:
-    """Scores of generated images on the features that the configuration names."""
-    if config.features is None:
-        return {}
-    with threads(1):
-        return digits.score(torch.from_numpy(images))
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,6 +248,11 @@ class Plan:
     payload: int  # bytes per client and direction
 
     @property
+    def unseen(self) -> np.ndarray:
+        """The dataset's images that no client trains on."""
+        return np.concatenate([self.held_out.indices, self.test.indices])
+
+    @property
     def parts(self) -> dict[str, Shards]:
         return {"train": self.shards, "held out": self.held_out, "test": self.test}
 
@@ -271,6 +265,8 @@ def make_plan(config: Config) -> Plan:
     """
     config.check()
     dataset = config.task.dataset()
+    if config.evaluate_samples and config.features is not None:
+        networks.check(config.features, config.inception_weights, dataset.images)
     if config.clients > len(dataset):
         raise UserError(
             f"--clients {config.clients}: there are only {len(dataset)} examples; each client needs at least one."
@@ -308,7 +304,8 @@ def _plot(board: SummaryWriter, row: Row) -> None:
     """A round's numbers, for TensorBoard."""
     held_out = {f"held_out/{name}": value for name, value in row["held_out"].items() if name != "clients"}
     scalars = {"loss": row["loss"], "seconds": row["seconds"]["round"], "bytes": row["bytes_down"] + row["bytes_up"]}
-    for name, value in (scalars | held_out | row["scores"]).items():
+    scores = {name: score["value"] for name, score in row["scores"].items()}
+    for name, value in (scalars | held_out | scores).items():
         if value is not None:
             board.add_scalar(name, value, row["round"])
 
@@ -316,7 +313,7 @@ def _plot(board: SummaryWriter, row: Row) -> None:
 def _finish(run: Run, state: ServerState, config: Config, plan: Plan) -> None:
     """Write the model for diffusers, then the result: when result.json is there, all is there."""
     learner = build(config, torch.device("cpu"))
-    learner.flat.vector.detach().copy_(state.vector if state.ema is None else state.ema)
+    learner.flat.vector.detach().copy_(state.sampled)
     learner.save(run.directory / "model")
     rows = run.rows
     totals: dict[str, Any] = {
@@ -329,6 +326,7 @@ def _finish(run: Run, state: ServerState, config: Config, plan: Plan) -> None:
             "rounds": state.round,
             "loss": rows[-1]["loss"],
             "scores": rows[-1]["scores"],
+            "evaluation": rows[-1]["evaluation"],
             "held_out": rows[-1]["held_out"],
             **totals,
             "passes": totals["images"] / len(plan.dataset),

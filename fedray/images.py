@@ -1,29 +1,26 @@
 """Images of any kind as one uint8 array: decoded once per node, then memory-mapped by every process."""
 
-import fcntl
 import hashlib
 import io
 import json
 import os
-import shutil
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
 from rich.console import Console
 from rich.progress import track
 
-from fedray.choices import UserError
+from fedray import cache
+from fedray.choices import UserError, reason
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pgm", ".ppm", ".bmp", ".tif", ".tiff")
-VERSION = 1  # of what `decode` makes of an image: part of the cache's key
+VERSION = 2  # of what `decode` makes of an image: part of the cache's key
 CHUNK = 32  # images that a thread decodes at a time
-LOCK_TIMEOUT = 7200.0  # seconds to wait for another process that decodes the same images
 
 
 @dataclass(frozen=True)
@@ -33,6 +30,14 @@ class Form:
     resolution: int  # height and width, in pixels
     channels: int  # 1 grey, 3 RGB
     crop: int | None = None  # side of the central square that is kept, in pixels; None: the largest
+
+
+class Decoded(NamedTuple):
+    """What the cache holds of a source."""
+
+    images: np.ndarray  # uint8 [n, channels, resolution, resolution], memory-mapped
+    positions: np.ndarray  # int64 [n], of its rows among the source's images: some may be unreadable
+    sha256: str  # of the images
 
 
 def decode(source: Path | bytes, form: Form) -> np.ndarray:
@@ -60,7 +65,7 @@ def decode(source: Path | bytes, form: Form) -> np.ndarray:
 
 def cached(
     what: str, names: Sequence[str], stamp: object, read: Callable[[int], Path | bytes], form: Form, skip: bool
-) -> tuple[np.ndarray, np.ndarray]:
+) -> Decoded:
     """The images that `read(i)` gives, decoded into the cache unless they are there already.
 
     Args:
@@ -69,36 +74,68 @@ def cached(
         stamp: JSON that changes whenever the images do.
         skip: leave out images that cannot be read, instead of refusing.
 
-    Returns:
-        uint8 [n, channels, resolution, resolution], memory-mapped, and the positions in `names` of its rows.
-
     Raises:
         UserError: images cannot be read; names the first of them.
     """
-    key = hashlib.sha256(json.dumps([VERSION, stamp, astuple(form)]).encode()).hexdigest()[:24]
-    place = cache_directory() / key
-    with _locked(place.with_suffix(".lock"), what):
-        if not place.exists():
-            aside = place.with_suffix(".aside")
-            shutil.rmtree(aside, ignore_errors=True)  # a writer that was killed left it
-            aside.mkdir(parents=True)
-            try:
-                unreadable = _decode_all(what, names, read, form, aside / "images.npy")
-                (aside / "unreadable.json").write_text(json.dumps(unreadable))
-                aside.rename(place)
-            finally:
-                shutil.rmtree(aside, ignore_errors=True)
-    unreadable = {int(index): reason for index, reason in json.loads((place / "unreadable.json").read_text()).items()}
+
+    def make(aside: Path) -> None:
+        unreadable = _decode_all(what, names, read, form, aside / "images.npy")
+        about = {"unreadable": unreadable, "sha256": sha256(np.load(aside / "images.npy", mmap_mode="r"))}
+        (aside / "about.json").write_text(json.dumps(about))
+
+    place = cache.kept(f"decoding {what}", [VERSION, stamp, astuple(form)], make)
+    about = json.loads((place / "about.json").read_text())
+    unreadable = {int(index): said for index, said in about["unreadable"].items()}
     if unreadable and not skip:
         raise _refusal(what, names, unreadable)
-    kept = np.array([index for index in range(len(names)) if index not in unreadable])
-    return np.load(place / "images.npy", mmap_mode="r"), kept
+    positions = np.array([index for index in range(len(names)) if index not in unreadable])
+    return Decoded(np.load(place / "images.npy", mmap_mode="r"), positions, about["sha256"])
 
 
-def cache_directory() -> Path:
-    """Where decoded images are kept: $FEDRAY_CACHE, else fedray in the user's cache directory."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("FEDRAY_CACHE") or Path(home) / "fedray")
+def form_of(directory: Path) -> tuple[int, int]:
+    """Resolution and channels (1 or 3) that all images below a directory have.
+
+    Raises:
+        UserError: there are none, or they are not square, or differ in size or mode: then nothing could be compared
+            with them before they were resized, which moves scores.
+    """
+    first: tuple[str, tuple[int, int], int] | None = None
+    for path in images_below(directory):
+        try:
+            with Image.open(path) as opened:
+                size, channels = opened.size, 1 if opened.mode in ("L", "1", "I;16", "I", "F") else 3
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error}.") from None
+        if size[0] != size[1]:
+            raise UserError(f"{path} is {size[0]}×{size[1]}: only square images can be scored; crop them first.")
+        if first is None:
+            first = (path.name, size, channels)
+        if (size, channels) != first[1:]:
+            raise UserError(
+                f"{path} is {size[0]}×{size[1]} in {channels} channels, and {first[0]} {first[1][0]}×{first[1][1]} in "
+                f"{first[2]}: images that are scored together must have one size and mode."
+            )
+    assert first is not None
+    return first[1][0], first[2]
+
+
+def images_below(directory: Path) -> list[Path]:
+    """All image files below a directory, sorted. Raises `UserError` where there are none."""
+    if not directory.is_dir():
+        wrong = "is a file, not a directory" if directory.exists() else "does not exist"
+        raise UserError(f"--train-data-dir {directory} {wrong}.")
+    paths = sorted(path for path in directory.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    if not paths:
+        raise UserError(f"{directory} has no images ({' '.join(SUFFIXES)}).")
+    return paths
+
+
+def sha256(images: np.ndarray) -> str:
+    """SHA-256 of an array of images and its shape: the same images in the same form have the same."""
+    digest = hashlib.sha256(repr(images.shape).encode())
+    for start in range(0, len(images), 4096):
+        digest.update(np.ascontiguousarray(images[start : start + 4096]).data)
+    return digest.hexdigest()
 
 
 def _decode_all(
@@ -114,8 +151,8 @@ def _decode_all(
             try:
                 images[index] = decode(read(index), form)
             except Exception as error:  # Pillow has no common error for damaged images
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                unreadable[index] = "not an image" if "cannot identify" in reason else reason
+                said = reason(error)
+                unreadable[index] = "not an image" if "cannot identify" in said else said
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # Pillow decodes and resizes without Python's lock
         starts = range(0, len(names), CHUNK)
@@ -139,29 +176,9 @@ def _decode_all(
 
 
 def _refusal(what: str, names: Sequence[str], unreadable: dict[int, str]) -> UserError:
-    first = "; ".join(f"{names[index]} ({reason})" for index, reason in list(unreadable.items())[:5])
+    first = "; ".join(f"{names[index]} ({said})" for index, said in list(unreadable.items())[:5])
     more = f"; and {len(unreadable) - 5} more" if len(unreadable) > 5 else ""
     return UserError(
         f"{what}: {len(unreadable)} of {len(names)} images cannot be read: {first}{more}. Mend or remove them, or "
         f"leave them out with --skip-unreadable."
     )
-
-
-@contextmanager
-def _locked(path: Path, what: str) -> Iterator[None]:
-    """One writer at a time; the kernel frees the lock of one that was killed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + LOCK_TIMEOUT
-    with open(path, "w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise UserError(
-                        f"{what}: another process has been decoding it for {LOCK_TIMEOUT / 3600:g} hours; end that "
-                        f"process, or set FEDRAY_CACHE to another directory."
-                    ) from None
-                time.sleep(0.2)
-        yield

@@ -7,7 +7,8 @@ partition.csv   who holds what, and a picture of it: partition.png
 tensorboard/    the numbers of the rows, as event files
 checkpoints/    the last complete round: round-000020.safetensors (the vector, and its average as ema.*)
 clients/        what clients keep between rounds (kept optimizers)
-samples/        a grid per evaluation; the last one also as samples.png
+samples/        a grid per evaluation, the last one also as samples.png; and samples beside the nearest training
+                images, where some were held out: nearest.png
 model/          what diffusers loads
 """
 
@@ -38,6 +39,7 @@ from fedray import vector
 from fedray.choices import UserError
 from fedray.client import Memory, Row
 from fedray.config import Config
+from fedray.data import Dataset
 from fedray.rules import ServerState
 from fedray.vector import Layout
 
@@ -110,15 +112,23 @@ class Run:
 
     # Writing
 
-    def create(self, config: Config, provenance: dict[str, Any]) -> None:
+    def create(self, config: Config, dataset: Dataset, provenance: dict[str, Any]) -> None:
         """Begin a run here. Raises `UserError` if the directory holds anything, or cannot be written."""
         self.check_vacant()
-        text = _json({"config": config.to_json(), **provenance})
+        text = _json({"config": config.to_json(), "images_sha256": dataset.sha256, **provenance})
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             _write(self.directory / "config.json", text)
         except OSError as error:
             raise UserError(f"{self.directory} cannot be written: {error.strerror}; choose another --out.") from None
+
+    def check_images(self, dataset: Dataset) -> None:
+        """Raise `UserError` if the dataset is not the one that the run began with."""
+        if self.saved.get("images_sha256", dataset.sha256) != dataset.sha256:
+            raise UserError(
+                f"the images of the run at {self.directory} have changed since it began (now {len(dataset)}); its "
+                f"rounds and scores belong to the images as they were: put them back, or begin another run."
+            )
 
     def check_vacant(self) -> None:
         """Raise `UserError` if a run cannot begin here."""
@@ -214,12 +224,26 @@ class Run:
     def finish(self, result: Row) -> None:
         _write(self.directory / "result.json", _json(result))
 
-    def draw(self, images: np.ndarray, rounds: int) -> None:
-        """Save the grid of an evaluation as samples/round-….png, and as samples.png."""
+    def draw(self, name: str, images: np.ndarray, rounds: int, columns: int = 8) -> None:
+        """Save a grid of images as samples/NAME-round-….png, and the latest as NAME.png."""
         (self.directory / "samples").mkdir(exist_ok=True)
-        picture = grid(torch.from_numpy(images[:64]))
-        for path in (self.directory / "samples" / f"round-{rounds:06d}.png", self.directory / "samples.png"):
+        picture = grid(torch.from_numpy(images), columns)
+        for path in (self.directory / "samples" / f"{name}-round-{rounds:06d}.png", self.directory / f"{name}.png"):
             picture.save(path)
+
+    def draw_nearest(self, images: np.ndarray, nearest: np.ndarray, rounds: int) -> None:
+        """Save the first 32 images, 8 in a row, each with its nearest training image below it."""
+        pairs = np.stack([images[:32], nearest[:32]])
+        blocks = [pairs[:, start : start + 8] for start in range(0, pairs.shape[1], 8)]
+        self.draw("nearest", np.concatenate([row for block in blocks for row in block]), rounds)
+
+    def keep_samples(self, images: np.ndarray, rounds: int) -> None:
+        """Save every image as samples/round-…/00000.png and so on."""
+        directory = self.directory / "samples" / f"round-{rounds:06d}"
+        directory.mkdir(exist_ok=True)
+        for index, image in enumerate(images):
+            pixels = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
+            Image.fromarray(pixels).save(directory / f"{index:05d}.png")
 
     def _memory(self, client: int) -> Path:
         return self.directory / "clients" / f"{client:06d}"

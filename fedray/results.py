@@ -13,8 +13,8 @@ def summary(runs: Mapping[str, str | Path]) -> pd.DataFrame:
     """One row per complete run, under the name given to it.
 
     Columns: loss (mean training loss of the last round), the loss on held-out examples and the scores where there
-    are any, passes over the data, sequential steps
-    (of the slowest client, over all rounds), MB down and up (10⁶ bytes, over all clients and rounds), seconds.
+    are any, passes over the data, sequential steps (of the slowest client, over all rounds), MB down and up (10⁶
+    bytes, over all clients and rounds), seconds.
 
     Raises:
         UserError: a run is not complete.
@@ -28,7 +28,7 @@ def summary(runs: Mapping[str, str | Path]) -> pd.DataFrame:
         table[name] = {
             "loss": result["loss"],
             **({"held-out loss": result["held_out"]["global"]} if result["held_out"] else {}),
-            **result["scores"],
+            **{name: score["value"] for name, score in result["scores"].items()},
             "passes": result["passes"],
             "sequential steps": result["sequential_steps"],
             "MB down": result["bytes_down"] / 1e6,

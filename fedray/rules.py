@@ -24,6 +24,11 @@ class ServerState:
     vector: Tensor  # [d] float32, the global model w
     ema: Tensor | None = None  # [d] float32, its exponential moving average
 
+    @property
+    def sampled(self) -> Tensor:
+        """The weights that samples are drawn from: the average, where there is one."""
+        return self.vector if self.ema is None else self.ema
+
 
 class Rule(Protocol):
     def step(self, state: ServerState, updates: Iterable[Update]) -> ServerState:

@@ -1,10 +1,13 @@
 import os
+import shutil
+import tempfile
 
 # One thread, as an actor of one CPU has; before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ["COLUMNS"] = "200"
+os.environ["FEDRAY_CACHE"] = tempfile.mkdtemp(prefix="fedray-test-cache-")
 os.environ.pop("RAY_ADDRESS", None)
 
 import pytest
@@ -20,6 +23,10 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+def pytest_sessionfinish():
+    shutil.rmtree(os.environ["FEDRAY_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -9,13 +9,15 @@ import fedray
 
 PACKAGE = Path(fedray.__file__).parent
 ORDER = [
-    *("choices", "seeds", "vector", "images"),
-    *("data", "partition", "partition_report", "cohort", "codecs", "rules", "tasks", "tasks.ddpm"),
-    *("scores", "scores.frechet", "scores.digits"),
+    *("choices", "seeds", "vector", "cache", "images"),
+    *("data", "partition", "partition_report", "cohort", "codecs", "rules"),
+    *("tasks", "tasks.images", "tasks.ddpm", "tasks.pretrained"),
+    *("scores", "scores.frechet", "scores.kid", "scores.prdc", "scores.nearest", "scores.digits"),
+    *("scores.networks", "scores.reference", "scores.scoring"),
     *("config", "client", "record"),
-    *("pools", "federation", "results"),
+    *("pools", "evaluation", "federation", "results"),
     "actors",
-    *("cli", "__main__"),
+    *("commands", "commands.terminal", "commands.train", "commands.sample", "commands.evaluate", "cli", "__main__"),
 ]
 FILES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path

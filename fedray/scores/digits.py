@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fedray.data import digits
-from fedray.scores.frechet import frechet_distance
 from fedray.seeds import generator
 
 WEIGHTS = Path(__file__).with_name("digits.safetensors")
@@ -44,30 +43,17 @@ class DigitClassifier(nn.Module):
 
 
 @cache
-def classifier() -> DigitClassifier:
+def classifier(device: str = "cpu") -> DigitClassifier:
     """The classifier with the weights that ship with fedray."""
     model = DigitClassifier()
     model.load_state_dict(load_file(WEIGHTS))
-    return model.eval()
+    return model.to(device).eval()
 
 
 @torch.no_grad()
-def score(samples: Tensor) -> dict[str, float]:
-    """Scores of generated digits, uint8 [n, 1, 8, 8].
-
-    fd[digits]: Fréchet distance to all 1,797 real digits, on the classifier's features.
-    fd[digits]/real: the same for real against real, min(n, 512) drawn digits against the rest: the floor.
-    sure[digits]: the share of samples that the classifier is at least 0.9 sure of.
-    """
-    model = classifier()
-    real = model.features(torch.from_numpy(digits().images))
-    order = torch.randperm(len(real), generator=generator(0, "real against real"))
-    some, rest = real[order].split([min(len(samples), 512), len(real) - min(len(samples), 512)])
-    return {
-        "fd[digits]": frechet_distance(model.features(samples), real),
-        "fd[digits]/real": frechet_distance(some, rest),
-        "sure[digits]": (model(samples).softmax(1).amax(1) >= SURE).float().mean().item(),
-    }
+def sure(features: Tensor) -> Tensor:
+    """Of which digits, bool [n], the classifier is at least 0.9 sure, from its features [n, 64]."""
+    return classifier().out(features).softmax(1).amax(1) >= SURE
 
 
 def train(steps: int = 1500, batch_size: int = 128) -> None:

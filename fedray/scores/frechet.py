@@ -1,33 +1,56 @@
 """The Fréchet distance between two sets of features."""
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from torch import Tensor
 
+ROWS = 4096  # features that are read at a time
 
-def frechet_distance(x: Tensor, y: Tensor) -> float:
-    """Fréchet distance between Gaussians fitted to two sets of features, x [n, d] and y [m, d].
 
-    ‖μ_x − μ_y‖² + tr(Σ_x + Σ_y − 2 (Σ_x Σ_y)^½), Heusel et al. 2017, equation 6. In factor form, with centred
-    features X, Y scaled by 1/√(n − 1): ‖Δμ‖² + ‖X‖² + ‖Y‖² − 2 ‖X Yᵀ‖_*, exact for few samples and without a
-    matrix square root. Unbiased covariances, as pytorch-fid has them; computed in float64.
+@dataclass(frozen=True, eq=False)
+class Gaussian:
+    """The Gaussian fitted to features: mean [d], and a factor F [at most d, d] of its covariance Fᵀ F, in float64."""
+
+    mean: Tensor
+    factor: Tensor
+
+
+def gaussian(features: np.ndarray) -> Gaussian:
+    """Fit a Gaussian, with the unbiased covariance, to features [n, d] (which may be memory-mapped).
+
+    The factor is the R of the QR decomposition of the centred features over √(n − 1), taken over them in parts: the
+    same covariance and norms, and no n × d matrix in memory.
 
     Raises:
-        ValueError: fewer than two samples in a set.
+        ValueError: fewer than two samples, or features that are not finite.
     """
-    if min(len(x), len(y)) < 2:
-        raise ValueError(f"the Fréchet distance needs two samples in each set, not {len(x)} and {len(y)}.")
-    mean_x, factor_x = _moments(x)
-    mean_y, factor_y = _moments(y)
-    nuclear = torch.linalg.matrix_norm(factor_x @ factor_y.T, ord="nuc")
-    squared = (mean_x - mean_y).square().sum() + factor_x.square().sum() + factor_y.square().sum() - 2 * nuclear
+    n, d = features.shape
+    if n < 2:
+        raise ValueError(f"a Fréchet distance needs at least two images on each side, not {n}")
+    mean = sum((part.sum(0) for part in _parts(features)), torch.zeros(d, dtype=torch.float64)) / n
+    if not torch.isfinite(mean).all():
+        raise ValueError("the features are not finite")
+    factor = torch.zeros(0, d, dtype=torch.float64)
+    for part in _parts(features):
+        factor = torch.cat([factor, (part - mean) / (n - 1) ** 0.5])
+        if len(factor) > d:
+            factor = torch.linalg.qr(factor, mode="r").R
+    return Gaussian(mean, factor)
+
+
+def frechet_distance(x: Gaussian, y: Gaussian) -> float:
+    """‖μ_x − μ_y‖² + tr(Σ_x + Σ_y − 2 (Σ_x Σ_y)^½), Heusel et al. 2017, equation 6.
+
+    In factor form, with Σ = Fᵀ F: ‖Δμ‖² + ‖F_x‖² + ‖F_y‖² − 2 ‖F_x F_yᵀ‖_* (nuclear norm): exact for few samples,
+    and without a matrix square root, which SciPy changes from version to version.
+    """
+    nuclear = torch.linalg.svdvals(x.factor @ y.factor.T).sum()
+    squared = (x.mean - y.mean).square().sum() + x.factor.square().sum() + y.factor.square().sum() - 2 * nuclear
     return max(0.0, squared.item())
 
 
-def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean [d], and a factor F [min(n, d), d] of the covariance Fᵀ F."""
-    features = features.double()
-    mean = features.mean(0)
-    centred = (features - mean) / (len(features) - 1) ** 0.5
-    if len(centred) > centred.shape[1]:
-        centred = torch.linalg.qr(centred, mode="r").R  # same covariance, same norms, fewer rows
-    return mean, centred
+def _parts(features: np.ndarray):
+    for start in range(0, len(features), ROWS):
+        yield torch.from_numpy(np.asarray(features[start : start + ROWS], np.float64))

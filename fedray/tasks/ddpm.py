@@ -1,6 +1,5 @@
 """Task `ddpm`: a denoising diffusion model trained from scratch (Ho et al. 2020; Chen 2024, section 2.1)."""
 
-import difflib
 import inspect
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +18,9 @@ from diffusers import (
 )
 from torch import Tensor
 
-from fedray import data
 from fedray.choices import UserError, check_name
-from fedray.data import Dataset
-from fedray.images import Form
 from fedray.tasks import Batch
+from fedray.tasks.images import Images
 from fedray.vector import FlatParameters
 
 SAMPLERS = {
@@ -32,28 +29,15 @@ SAMPLERS = {
     "dpmsolver++": DPMSolverMultistepScheduler,
     "unipc": UniPCMultistepScheduler,
 }
-DATASETS = ("digits", "imagefolder", "celeba")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
 @dataclass(frozen=True)
-class DDPM:
+class DDPM(Images):
     """An unconditional `diffusers.UNet2DModel` that learns to invert a `DDPMScheduler`."""
 
     name: ClassVar[str] = "ddpm"
 
-    dataset_name: str = "digits"
-    """digits (scikit-learn's), imagefolder or celeba (in --train-data-dir), a .parquet file, or a Hugging Face name."""
-    train_data_dir: str | None = None
-    """Folder of the images: any tree of them (imagefolder), or what CelebA was unpacked into (celeba)."""
-    crop: int | None = None
-    """Side of the central square that is kept of each image, in pixels; None keeps the largest."""
-    skip_unreadable: bool = False
-    """Leave out images that cannot be read, instead of stopping."""
-    resolution: int = 8
-    """Height and width that images are resized to, in pixels."""
-    channels: int = 1
-    """1 for grey images, 3 for RGB."""
     block_out_channels: tuple[int, ...] = (16, 32)
     """Channels of the U-Net's blocks, from the finest resolution to the coarsest."""
     attention: tuple[bool, ...] = (False, False)
@@ -73,24 +57,15 @@ class DDPM:
     snr_gamma: float | None = None
     """Min-SNR weighting of the loss with this γ (5 is usual); None weighs as DDPM does."""
 
-    def __post_init__(self) -> None:
-        # Actors and resumed runs have other working directories.
-        if self.train_data_dir is not None:
-            object.__setattr__(self, "train_data_dir", str(Path(self.train_data_dir).absolute()))
-        if self.dataset_name not in DATASETS and Path(self.dataset_name).exists():
-            object.__setattr__(self, "dataset_name", str(Path(self.dataset_name).absolute()))
-
     def check(self, sampler: str, steps: int) -> None:
-        self._check_source()
+        super().check(sampler, steps)
         check_name("sampler", sampler, SAMPLERS)
         check_name("prediction type", self.prediction_type, PREDICTION_TYPES)
-        counts = ("crop", "snr_gamma", "resolution", "ddpm_num_steps", "layers_per_block", "norm_num_groups")
-        for name in (*counts, "block_out_channels"):
+        counts = ("snr_gamma", "ddpm_num_steps", "layers_per_block", "norm_num_groups", "block_out_channels")
+        for name in counts:
             value = getattr(self, name)
             if value is not None and np.min(value, initial=1) <= 0:
                 raise UserError(f"--{name.replace('_', '-')} {value}: it must be above 0.")
-        if self.channels not in (1, 3):
-            raise UserError(f"--channels {self.channels}: it must be 1 (grey) or 3 (RGB).")
         check_name("beta schedule", self.ddpm_beta_schedule, ("linear", "scaled_linear", "squaredcos_cap_v2"))
         if not 1 <= steps <= self.ddpm_num_steps:
             raise UserError(
@@ -111,35 +86,6 @@ class DDPM:
                 f"--resolution {self.resolution} cannot be halved {len(self.block_out_channels) - 1} times, once "
                 f"after each block but the last."
             )
-
-    def _check_source(self) -> None:
-        name, directory = self.dataset_name, self.train_data_dir
-        if name in ("imagefolder", "celeba") and directory is None:
-            raise UserError(f"--dataset-name {name} needs --train-data-dir, the folder of the images.")
-        if name not in ("imagefolder", "celeba") and directory is not None:
-            raise UserError(
-                f"--train-data-dir is given with --dataset-name {name}; say --dataset-name imagefolder or celeba "
-                f"(or --preset faces)."
-            )
-        # A name that is nearly one of ours is a slip, not one of the hub's.
-        if name not in DATASETS and "/" not in name and difflib.get_close_matches(name, DATASETS, 1, 0.75):
-            check_name("dataset", name, DATASETS)
-
-    def dataset(self) -> Dataset:
-        self._check_source()
-        form = Form(self.resolution, self.channels, self.crop)
-        if self.dataset_name == "digits":
-            dataset = data.digits()
-            if dataset.images.shape[1:] != (self.channels, self.resolution, self.resolution):
-                raise UserError(
-                    f"the digits are 8×8 and grey, not {self.resolution}×{self.resolution} in {self.channels} channels "
-                    f"(--resolution, --channels)."
-                )
-            return dataset
-        if self.train_data_dir is None:
-            return data.hugging_face(self.dataset_name, form, self.skip_unreadable)
-        source = data.celeba if self.dataset_name == "celeba" else data.image_folder
-        return source(Path(self.train_data_dir), form, self.skip_unreadable)
 
     def unet(self) -> UNet2DModel:
         """The network, freshly initialised."""

@@ -1,0 +1,67 @@
+"""What is made once per node and kept: an entry is a directory, written aside and renamed."""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fedray.choices import UserError
+
+LOCK_TIMEOUT = 7200.0  # seconds to wait for another process that makes the same entry
+
+
+def home() -> Path:
+    """Where entries are: $FEDRAY_CACHE, else fedray in the user's cache directory."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("FEDRAY_CACHE") or Path(base) / "fedray")
+
+
+def kept(what: str, key: object, make: Callable[[Path], None]) -> Path:
+    """The directory of an entry; `make` fills it, unless it is there already.
+
+    Safe against a killed maker and against two of them: one makes it, the other waits.
+
+    Args:
+        what: is made, for messages.
+        key: JSON that changes whenever the entry would.
+
+    Raises:
+        UserError: another process has held the entry for two hours.
+    """
+    place = home() / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
+    with _locked(place.with_suffix(".lock"), what):
+        if not place.exists():
+            aside = place.with_suffix(".aside")
+            shutil.rmtree(aside, ignore_errors=True)  # a maker that was killed left it
+            aside.mkdir(parents=True)
+            try:
+                make(aside)
+                aside.rename(place)
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
+    return place
+
+
+@contextmanager
+def _locked(path: Path, what: str) -> Iterator[None]:
+    """One maker at a time; the kernel frees the lock of one that was killed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + LOCK_TIMEOUT
+    with open(path, "w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"{what}: another process has been at it for {LOCK_TIMEOUT / 3600:g} hours; end that "
+                        f"process, or set FEDRAY_CACHE to another directory."
+                    ) from None
+                time.sleep(0.2)
+        yield

@@ -1,0 +1,86 @@
+"""fedray sample: images from a run's model; and what it has in common with fedray evaluate."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import tyro
+
+from fedray.actors import open_pool
+from fedray.choices import UserError
+from fedray.client import build
+from fedray.commands.terminal import progress
+from fedray.config import Config
+from fedray.evaluation import sample
+from fedray.record import Run, grid
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """What `fedray sample` and `fedray evaluate` have in common."""
+
+    seed: int = 0
+    """Seed of the noise that the images start from."""
+    sampler: str | None = None
+    """ddpm, ddim, dpmsolver++ or unipc; by default the run's (of a pipeline, ddpm)."""
+    sampling_steps: int | None = None
+    """Denoising steps; by default the run's (of a pipeline, 1000)."""
+    actors: int | None = 0
+    """Client actors that draw; 0 draws in this process, None takes as many as fit."""
+    cpus_per_actor: float = 1.0
+    """CPUs of an actor."""
+    gpus_per_actor: float = 0.0
+    """GPUs of an actor; 0 computes on CPUs."""
+    address: str | None = None
+    """A running Ray cluster to join (auto, or HOST:PORT)."""
+
+    def settings(self, base: Config) -> Config:
+        """The configuration with what was asked for."""
+        return replace(
+            base,
+            sampler=self.sampler or base.sampler,
+            sampling_steps=base.sampling_steps if self.sampling_steps is None else self.sampling_steps,
+            actors=self.actors,
+            cpus_per_actor=self.cpus_per_actor,
+            gpus_per_actor=self.gpus_per_actor,
+            address=self.address,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample(Draw):
+    """Draw images from a run's model, into one picture."""
+
+    run: tyro.conf.Positional[Path]
+    """Directory of the run."""
+    num_images: int = 64
+    """How many images to draw."""
+    out: Path | None = None
+    """File of the picture; by default RUN/samples/sample-seedS.png."""
+
+
+def main(arguments: list[str]) -> None:
+    """Parse and run `fedray sample`."""
+    asked = tyro.cli(Sample, args=arguments, prog="fedray sample")
+    if asked.num_images < 1:
+        raise UserError(f"--num-images {asked.num_images}: it must be above 0.")
+    out = asked.out or asked.run / "samples" / f"sample-seed{asked.seed}.png"
+    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise UserError(f"--out {out}: the name of the picture must end in .png, .jpg or .webp.")
+    config = replace(asked.settings(Run.open(asked.run).config), features=None)
+    config.check()
+    model = model_of(asked.run, config)
+    with open_pool(config) as pool, progress(config.rounds) as (_, show):
+        _, images = sample(pool, model, asked.num_images, config, asked.seed, show)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    grid(torch.from_numpy(images)).save(out)
+    print(f"samples   {out}")
+
+
+def model_of(directory: Path, config: Config) -> torch.Tensor:
+    """The vector that a run's samples are drawn from, as of its last complete round."""
+
+    state = Run.open(directory).state(build(config, torch.device("cpu")).flat.layout)
+    if state is None:
+        raise UserError(f"the run at {directory} has no complete round yet.")
+    return state.sampled

@@ -1,0 +1,83 @@
+"""What commands show: progress, tables, and how to type the next command."""
+
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fedray.evaluation import Evaluation
+from fedray.results import summary
+
+
+def program() -> str:
+    """How to type fedray here: by its path, where its environment is not activated."""
+    return "fedray" if shutil.which("fedray") else os.path.relpath(Path(sys.executable).with_name("fedray"))
+
+
+@contextmanager
+def progress(rounds: int) -> Iterator[tuple[Callable[[dict[str, Any]], None], Callable[[str, float, float], None]]]:
+    """A progress bar with the time left, and a line per round: what `run` takes as `on_row` and `show`."""
+
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, transient=True) as bar:
+        current = bar.add_task("starting", total=None)
+        phase = "starting"
+
+        def show(now: str, done: float, total: float) -> None:
+            nonlocal current, phase
+            if now != phase:
+                bar.remove_task(current)
+                current, phase = bar.add_task(now, total=total), now
+            bar.update(current, completed=done)
+
+        def on_row(row: dict[str, Any]) -> None:
+            failed = [client for client in row["clients"] if client["outcome"] != "ok"]
+            bar.console.print(
+                f"round {row['round']}/{rounds}  loss {row['loss']:.4f}  {row['seconds']['round']:.1f} s  "
+                f"{(row['bytes_down'] + row['bytes_up']) / 1e6:.1f} MB",
+                *(f"\n  client {client['client']} left out: {client['outcome']}" for client in failed),
+                *(f"\n  {name} {score['value']:.4g} (n = {score['n']})" for name, score in row["scores"].items()),
+                highlight=False,
+                markup=False,
+            )
+
+        yield on_row, show
+
+
+def print_table(runs: dict[str, Path], mean: bool = False) -> None:
+    """Print complete runs side by side; with `mean`, a row per run and their mean."""
+
+    frame = summary(runs)
+    if mean:
+        frame.loc["mean"] = frame.mean()
+    else:
+        frame = frame.T
+    table = Table("", *map(escape, frame.columns))
+    for name, values in frame.iterrows():
+        cells = (f"{value:,.0f}" if value == round(value) else f"{value:,.4g}" for value in values)
+        table.add_row(escape(str(name)), *cells)
+    Console().print(table)
+
+
+def print_scores(title: str, evaluation: Evaluation) -> None:
+
+    table = Table("score", "value", "std", "n", "remarks", title=title, title_justify="left")
+    for name, score in evaluation.scores.items():
+        deviation = f"± {score['std']:.2g}" if "std" in score else ""
+        remarks = [f"std over {score['over']}"] if "over" in score else []
+        remarks += [score["note"]] if "note" in score else []
+        table.add_row(escape(name), f"{score['value']:.4g}", deviation, f"{score['n']:,}", "; ".join(remarks))
+    for name, reason in evaluation.about["refused"].items():
+        table.add_row(escape(name), "–", "", "", f"refused: {reason}")
+    Console().print(table)

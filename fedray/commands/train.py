@@ -1,0 +1,110 @@
+"""fedray train: a federated run, or one run per client."""
+
+import argparse
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from fedray.actors import run, run_local_only
+from fedray.choices import RunError, UserError
+from fedray.commands.terminal import print_table, program, progress
+from fedray.config import Config, preset
+from fedray.federation import make_plan, steps_planned
+from fedray.record import Run
+from fedray.tasks.ddpm import DDPM
+
+
+def main(arguments: list[str]) -> None:
+    """Parse and run `fedray train`."""
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default="digits")
+    first.add_argument("--resume", type=Path)
+    known, _ = first.parse_known_args(arguments)
+    base = Run.open(known.resume).config if known.resume else preset(known.preset)
+    # Given on the command line, local steps replace the base's local epochs, and the other way round.
+    blank = replace(base, local_epochs=None, local_steps=None)
+
+    @dataclass(frozen=True)
+    class Train:
+        """Train a model by federated averaging, and write a run directory."""
+
+        preset: str = "digits"
+        """Settings to start from: digits, or celeba (the paper's)."""
+        out: Path | None = None
+        """Directory of the run; by default runs/PRESET-DATE-TIME."""
+        resume: Path | None = None
+        """Continue the run in this directory; only settings of placement may be given with it."""
+        local_only: bool = False
+        """Train every client alone, without a federation: what the others are worth. A run per client."""
+        dry_run: bool = False
+        """Print what would be done (clients, examples, steps, bytes) and train nothing."""
+        task: tyro.conf.OmitArgPrefixes[DDPM] = cast(DDPM, base.task)
+        config: tyro.conf.OmitArgPrefixes[Config] = blank
+
+    asked = tyro.cli(Train, args=arguments, prog="fedray train")
+    config = replace(asked.config, task=asked.task)
+    if config.local_epochs is None and config.local_steps is None:
+        config = replace(config, local_epochs=base.local_epochs, local_steps=base.local_steps)
+    if asked.resume and asked.out:
+        raise UserError("--out and --resume are both given; a resumed run stays in its directory.")
+    if asked.resume and any(argument.split("=")[0] == "--preset" for argument in arguments):
+        raise UserError("--preset and --resume are both given; a resumed run keeps its settings.")
+    if asked.dry_run:
+        _print_plan(config)
+        return
+
+    if asked.local_only and asked.resume:
+        raise UserError("--local-only and --resume are both given; repeat the command with the same --out to go on.")
+    out = asked.resume or asked.out or Path("runs") / time.strftime(f"{asked.preset}-%Y%m%d-%H%M%S")
+    config.check()
+    config.task.dataset()  # decoding shows progress of its own
+    if asked.local_only:
+        with progress(config.rounds) as (on_row, show):
+            runs = run_local_only(config, out, on_row=on_row, show=show)
+        print_table({run.directory.name: run.directory for run in runs}, mean=True)
+        print(f"runs      {out}")
+        return
+    with progress(config.rounds) as (on_row, show):
+        try:
+            finished = run(config, out, resume=asked.resume is not None, on_row=on_row, show=show)
+        except (KeyboardInterrupt, RunError):
+            if (out / "config.json").exists():
+                print(f"\nContinue this run with: {program()} train --resume {out}", file=sys.stderr)
+            raise
+    print_table({str(out): finished.directory})
+    if config.evaluate_samples:
+        print(f"samples   {out / 'samples.png'}")
+    print(f"run       {out}\nnext      {program()} sample {out} --num-images 100 --seed 1")
+
+
+def _print_plan(config: Config) -> None:
+
+    plan = make_plan(config)
+    steps = steps_planned(config, plan)
+    sizes = plan.shards.sizes
+    actors = {None: "as many as fit", 0: "none (this process)"}.get(config.actors, config.actors)
+    table = Table("what", "value", title="dry run: nothing is trained")
+    for name, value in {
+        "clients": f"{config.clients}, of which {config.cohort_size} take part in a round",
+        "examples": f"{sizes.sum():,} in all; per client {sizes.min():,} to {sizes.max():,}",
+        "rounds": f"{config.rounds}",
+        "actors": f"{actors}, {config.cpus_per_actor:g} CPUs and {config.gpus_per_actor:g} GPUs each",
+        "parameters": f"{plan.layout.size:,}",
+        "steps": f"{sum(map(sum, steps)):,} in all; {sum(map(max, steps)):,} one after the other",
+        "bytes": f"{plan.payload:,} per client, round and direction",
+        "bytes in all": f"{plan.payload * sum(map(len, steps)) / 1e6:,.1f} MB down and as many up",
+    }.items():
+        table.add_row(name, value)
+    Console().print(table)
+    if config.clients <= 32:
+        clients = Table("client", "examples", "steps a round")
+        for client, size in enumerate(sizes):
+            clients.add_row(str(client), f"{size:,}", f"{config.steps(int(size)):,}")
+        Console().print(clients)

@@ -1,0 +1,68 @@
+"""Precision and recall, density and coverage: is what is drawn real, and is all that is real drawn?"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedray.vector import as_tensor
+
+NEIGHBOURS = 5  # k (Naeem et al. 2020)
+ROWS = 1024  # rows of a distance matrix that are worked out at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Manifold:
+    """Real features [m, d], and the distance of each to its k-th nearest other [m]: the balls that are real."""
+
+    features: Tensor
+    radii: Tensor
+
+
+def manifold(features: np.ndarray) -> Manifold:
+    """Raises ValueError for k features or fewer."""
+    real = as_tensor(np.asarray(features, np.float32))
+    if len(real) <= NEIGHBOURS:
+        raise ValueError(f"it needs more than k = {NEIGHBOURS} real images, not {len(real)}")
+    return Manifold(real, _radii(distances(real, real)))
+
+
+def distances(x: Tensor, y: Tensor) -> Tensor:
+    """Euclidean distances [n, m] between the rows of x [n, d] and y [m, d], float32."""
+    centre = y.mean(0)  # ‖x‖² + ‖y‖² − 2 x·y loses digits far from the origin
+    x, y = x - centre, y - centre
+    return torch.cat([torch.cdist(x[start : start + ROWS], y) for start in range(0, len(x), ROWS)])
+
+
+def prdc(real_drawn: Tensor, drawn_drawn: Tensor, radii: Tensor) -> dict[str, float]:
+    """Precision and recall (Kynkäänniemi et al. 2019), density and coverage (Naeem et al. 2020), with k = 5.
+
+    precision: the share of drawn images inside the ball of a real one;  recall: the share of real images inside the
+    ball of a drawn one;  density: how many real balls a drawn image lies in, over k;  coverage: the share of real
+    images with a drawn one inside their ball. A ball reaches to the k-th nearest neighbour of its own kind.
+
+    Args:
+        real_drawn: distances [m, n] from real to drawn images;  drawn_drawn: [n, n];  radii: [m], of real images.
+
+    Raises:
+        ValueError: k drawn images or fewer.
+    """
+    n = len(drawn_drawn)
+    if n <= NEIGHBOURS:
+        raise ValueError(f"it needs more than k = {NEIGHBOURS} drawn images, not {n}")
+    inside_real = real_drawn < radii[:, None]
+    inside_drawn = real_drawn < _radii(drawn_drawn)[None, :]
+    return {
+        "precision": inside_real.any(0).float().mean().item(),
+        "recall": inside_drawn.any(1).float().mean().item(),
+        "density": inside_real.sum().item() / (NEIGHBOURS * n),
+        "coverage": inside_real.any(1).float().mean().item(),
+    }
+
+
+def _radii(to_others: Tensor) -> Tensor:
+    """Distance to the k-th nearest other, from distances [n, n] of which the smallest in a row is to itself."""
+    return torch.cat([
+        rows.topk(NEIGHBOURS + 1, largest=False).values[:, -1] for rows in to_others.split(ROWS)
+    ])  # fmt: skip

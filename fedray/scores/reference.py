@@ -1,0 +1,98 @@
+"""What scores compare with: a dataset's features and their statistics, worked out once per node and kept."""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedray import cache
+from fedray.choices import UserError
+from fedray.scores.frechet import Gaussian, frechet_distance, gaussian
+from fedray.scores.prdc import Manifold, manifold
+from fedray.seeds import generator
+from fedray.vector import as_tensor
+
+VERSION = 1  # of what is kept
+DRAWN = 10_000  # images of a large dataset that precision and recall are measured on
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """Features [m, d] of a dataset, float32 and memory-mapped, with what scores need of them.
+
+    key: JSON that names the images (their SHA-256 in the form they were brought into), the network and its weights.
+    """
+
+    features: np.ndarray
+    gaussian: Gaussian
+    radii: torch.Tensor
+    key: Any
+
+    @cached_property
+    def manifold(self) -> Manifold:
+        return Manifold(as_tensor(_drawn(self.features)), self.radii)
+
+    def floor(self, n: int) -> tuple[float, int]:
+        """The Fréchet distance of real against real: n drawn images (at most half) against the rest, and that n."""
+        n = min(n, len(self.features) // 2)
+        order = torch.randperm(len(self.features), generator=generator(0, "real against real")).numpy()
+
+        def make(aside: Path) -> None:
+            some, rest = (gaussian(self.features[part]) for part in np.split(order, [n]))
+            (aside / "floor.json").write_text(json.dumps(frechet_distance(some, rest)))
+
+        place = cache.kept("real against real", ["floor", VERSION, self.key, n], make)
+        return json.loads((place / "floor.json").read_text()), n
+
+
+def reference(what: str, n: int, key: Any, features: Callable[[], Iterable[np.ndarray]]) -> Reference:
+    """The reference of that key, made of `features()` (in batches, n in all) unless it is there already.
+
+    Raises:
+        UserError: what is kept under the key is of other images or features, or damaged.
+        ValueError: the features allow no statistics.
+    """
+
+    def make(aside: Path) -> None:
+        kept, row = None, 0
+        for batch in features():
+            if kept is None:
+                shape = (n, batch.shape[1])
+                kept = np.lib.format.open_memmap(aside / "features.npy", "w+", np.float32, shape)
+            kept[row : row + len(batch)] = batch
+            row += len(batch)
+        assert kept is not None
+        assert row == n
+        kept.flush()
+        fitted, real = gaussian(kept), manifold(_drawn(kept))
+        np.savez(
+            aside / "statistics.npz", mean=fitted.mean.numpy(), factor=fitted.factor.numpy(), radii=real.radii.numpy()
+        )
+        (aside / "key.json").write_text(json.dumps(key))
+
+    place = cache.kept(what, ["reference", VERSION, key], make)
+    try:
+        kept = np.load(place / "features.npy", mmap_mode="r")
+        with np.load(place / "statistics.npz") as statistics:
+            mean, factor, radii = (torch.from_numpy(statistics[name]) for name in ("mean", "factor", "radii"))
+        fits = json.loads((place / "key.json").read_text()) == json.loads(json.dumps(key)) and len(kept) == n
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{what}: {place} is damaged ({error}); remove it, and it will be made anew.") from None
+    if not fits:
+        raise UserError(
+            f"{what}: {place} is of other images, or of other features, than those of this run; remove it, and it "
+            f"will be made anew."
+        )
+    return Reference(kept, Gaussian(mean, factor), radii, key)
+
+
+def _drawn(features: np.ndarray) -> np.ndarray:
+    if len(features) <= DRAWN:
+        return features
+    order = torch.randperm(len(features), generator=generator(0, "manifold"))[:DRAWN]
+    return features[order.sort().values.numpy()]

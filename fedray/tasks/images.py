@@ -1,0 +1,81 @@
+"""Which images a task learns from: the settings that tasks have in common."""
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from fedray import data
+from fedray.choices import UserError, check_name
+from fedray.data import Dataset
+from fedray.images import Form
+from fedray.tasks import Learner
+
+DATASETS = ("digits", "imagefolder", "celeba")
+
+
+@dataclass(frozen=True)
+class Images:
+    """A source of images, and the form that they are brought into. By itself it learns nothing: it is only scored."""
+
+    name: ClassVar[str] = "images"
+
+    dataset_name: str = "digits"
+    """digits (scikit-learn's), imagefolder or celeba (in --train-data-dir), a .parquet file, or a Hugging Face name."""
+    train_data_dir: str | None = None
+    """Folder of the images: any tree of them (imagefolder), or what CelebA was unpacked into (celeba)."""
+    crop: int | None = None
+    """Side of the central square that is kept of each image, in pixels; None keeps the largest."""
+    skip_unreadable: bool = False
+    """Leave out images that cannot be read, instead of stopping."""
+    resolution: int = 8
+    """Height and width that images are resized to, in pixels."""
+    channels: int = 1
+    """1 for grey images, 3 for RGB."""
+
+    def __post_init__(self) -> None:
+        # Actors and resumed runs have other working directories.
+        if self.train_data_dir is not None:
+            object.__setattr__(self, "train_data_dir", str(Path(self.train_data_dir).absolute()))
+        if self.dataset_name not in DATASETS and Path(self.dataset_name).exists():
+            object.__setattr__(self, "dataset_name", str(Path(self.dataset_name).absolute()))
+
+    def check(self, sampler: str, steps: int) -> None:
+        """Raise `UserError` for what is wrong without looking at the images."""
+        name, directory = self.dataset_name, self.train_data_dir
+        if name in ("imagefolder", "celeba") and directory is None:
+            raise UserError(f"--dataset-name {name} needs --train-data-dir, the folder of the images.")
+        if name not in ("imagefolder", "celeba") and directory is not None:
+            raise UserError(
+                f"--train-data-dir is given with --dataset-name {name}; say --dataset-name imagefolder or celeba "
+                f"(or --preset faces)."
+            )
+        # A name that is nearly one of ours is a slip, not one of the hub's.
+        if name not in DATASETS and "/" not in name and difflib.get_close_matches(name, DATASETS, 1, 0.75):
+            check_name("dataset", name, DATASETS)
+        if self.crop is not None and self.crop <= 0:
+            raise UserError(f"--crop {self.crop}: it must be above 0.")
+        if self.resolution <= 0:
+            raise UserError(f"--resolution {self.resolution}: it must be above 0.")
+        if self.channels not in (1, 3):
+            raise UserError(f"--channels {self.channels}: it must be 1 (grey) or 3 (RGB).")
+
+    def dataset(self) -> Dataset:
+        form = Form(self.resolution, self.channels, self.crop)
+        if self.dataset_name == "digits":
+            dataset = data.digits()
+            if dataset.images.shape[1:] != (self.channels, self.resolution, self.resolution):
+                raise UserError(
+                    f"the digits are 8×8 and grey, not {self.resolution}×{self.resolution} in {self.channels} channels "
+                    f"(--resolution, --channels)."
+                )
+            return dataset
+        if self.train_data_dir is None:
+            return data.hugging_face(self.dataset_name, form, self.skip_unreadable)
+        source = data.celeba if self.dataset_name == "celeba" else data.image_folder
+        return source(Path(self.train_data_dir), form, self.skip_unreadable)
+
+    def build(self, device: torch.device) -> Learner:
+        raise NotImplementedError("images by themselves are only scored")
