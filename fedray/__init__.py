@@ -12,7 +12,7 @@ _HOME = {
     "Config": "config", "PRESETS": "config", "RunError": "choices", "UserError": "choices",
     "Dataset": "data", "FlatParameters": "vector", "DDPM": "tasks.ddpm", "Run": "record",
     "IID": "partition", "Quantity": "partition", "ByLabel": "partition", "ByAttribute": "partition",
-    "ByFolder": "partition", "Dirichlet": "partition", "Shards": "partition", "run_local_only": "actors",
+    "ByFolder": "partition", "Dirichlet": "partition", "Shards": "partition", "run_local_only": "local_only",
     "Float16": "codecs", "Float32": "codecs", "FedAvg": "rules", "grid": "record", "run": "actors",
     "summary": "results",
 }  # fmt: skip

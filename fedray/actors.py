@@ -8,7 +8,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from fedray.choices import RunError, UserError
 from fedray.client import Row, Work, Worker, do
 from fedray.config import Config, check_resumable
+from fedray.data import Dataset, Source
 from fedray.evaluation import Metric, Show, silent
 from fedray.federation import fit, make_plan
 from fedray.pools import LocalPool, Pool, Progress, Reply
@@ -39,11 +40,11 @@ LINGER = 60.0  # seconds that a driver keeps its last rows for a caller that may
 class ClientActor:
     """A process with a fraction of the machine that does one job at a time."""
 
-    def __init__(self, config: Config, index: int) -> None:
+    def __init__(self, config: Config, index: int, source: Source | None, sha256: str | None) -> None:
         device = torch.device("cuda" if config.gpus_per_actor else "cpu")
         if 0 < config.gpus_per_actor < 1:  # the fraction that Ray counts is bookkeeping only
             torch.cuda.set_per_process_memory_fraction(config.gpus_per_actor)
-        self.worker = Worker(config, device, f"actor {index}")
+        self.worker = Worker(config, device, f"actor {index}", source, sha256)
 
     @ray.method(num_returns=2)
     def do(self, work: Work, shared: Any, job: Any) -> tuple[dict[str, Any], Any]:
@@ -62,25 +63,39 @@ class RayPool:
     and the window cannot block.
     """
 
-    def __init__(self, config: Config) -> None:
-        """Start the actors. Raises `UserError` where they do not fit, `RunError` where they do not start."""
+    def __init__(self, actors: list[Any], timeout: float) -> None:
+        self.actors = actors
+        self.window = 2 * len(actors)
+        self.timeout = timeout
+
+    @classmethod
+    def start(cls, config: Config, dataset: Dataset | None = None) -> "RayPool":
+        """Start the actors; they open `dataset` where their node has it.
+
+        Raises:
+            UserError: they do not fit.
+            RunError: they do not start.
+        """
         count = count_actors(config)
-        self.window = 2 * count
-        self.timeout = config.client_timeout
         options = _options(config.cpus_per_actor, config.gpus_per_actor)
         client = ray.remote(concurrency_groups={"progress": 1}, **options)(ClientActor)
-        self.actors = [client.remote(config, index) for index in range(count)]
+        data = (None, None) if dataset is None else (dataset.source, dataset.sha256)
+        pool = cls([client.remote(config, index, *data) for index in range(count)], config.client_timeout)
         try:
-            ray.get([actor.__ray_ready__.remote() for actor in self.actors], timeout=START_TIMEOUT)
+            ray.get([actor.__ray_ready__.remote() for actor in pool.actors], timeout=START_TIMEOUT)
         except GetTimeoutError:
-            self.close()
+            pool.close()
             raise RunError(
                 f"{count} client actors did not start in {START_TIMEOUT:.0f} s. They need {_need(config, count)}; "
                 f"free now: {_resources(ray.available_resources())}."
             ) from None
         except RayError as error:
-            self.close()
+            pool.close()
             raise RunError(f"a client actor could not start: {_reason(error)}.") from None
+        return pool
+
+    def apart(self) -> list["RayPool"]:
+        return [RayPool([actor], self.timeout) for actor in self.actors]
 
     def map(self, work: Work, shared: Any, jobs: Iterable[Any], progress: Progress) -> Iterator[Reply]:
         shared_ref = ray.put(shared)
@@ -217,12 +232,19 @@ class DriverActor:
         self.error: Exception | None = None
 
     def run(
-        self, config: Config, out: Path, resume: bool, provenance: dict[str, Any], metrics: Mapping[str, Metric]
+        self,
+        config: Config,
+        out: Path,
+        resume: bool,
+        provenance: dict[str, Any],
+        metrics: Mapping[str, Metric],
+        source: Source | None,
     ) -> None:
         try:
-            pool = RayPool(config)
+            dataset = config.task.dataset() if source is None else Dataset.open(source.place)
+            pool = RayPool.start(config, dataset)
             try:
-                for row in fit(config, pool, out, self._show, resume, provenance, metrics):
+                for row in fit(config, pool, out, self._show, resume, provenance, metrics, dataset):
                     self.rows.append(row)
             finally:
                 pool.close()
@@ -252,12 +274,14 @@ def run(
     on_row: Callable[[Row], None] = lambda row: None,
     show: Show = silent,
     metrics: Mapping[str, Metric] | None = None,
+    dataset: Dataset | None = None,
 ) -> Run:
     """Train: the whole run, in this process (`config.actors` 0) or on Ray. Returns its directory, opened.
 
     Rows go to `on_row` as rounds complete, progress to `show`. `metrics` are scores of your own, by name: functions
     of (samples, the dataset's images), both uint8 [n, c, h, w], that give a number. With `resume`, a stopped run in
     `out` goes on from its last complete round, and a run that is still going on the cluster is attached to.
+    `dataset` is the task's, if it is loaded already.
 
     Raises:
         UserError: what was asked for cannot be done; nothing was written.
@@ -271,38 +295,28 @@ def run(
         if Run(out).result is not None:
             return Run.open(out)
     else:
+        check_apart(out, config)
         Run(out).check_vacant()
+    dataset = config.task.dataset() if dataset is None else dataset
     if config.actors == 0:
-        for row in fit(config, LocalPool(config), out, show, resume, provenance, metrics):
+        for row in fit(config, LocalPool(config, dataset), out, show, resume, provenance, metrics, dataset):
             on_row(row)
     else:
-        plan = make_plan(config)  # mistakes are told, and images decoded, before Ray starts
+        plan = make_plan(config, dataset)  # mistakes are told, and images decoded, before Ray starts
         Run(out).check_disk(config, plan.layout)
         with connected(config.address):
-            _drive(config, out, resume, provenance, on_row, show, metrics or {})
+            _drive(config, out, resume, provenance, on_row, show, metrics or {}, dataset.source)
     return Run.open(out)
 
 
-def run_local_only(
-    config: Config,
-    out: str | Path,
-    *,
-    on_row: Callable[[Row], None] = lambda row: None,
-    show: Show = silent,
-) -> list[Run]:
-    """The baseline without a federation: every client trains alone, on its part of the partition.
-
-    One run per client, in `out`/client-0000 and so on; those that are there already are continued or kept.
-    Raises as `run` does.
-    """
-    runs = []
-    with connected(config.address) if config.actors != 0 else nullcontext():
-        for client in range(config.clients):
-            directory = Path(out) / f"client-{client:04d}"
-            begun = (directory / "config.json").exists()
-            alone = dataclasses.replace(config, only_client=client)
-            runs.append(run(alone, directory, resume=begun, on_row=on_row, show=show))
-    return runs
+def check_apart(out: Path, config: Config) -> None:
+    """Raise `UserError` if a run would put its pictures among the images it learns from."""
+    folder = getattr(config.task, "train_data_dir", None)
+    if folder is not None and out.resolve().is_relative_to(Path(folder).resolve()):
+        raise UserError(
+            f"--out {out} lies below --train-data-dir {folder}, where the run's pictures would become images to learn "
+            f"from; choose another --out."
+        )
 
 
 def _drive(
@@ -313,6 +327,7 @@ def _drive(
     on_row: Callable[[Row], None],
     show: Show,
     metrics: Mapping[str, Metric],
+    source: Source | None,
 ) -> None:
     """Start the run's driver actor (or attach to it), and pass on what it reports until it has finished."""
     count_actors(config)
@@ -328,7 +343,7 @@ def _drive(
         options = _options(0, 0) | {"name": name, "namespace": NAMESPACE, "lifetime": "detached"}
         # On this node, since the run directory is; two threads, to answer while it runs.
         driver = ray.remote(max_concurrency=2, scheduling_strategy=here, **options)(DriverActor).remote()
-        driver.run.remote(config, out, resume, provenance, metrics)
+        driver.run.remote(config, out, resume, provenance, metrics, source)
     seen, finished, error = 0, False, None
     while not finished:
         try:
@@ -373,13 +388,13 @@ def _wait_until_gone(name: str) -> None:
 
 
 @contextmanager
-def open_pool(config: Config) -> Iterator[Pool]:
+def open_pool(config: Config, dataset: Dataset | None = None) -> Iterator[Pool]:
     """The pool that the configuration asks for, for jobs outside of a run."""
     if config.actors == 0:
-        yield LocalPool(config)
+        yield LocalPool(config, dataset)
         return
     with connected(config.address):
-        pool = RayPool(config)
+        pool = RayPool.start(config, dataset)
         try:
             yield pool
         finally:

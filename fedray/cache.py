@@ -10,8 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from rich.console import Console
+
 from fedray.choices import UserError
 
+PATIENCE = 3.0  # seconds to wait for another process before saying so
 LOCK_TIMEOUT = 7200.0  # seconds to wait for another process that makes the same entry
 
 
@@ -50,15 +53,25 @@ def kept(what: str, key: object, make: Callable[[Path], None]) -> Path:
 @contextmanager
 def _locked(path: Path, what: str) -> Iterator[None]:
     """One maker at a time; the kernel frees the lock of one that was killed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + LOCK_TIMEOUT
-    with open(path, "w") as file:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(
+            f"{path.parent} cannot be written ({error.strerror}); set FEDRAY_CACHE to a directory that can."
+        ) from None
+    began, told = time.monotonic(), False
+    with file:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if time.monotonic() > deadline:
+                waited = time.monotonic() - began
+                if waited > PATIENCE and not told:
+                    Console(stderr=True).print(f"{what}: waiting for another process that is at it", highlight=False)
+                    told = True
+                if waited > LOCK_TIMEOUT:
                     raise UserError(
                         f"{what}: another process has been at it for {LOCK_TIMEOUT / 3600:g} hours; end that "
                         f"process, or set FEDRAY_CACHE to another directory."

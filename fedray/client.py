@@ -1,5 +1,6 @@
 """The jobs that a process does: local training of a client, samples, features. Knows nothing of Ray."""
 
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -15,13 +16,14 @@ from torch import Tensor
 
 from fedray.codecs import Payload
 from fedray.config import Config
-from fedray.data import Dataset
+from fedray.data import Dataset, Source
 from fedray.scores import networks
 from fedray.scores.nearest import nearest
 from fedray.seeds import generator, number
 from fedray.tasks import Learner
 from fedray.vector import as_tensor
 
+BUILDING = threading.Lock()  # torch's global generator is seeded for it
 DRAWS = 16  # timesteps and noises at which each held-out example's loss is taken
 
 Row = dict[str, Any]
@@ -115,10 +117,14 @@ class NearestJob:
 class Worker:
     """What a process needs for its jobs, built once: the learner on its device, the data, the feature network."""
 
-    def __init__(self, config: Config, device: torch.device, name: str) -> None:
+    def __init__(
+        self, config: Config, device: torch.device, name: str, source: Source | None = None, sha256: str | None = None
+    ) -> None:
         self.config = config
         self.device = device
         self.name = name
+        self.source = source  # where this node's cache may have the data
+        self.sha256 = sha256  # of the images that the run is about
         self.steps_done = 0  # optimizer steps and sampled batches since the process started
         self.on_step: Callable[[int], None] = lambda steps_done: None
 
@@ -133,7 +139,17 @@ class Worker:
 
     @cached_property
     def dataset(self) -> Dataset:
-        return self.config.task.dataset()
+        """The run's data: from this node's cache, without listing files again, else loaded anew.
+
+        Raises:
+            ValueError: this node has other images.
+        """
+        if self.source is not None and self.source.place.exists():
+            return Dataset.open(self.source.place, columns=False)
+        dataset = self.config.task.dataset()
+        if self.sha256 not in (None, dataset.sha256):
+            raise ValueError("the images that this node has are not those of the run")
+        return dataset
 
     @cached_property
     def features(self) -> networks.Network:
@@ -145,8 +161,8 @@ Work = Callable[[Worker, Any, Any], tuple[Row, Any]]
 
 
 def build(config: Config, device: torch.device) -> Learner:
-    """The task's learner with the run's initial weights, the same in every process."""
-    with _seeded(device, config.seed, "init"):
+    """The task's learner with the run's initial weights, the same in every process (and in several threads)."""
+    with BUILDING, _seeded(device, config.seed, "init"):
         return config.task.build(device)
 
 
@@ -181,12 +197,14 @@ def client_update(worker: Worker, model: Payload, job: TrainJob) -> tuple[Row, T
         eps=config.adam_epsilon,
         fused=True,
     )
-    if job.memory is not None:
-        optimizer.state[flat.vector] = {
-            name: as_tensor(array).to(device, copy=True) for name, array in job.memory.items()
-        }
-    ema = None if job.ema is None else as_tensor(job.ema).to(device, copy=True)
     scaler = torch.amp.GradScaler(device.type, enabled=config.mixed_precision == "fp16")
+    if job.memory is not None:
+        kept = {name: as_tensor(array).to(device, copy=True) for name, array in job.memory.items()}
+        if scaler.is_enabled():
+            scale = {"scale": kept.pop("scale").item(), "_growth_tracker": int(kept.pop("growth_tracker"))}
+            scaler.load_state_dict(scaler.state_dict() | scale)
+        optimizer.state[flat.vector] = kept
+    ema = None if job.ema is None else as_tensor(job.ema).to(device, copy=True)
     steps = config.steps(examples)
     learning_rate = lr_schedule(config, steps)
     rng = generator(config.seed, *job.key)
@@ -212,7 +230,7 @@ def client_update(worker: Worker, model: Payload, job: TrainJob) -> tuple[Row, T
         scaler.step(optimizer)
         scaler.update()
         if ema is not None:
-            ema.lerp_(flat.vector.detach(), 1 - config.ema_decay)
+            ema.lerp_(flat.vector.detach(), 1 - config.ema_decay(job.round * steps + step + 1))
         worker.step()
     flat.check()
     trained = flat.vector.detach().to("cpu", copy=True)
@@ -228,6 +246,9 @@ def client_update(worker: Worker, model: Payload, job: TrainJob) -> tuple[Row, T
     memory = None
     if config.keep_optimizer:
         memory = {name: value.cpu().numpy() for name, value in optimizer.state[flat.vector].items()}
+        if scaler.is_enabled():
+            state = scaler.state_dict()
+            memory |= {"scale": np.array(state["scale"]), "growth_tracker": np.array(state["_growth_tracker"])}
     return row, Trained(payload, memory, None if ema is None else ema.cpu().numpy())
 
 

@@ -73,9 +73,13 @@ class Config:
     """How weights travel: float32 (exact), or float16 (half the bytes)."""
     use_ema: bool = False
     """Keep an exponential moving average of the global model at the server, and sample from it."""
-    ema_decay: float = 0.995
-    """Decay of that average per local step: a round of n steps decays it by ema_decay ** n. Where one client trains
-    it is taken at every step."""
+    ema_max_decay: float = 0.9999
+    """Largest decay of that average per local step. Where one client trains it is taken at every step, else once a
+    round, decayed for as many steps as clients made on average."""
+    ema_inv_gamma: float = 1.0
+    """The decay at step k is 1 − (1 + (k − 1) / ema_inv_gamma) ** −ema_power, up to ema_max_decay."""
+    ema_power: float = 0.75
+    """Exponent of that warm-up."""
 
     # Local training
     local_epochs: int | None = None
@@ -177,6 +181,11 @@ class Config:
         due = rounds == self.rounds or (self.evaluate_every is not None and rounds % self.evaluate_every == 0)
         return due and self.evaluate_samples > 0
 
+    def ema_decay(self, step: int) -> float:
+        """Decay of the average at an optimizer step, counted from 1 over the whole run: diffusers' `EMAModel`."""
+        warm_up = 1 - (1 + (step - 1) / self.ema_inv_gamma) ** -self.ema_power
+        return min(self.ema_max_decay, warm_up)
+
     @property
     def single(self) -> bool:
         """One client trains: the run is plain training, not a federation."""
@@ -191,7 +200,7 @@ class Config:
         counts = (
             "clients", "rounds", "local_epochs", "local_steps", "train_batch_size", "eval_batch_size",
             "learning_rate", "max_grad_norm", "cpus_per_actor", "client_timeout", "gradient_accumulation_steps",
-            "validation_rounds", "checkpoints_total_limit", "evaluate_every",
+            "validation_rounds", "checkpoints_total_limit", "evaluate_every", "ema_inv_gamma", "ema_power",
         )  # fmt: skip
         for name in counts:
             value = getattr(self, name)
@@ -203,7 +212,7 @@ class Config:
                 raise UserError(f"{flag(name)} {value}: it must not be negative.")
         if not 0 < self.fraction <= 1:
             raise UserError(f"--fraction {self.fraction}: it must be above 0 and at most 1.")
-        for name in ("ema_decay", "adam_beta1", "adam_beta2", "held_out_share", "test_share"):
+        for name in ("ema_max_decay", "adam_beta1", "adam_beta2", "held_out_share", "test_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{flag(name)} {getattr(self, name)}: it must be at least 0 and below 1.")
         if self.gpus_per_actor > 1 and self.gpus_per_actor != int(self.gpus_per_actor):
@@ -278,7 +287,7 @@ PRESETS = {
         learning_rate=4e-3,
         lr_scheduler="cosine",
         use_ema=True,
-        ema_decay=0.995,
+        ema_max_decay=0.995,
         keep_optimizer=True,
         sampling_steps=100,
         evaluate_samples=512,
@@ -304,7 +313,7 @@ PRESETS = {
         lr_scheduler="cosine",
         random_flip=True,
         use_ema=True,
-        ema_decay=0.95,  # 20 rounds of 4 steps: with 0.997 the average would still be the random start
+        ema_max_decay=0.997,
         sampling_steps=100,
     ),
     # Chen 2024, section 3.1: the U-Net of diffusers' train_unconditional.py, 113,673,219 parameters.
@@ -323,7 +332,6 @@ PRESETS = {
         rounds=10,
         local_epochs=4,
         learning_rate=1e-4,
-        ema_decay=0.9999,
         evaluate_samples=64,
     ),
 }

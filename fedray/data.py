@@ -1,19 +1,30 @@
 """Datasets: images as one uint8 array, and what is known of each."""
 
 import difflib
+import hashlib
+import json
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
+from fedray import cache
 from fedray.choices import UserError, reason
 from fedray.images import Decoded, Form, cached, images_below, sha256
 
 CELEBA_CROP = 178  # the central square of CelebA's 178×218
+
+
+class Source(NamedTuple):
+    """A dataset's entry in this node's cache, and the SHA-256 of its images."""
+
+    place: Path
+    sha256: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,13 +32,30 @@ class Dataset:
     """Images and what is known of them.
 
     images: uint8 [n, channels, height, width];  labels: int64 [n] or None;  columns: by name, [n] each: folder or
-    identity, attributes, and whatever a metadata file has;  known_sha256: of the images, where it is known.
+    identity, attributes, and whatever a metadata file has;  source: where other processes of this node find the same.
     """
 
     images: np.ndarray
     labels: np.ndarray | None = None
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)
-    known_sha256: str | None = None
+    source: "Source | None" = None
+
+    @classmethod
+    def open(cls, place: Path, columns: bool = True) -> "Dataset":
+        """A dataset that was loaded on this node before, memory-mapped; without listing its files again.
+
+        Args:
+            columns: read them too; what trains needs only images and labels.
+        """
+        about = json.loads((place / "about.json").read_text())
+        labels = np.load(place / "labels.npy", mmap_mode="r") if about["labels"] else None
+        table = pd.read_parquet(place / "columns.parquet") if columns else pd.DataFrame()
+        return cls(
+            np.load(place / about["images"], mmap_mode="r"),
+            labels,
+            {str(name): table[name].to_numpy() for name in table},
+            Source(place, about["sha256"]),
+        )
 
     def __len__(self) -> int:
         return len(self.images)
@@ -35,7 +63,7 @@ class Dataset:
     @cached_property
     def sha256(self) -> str:
         """Of the images in this form: what a run, or a score's reference, can be held to."""
-        return self.known_sha256 or sha256(self.images)
+        return self.source.sha256 if self.source else sha256(self.images)
 
     def column(self, name: str) -> np.ndarray:
         """A column by name; "label" are the labels. Raises `UserError` with the names that there are."""
@@ -66,7 +94,8 @@ def image_folder(directory: Path, form: Form, skip_unreadable: bool = False) -> 
     """All images below a directory, in Hugging Face's `imagefolder` form.
 
     The column "folder" is where an image lies, relative to the directory; folders are the labels, unless
-    metadata.csv or metadata.jsonl (with a column file_name) has a column "label". Its other columns are kept.
+    metadata.csv or metadata.jsonl (with a column file_name, relative to where it lies) has a column "label". Other
+    columns are kept.
 
     Raises:
         UserError: there is no such directory, no image in it, an image cannot be read, or metadata does not fit.
@@ -74,12 +103,11 @@ def image_folder(directory: Path, form: Form, skip_unreadable: bool = False) -> 
     paths = images_below(directory)
     names = [path.relative_to(directory).as_posix() for path in paths]
     columns = {"folder": np.array([path.parent.relative_to(directory).as_posix() for path in paths])}
-    for name in ("metadata.csv", "metadata.jsonl"):
-        if (directory / name).is_file():
-            columns |= _metadata(directory / name, names)
-    decoded = cached(str(directory), names, _stamp(paths, names), lambda index: paths[index], form, skip_unreadable)
-    labels = columns.pop("label") if "label" in columns else columns["folder"]
-    return _dataset(decoded, _codes(labels), columns)
+    columns |= _metadata(directory, names)
+    labels = _codes(columns.pop("label") if "label" in columns else columns["folder"])
+    stamp = [str(directory.resolve()), *_stamp(paths)]
+    decoded = cached(str(directory), names, stamp, lambda index: paths[index], form, skip_unreadable)
+    return _dataset(decoded, labels, columns)
 
 
 def celeba(directory: Path, form: Form, skip_unreadable: bool = False) -> Dataset:
@@ -95,15 +123,17 @@ def celeba(directory: Path, form: Form, skip_unreadable: bool = False) -> Datase
     read: Callable[[int], Path | bytes]
     if folder.is_dir():
         paths = images_below(folder)
-        names, stamp = [path.name for path in paths], _stamp(paths, [path.name for path in paths])
+        names, stamp = [path.name for path in paths], [str(folder.resolve()), *_stamp(paths)]
         read = paths.__getitem__
     elif archive.is_file():
         try:
             zipped = zipfile.ZipFile(archive)
         except zipfile.BadZipFile as error:
             raise UserError(f"{archive} is damaged: {error}.") from None
-        members = sorted(item.filename for item in zipped.infolist() if item.filename.endswith(".jpg"))
-        names, stamp = [Path(member).name for member in members], _stamp([archive], [archive.name])
+        members = sorted(name for name in zipped.namelist() if name.endswith(".jpg") and "/._" not in name)
+        if not members:
+            raise UserError(f"{archive} has no .jpg in it.")
+        names, stamp = [Path(member).name for member in members], [str(archive.resolve()), *_stamp([archive])]
         read = lambda index: zipped.read(members[index])  # noqa: E731
     else:
         raise UserError(
@@ -115,9 +145,14 @@ def celeba(directory: Path, form: Form, skip_unreadable: bool = False) -> Datase
         columns["identity"] = _listed(path, names, ["identity"])["identity"].to_numpy()
     if (path := directory / "list_eval_partition.txt").is_file():
         splits = _listed(path, names, ["split"])["split"].map({0: "train", 1: "valid", 2: "test"})
-        columns["split"] = splits.to_numpy(dtype=str)
+        if splits.isna().any():
+            raise UserError(f"{path}: the split of {splits.index[splits.isna()][0]} is none of 0, 1 and 2.")
+        columns["split"] = splits.to_numpy(dtype=object)
     if (path := directory / "list_attr_celeba.txt").is_file():
-        attributes = path.open().readlines()[1].split()
+        header = path.read_text().splitlines()[:2]
+        attributes = header[1].split() if len(header) == 2 else []
+        if not attributes:
+            raise UserError(f"{path} has no names of attributes in its second line.")
         table = _listed(path, names, attributes, skip=2)
         columns |= {name: table[name].to_numpy() > 0 for name in attributes}
     decoded = cached(str(directory), names, stamp, read, form, skip_unreadable)
@@ -145,7 +180,7 @@ def hugging_face(name: str, form: Form, skip_unreadable: bool = False) -> Datase
             f"--dataset-name {name}: no such dataset could be loaded ({reason(error)}). It must be digits, celeba, "
             f"imagefolder, a .parquet file, or the name of a Hugging Face dataset."
         ) from None
-    column = next((name for name, kind in loaded.features.items() if isinstance(kind, datasets.Image)), None)
+    column = next((name for name, kind in loaded.features.items() if _holds_images(kind)), None)
     if column is None:
         raise UserError(f"--dataset-name {name}: it has no image column, only {', '.join(loaded.features)}.")
     images = loaded.select_columns(column).cast_column(column, datasets.Image(decode=False))
@@ -154,11 +189,17 @@ def hugging_face(name: str, form: Form, skip_unreadable: bool = False) -> Datase
         value = images[index][column]
         return value["bytes"] or Path(value["path"])
 
-    table = loaded.remove_columns(column).to_pandas()
-    columns = {key: table[key].to_numpy() for key in table if np.ndim(table[key].iloc[0]) == 0}
     names = [f"row {index}" for index in range(len(loaded))]
-    decoded = cached(name, names, loaded._fingerprint, read, form, skip_unreadable)
-    return _dataset(decoded, _codes(columns.pop("label")) if "label" in columns else None, columns)
+    columns = _columns(loaded.remove_columns(column).to_pandas(), f"--dataset-name {name}", names)
+    labels = _codes(columns.pop("label")) if "label" in columns else None
+    return _dataset(cached(name, names, loaded._fingerprint, read, form, skip_unreadable), labels, columns)
+
+
+def _holds_images(kind: Any) -> bool:
+    """An image column, as `datasets` marks it, or as pandas and others write it: the encoded bytes, and a path."""
+    import datasets
+
+    return isinstance(kind, datasets.Image) or (isinstance(kind, dict) and "bytes" in kind)
 
 
 def _codes(labels: np.ndarray) -> np.ndarray:
@@ -168,33 +209,73 @@ def _codes(labels: np.ndarray) -> np.ndarray:
     return np.unique(labels.astype(str), return_inverse=True)[1]
 
 
+def _columns(table: pd.DataFrame, source: object, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """A table's columns as booleans, numbers or text; missing values are the text "". Lists and the like are left out.
+
+    Raises:
+        UserError: a label is missing.
+    """
+    columns = {}
+    for name in table:
+        values, missing = table[name], table[name].isna()
+        if name == "label" and missing.any():
+            first = names[int(missing.argmax())]
+            raise UserError(f"{source}: {missing.sum()} labels are missing, the first that of {first}.")
+        if values.map(lambda value: isinstance(value, (list, dict, bytes, np.ndarray))).any():
+            continue
+        plain = pd.api.types.is_bool_dtype(values) or pd.api.types.is_numeric_dtype(values)
+        if plain and not missing.any():
+            columns[str(name)] = values.to_numpy()
+        else:
+            text = values.map(lambda value: str(value).removesuffix(".0") if isinstance(value, float) else str(value))
+            columns[str(name)] = text.mask(missing, "").to_numpy(dtype=object)
+    return columns
+
+
 def _dataset(decoded: Decoded, labels: np.ndarray | None, columns: Mapping[str, np.ndarray]) -> Dataset:
-    """What is known of the images that could be read."""
+    """What is known of the images that could be read, kept beside them for other processes of the node."""
     rows = decoded.positions
-    return Dataset(
-        decoded.images,
-        None if labels is None else labels[rows],
-        {name: column[rows] for name, column in columns.items()},
-        decoded.sha256,
-    )
+    table = pd.DataFrame({name: column[rows] for name, column in columns.items()})
+    known = np.zeros(0, np.int64) if labels is None else labels[rows]
+
+    def make(aside: Path) -> None:
+        about = {"images": str(decoded.path), "sha256": decoded.sha256, "labels": labels is not None}
+        (aside / "about.json").write_text(json.dumps(about))
+        np.save(aside / "labels.npy", known)
+        table.to_parquet(aside / "columns.parquet")
+
+    contents = hashlib.sha256(known.tobytes())
+    contents.update(pd.util.hash_pandas_object(table, index=False).to_numpy().tobytes())
+    key = ["dataset", str(decoded.path), list(table), labels is not None, contents.hexdigest()]
+    return Dataset.open(cache.kept("labels", key, make))
 
 
-def _stamp(paths: Sequence[Path], names: Sequence[str]) -> list[list[object]]:
-    """Changes whenever a file does: names, sizes and times."""
-    stats = [path.stat() for path in paths]
-    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in zip(names, stats, strict=True)]
+def _stamp(paths: Sequence[Path]) -> list[list[object]]:
+    """Changes whenever a file does: names, sizes and times (of contents, and of permissions)."""
+    stamp: list[list[object]] = []
+    for path in paths:
+        stat = path.stat() if path.exists() else path.lstat()  # a link may be broken: then it is named later
+        stamp.append([str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns])
+    return stamp
 
 
-def _metadata(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """The columns of a metadata file, in the order of `names`."""
-    try:
-        table = pd.read_csv(path) if path.suffix == ".csv" else pd.read_json(path, lines=True)
-    except ValueError as error:
-        raise UserError(f"{path} cannot be read: {reason(error)}.") from None
-    if "file_name" not in table:
-        raise UserError(f"{path} has no column file_name.")
-    table = _aligned(table.set_index("file_name"), path, names)
-    return {str(name): table[name].to_numpy() for name in table}
+def _metadata(directory: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """The columns of the metadata files below a directory, in the order of `names`; none where there are no files."""
+    paths = sorted(path for kind in ("csv", "jsonl") for path in directory.rglob(f"metadata.{kind}"))
+    tables = []
+    for path in paths:
+        try:
+            table = pd.read_csv(path) if path.suffix == ".csv" else pd.read_json(path, lines=True)
+        except ValueError as error:
+            raise UserError(f"{path} cannot be read: {reason(error)}.") from None
+        if "file_name" not in table:
+            raise UserError(f"{path} has no column file_name.")
+        below = path.parent.relative_to(directory)
+        tables.append(table.assign(file_name=[(below / str(name)).as_posix() for name in table["file_name"]]))
+    if not tables:
+        return {}
+    source = paths[0] if len(paths) == 1 else f"{directory}: its metadata"
+    return _columns(_aligned(pd.concat(tables).set_index("file_name"), source, names), source, names)
 
 
 def _listed(path: Path, names: Sequence[str], columns: list[str], skip: int = 0) -> pd.DataFrame:
@@ -203,14 +284,18 @@ def _listed(path: Path, names: Sequence[str], columns: list[str], skip: int = 0)
         table = pd.read_csv(path, sep=r"\s+", header=None, names=["file_name", *columns], skiprows=skip)
     except ValueError as error:
         raise UserError(f"{path} cannot be read: {reason(error)}.") from None
-    return _aligned(table.set_index("file_name"), path, names)
+    numbers = _aligned(table.set_index("file_name"), path, names)[columns].apply(pd.to_numeric, errors="coerce")
+    if (cut := numbers.isna().any(axis=1)).any():
+        raise UserError(f"{path}: the line of {numbers.index[cut][0]} does not have {len(columns)} numbers.")
+    return numbers.astype(np.int64)
 
 
-def _aligned(table: pd.DataFrame, path: Path, names: Sequence[str]) -> pd.DataFrame:
+def _aligned(table: pd.DataFrame, path: object, names: Sequence[str]) -> pd.DataFrame:
     """The rows of `names`, in their order. Raises `UserError` if some are not there, or are there twice."""
     if table.index.has_duplicates:
         raise UserError(f"{path} has {table.index[table.index.duplicated()][0]} twice.")
-    missing = [name for name in names if name not in table.index]
+    known = set(table.index)
+    missing = [name for name in names if name not in known]
     if missing:
         raise UserError(f"{path} lacks {len(missing)} of {len(names)} images, the first of them {missing[0]}.")
     return table.loc[list(names)]

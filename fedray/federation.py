@@ -4,6 +4,7 @@ Chen 2024, section 2.4.1: the server sends w to a random subset of the clients, 
 v, the server takes the mean weighted by examples as the new w; T rounds. Who computes is the pool's affair.
 """
 
+import hashlib
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -100,7 +101,9 @@ def run_round(
     if step_ema is not None:
         after = replace(after, ema=as_tensor(step_ema).clone())
     elif state.ema is not None:
-        after = replace(after, ema=state.ema.lerp(after.vector, 1 - config.ema_decay ** mean["steps"]))
+        steps = max(1, round(mean["steps"]))
+        decay = math.prod(config.ema_decay(state.round * steps + step) for step in range(1, steps + 1))
+        after = replace(after, ema=state.ema.lerp(after.vector, 1 - decay))
     return after, {
         "round": after.round,
         "cohort": clients,
@@ -120,14 +123,17 @@ def run_round(
 
 
 def validate_round(state: ServerState, row: Row, config: Config, plan: "Plan", pool: Pool) -> Row:
-    """Held-out losses of a round: of what the cohort trained, before aggregation, and of the aggregated model.
+    """Held-out losses of a round, means weighted by examples; {} where no client has held any out.
 
-    local: mean over the cohort, each client's own model on its own examples, weighted by them;  global: mean over
-    all clients of the aggregated model;  spread: standard deviation of that over clients;  clients: each of them.
+    local: before aggregation, over the cohort, each client's own model on its own examples;  aggregated: of the
+    aggregated model on the same;  global: of it, over all clients;  spread: its standard deviation over clients;
+    clients: each of them.
     """
     began = time.perf_counter()
     clients = range(config.clients) if config.only_client is None else [config.only_client]
     sizes = {client: len(plan.held_out[client]) for client in clients if len(plan.held_out[client])}
+    if not sizes:
+        return {}
     jobs = [ValidateJob(client, plan.held_out[client]) for client in sizes]
     losses = {}
     for reply in in_order(pool.map(validate, state.vector.numpy(), jobs, lambda done: None)):
@@ -143,7 +149,11 @@ def validate_round(state: ServerState, row: Row, config: Config, plan: "Plan", p
         return float(np.average(list(values.values()), weights=[sizes[c] for c in values])) if values else None
 
     spread = float(np.std(list(losses.values())))
-    return {"local": mean(local), "global": mean(losses), "spread": spread, "clients": losses}
+    aggregated = {client: losses[client] for client in local}
+    return {
+        "local": mean(local), "aggregated": mean(aggregated), "global": mean(losses), "spread": spread,
+        "clients": losses,
+    }  # fmt: skip
 
 
 def evaluate_round(
@@ -187,30 +197,34 @@ def fit(
     resume: bool = False,
     provenance: dict[str, Any] | None = None,
     metrics: Mapping[str, Metric] | None = None,
+    dataset: Dataset | None = None,
 ) -> Iterator[Row]:
     """The whole run: yields a row per round, and writes the run directory. Continues a run that was stopped.
 
     `provenance` is what config.json says of versions, machine and command; by default those of this process.
     `metrics` are functions of (samples, the dataset's images), both uint8 [n, c, h, w], that give a number.
+    `dataset` is the task's, if it is loaded already.
 
     Raises:
         UserError: the configuration, the data or the directory does not allow it (nothing is written then).
         RunError: the run cannot go on; what was saved stays, and it can be resumed.
     """
     run = Run(out)
-    plan = make_plan(config)
+    plan = make_plan(config, dataset)
     if resume:
         check_resumable(Run.open(out).saved["config"], config)
-        run.check_images(plan.dataset)
+        run.check_data(plan.data)
     else:
         run.check_vacant()
     run.check_disk(config, plan.layout)
     scored = config.evaluate_samples and config.features is not None
     against = open_reference(config, plan.dataset, pool, show) if scored else None
     if not resume:
-        run.create(config, plan.dataset, provenance or environment())
-        partition_report.write(run.directory, plan.dataset, plan.parts)
-    with run.locked(), SummaryWriter(str(run.directory / "tensorboard")) as board:
+        frame, picture = partition_report.make(plan.dataset, plan.parts)
+        run.create(config, plan.data, provenance or environment())
+        frame.to_csv(run.directory / "partition.csv", index=False)
+        picture.savefig(run.directory / "partition.png", dpi=100)
+    with run.locked(), SummaryWriter(str(run.directory / "tensorboard"), flush_secs=1) as board:
         state, row = run.state(plan.layout), None
         if state is None:
             state = ServerState(0, plan.initial, plan.initial if config.use_ema else None)
@@ -248,6 +262,14 @@ class Plan:
     payload: int  # bytes per client and direction
 
     @property
+    def data(self) -> dict[str, str]:
+        """What a resumed run must find again: the images, and who holds which."""
+        owners = hashlib.sha256()
+        for shards in self.parts.values():
+            owners.update(shards.offsets.tobytes() + shards.indices.tobytes())
+        return {"images_sha256": self.dataset.sha256, "partition_sha256": owners.hexdigest()}
+
+    @property
     def unseen(self) -> np.ndarray:
         """The dataset's images that no client trains on."""
         return np.concatenate([self.held_out.indices, self.test.indices])
@@ -257,14 +279,14 @@ class Plan:
         return {"train": self.shards, "held out": self.held_out, "test": self.test}
 
 
-def make_plan(config: Config) -> Plan:
-    """Work out a run without training anything.
+def make_plan(config: Config, dataset: Dataset | None = None) -> Plan:
+    """Work out a run without training anything, from its task's dataset, if that is loaded already.
 
     Raises:
         UserError: the configuration is wrong, or does not fit the data.
     """
     config.check()
-    dataset = config.task.dataset()
+    dataset = config.task.dataset() if dataset is None else dataset
     if config.evaluate_samples and config.features is not None:
         networks.check(config.features, config.inception_weights, dataset.images)
     if config.clients > len(dataset):

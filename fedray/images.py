@@ -3,7 +3,9 @@
 import hashlib
 import io
 import json
+import math
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass
@@ -35,7 +37,7 @@ class Form:
 class Decoded(NamedTuple):
     """What the cache holds of a source."""
 
-    images: np.ndarray  # uint8 [n, channels, resolution, resolution], memory-mapped
+    path: Path  # of the array: uint8 [n, channels, resolution, resolution]
     positions: np.ndarray  # int64 [n], of its rows among the source's images: some may be unreadable
     sha256: str  # of the images
 
@@ -50,6 +52,8 @@ def decode(source: Path | bytes, form: Form) -> np.ndarray:
         Exception: whatever Pillow raises for a file that is no image, or a damaged one.
     """
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
+        if opened.mode == "F":
+            raise ValueError("its pixels are floating-point numbers, which have no known range")
         image = ImageOps.exif_transpose(opened)
         if image.mode.startswith("I"):  # 16 bits, which convert() would clip at 255
             image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
@@ -79,7 +83,9 @@ def cached(
     """
 
     def make(aside: Path) -> None:
-        unreadable = _decode_all(what, names, read, form, aside / "images.npy")
+        unreadable, passing = _decode_all(what, names, read, form, aside / "images.npy")
+        if passing and not skip:  # not kept: a permission, say, can be mended without a trace
+            raise _refusal(what, names, unreadable)
         about = {"unreadable": unreadable, "sha256": sha256(np.load(aside / "images.npy", mmap_mode="r"))}
         (aside / "about.json").write_text(json.dumps(about))
 
@@ -89,7 +95,7 @@ def cached(
     if unreadable and not skip:
         raise _refusal(what, names, unreadable)
     positions = np.array([index for index in range(len(names)) if index not in unreadable])
-    return Decoded(np.load(place / "images.npy", mmap_mode="r"), positions, about["sha256"])
+    return Decoded(place / "images.npy", positions, about["sha256"])
 
 
 def form_of(directory: Path) -> tuple[int, int]:
@@ -120,14 +126,22 @@ def form_of(directory: Path) -> tuple[int, int]:
 
 
 def images_below(directory: Path) -> list[Path]:
-    """All image files below a directory, sorted. Raises `UserError` where there are none."""
+    """All image files below a directory, sorted; those hidden are left out. Raises `UserError` where there are none."""
     if not directory.is_dir():
         wrong = "is a file, not a directory" if directory.exists() else "does not exist"
         raise UserError(f"--train-data-dir {directory} {wrong}.")
-    paths = sorted(path for path in directory.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    paths, seen = [], set()
+    for folder, below, files in os.walk(directory, followlinks=True):
+        below[:] = [name for name in below if not name.startswith(".")]
+        if (real := os.path.realpath(folder)) in seen:  # links may go in a circle
+            below.clear()
+            continue
+        seen.add(real)
+        names = [name for name in files if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
+        paths += [Path(folder, name) for name in names]
     if not paths:
-        raise UserError(f"{directory} has no images ({' '.join(SUFFIXES)}).")
-    return paths
+        raise UserError(f"--train-data-dir {directory} has no images ({' '.join(SUFFIXES)}).")
+    return sorted(paths)
 
 
 def sha256(images: np.ndarray) -> str:
@@ -140,19 +154,28 @@ def sha256(images: np.ndarray) -> str:
 
 def _decode_all(
     what: str, names: Sequence[str], read: Callable[[int], Path | bytes], form: Form, path: Path
-) -> dict[int, str]:
-    """Decode in parallel into `path`; returns why some could not be."""
+) -> tuple[dict[int, str], bool]:
+    """Decode in parallel into `path`; returns why some could not be, and whether that may pass."""
     shape = (len(names), form.channels, form.resolution, form.resolution)
+    need, free = math.prod(shape), shutil.disk_usage(path.parent).free
+    if need > free:  # a mapped file that finds the disk full kills the process
+        raise UserError(
+            f"{what}: decoded it takes {need / 1e9:.2f} GB, and {path.parents[1]} has {free / 1e9:.2f} GB free; set "
+            f"FEDRAY_CACHE to a directory on another disk."
+        )
     images = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
     unreadable: dict[int, str] = {}
+    passing = False
 
     def some(start: int) -> None:
+        nonlocal passing
         for index in range(start, min(start + CHUNK, len(names))):
             try:
                 images[index] = decode(read(index), form)
             except Exception as error:  # Pillow has no common error for damaged images
                 said = reason(error)
                 unreadable[index] = "not an image" if "cannot identify" in said else said
+                passing |= isinstance(error, MemoryError) or getattr(error, "errno", None) is not None
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # Pillow decodes and resizes without Python's lock
         starts = range(0, len(names), CHUNK)
@@ -172,7 +195,7 @@ def _decode_all(
         whole.unlink()
         images = compact
     images.flush()
-    return dict(sorted(unreadable.items()))
+    return dict(sorted(unreadable.items())), passing
 
 
 def _refusal(what: str, names: Sequence[str], unreadable: dict[int, str]) -> UserError:

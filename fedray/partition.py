@@ -103,7 +103,8 @@ class ByAttribute:
 
     def split(self, dataset: Dataset, clients: int, rng: torch.Generator) -> Shards:
         order = _permutation(len(dataset), rng)
-        return _shards(np.array_split(order[np.argsort(dataset.column(self.column)[order], kind="stable")], clients))
+        codes = np.unique(dataset.column(self.column), return_inverse=True)[1]
+        return _shards(np.array_split(order[np.argsort(codes[order], kind="stable")], clients))
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class ByFolder:
         dealt = np.arange(len(folders)) % clients
         if clients < len(folders):
             dealt = dealt[_permutation(len(folders), rng)]
-        return _shards([np.flatnonzero(dealt[owned] == client) for client in range(clients)])
+        return _shards(_by_owner(np.arange(len(dataset)), dealt[owned], clients))
 
 
 @dataclass(frozen=True)
@@ -140,15 +141,14 @@ class Dirichlet:
         _check_alpha("dirichlet", self.alpha)
 
     def split(self, dataset: Dataset, clients: int, rng: torch.Generator) -> Shards:
-        column = dataset.column(self.column)
-        labels = np.unique(column)
-        held: list[list[np.ndarray]] = [[] for _ in range(clients)]
-        for label, shares in zip(labels, _dirichlet(self.alpha, clients, rng, len(labels)), strict=True):
-            members = np.flatnonzero(column == label)
-            members = members[_permutation(len(members), rng)]
-            for client, part in enumerate(np.split(members, _cuts(shares, len(members)))):
-                held[client].append(part)
-        return _shards(_none_empty([np.concatenate(parts) for parts in held]))
+        labels, codes = np.unique(dataset.column(self.column), return_inverse=True)
+        sorted_by_label = np.split(np.argsort(codes, kind="stable"), np.cumsum(np.bincount(codes))[:-1])
+        order, owners = [], []
+        for members, shares in zip(sorted_by_label, _dirichlet(self.alpha, clients, rng, len(labels)), strict=True):
+            order.append(members[_permutation(len(members), rng)])
+            sizes = np.diff(_cuts(shares, len(members)), prepend=0, append=len(members))
+            owners.append(np.repeat(np.arange(clients), sizes))
+        return _shards(_none_empty(_by_owner(np.concatenate(order), np.concatenate(owners), clients)))
 
 
 PARTITIONS: dict[str, type] = {
@@ -179,6 +179,12 @@ def _dirichlet(alpha: float, clients: int, rng: torch.Generator, draws: int = 1)
 def _cuts(shares: np.ndarray, n: int) -> np.ndarray:
     """Where to cut n examples into these shares."""
     return np.rint(np.cumsum(shares)[:-1] * n).astype(np.int64)
+
+
+def _by_owner(examples: np.ndarray, owners: np.ndarray, clients: int) -> list[np.ndarray]:
+    """Each client's examples, in the order given."""
+    order = np.argsort(owners, kind="stable")
+    return np.split(examples[order], np.cumsum(np.bincount(owners, minlength=clients))[:-1])
 
 
 def _none_empty(parts: list[np.ndarray]) -> list[np.ndarray]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -20,7 +19,7 @@ def table(dataset: Dataset, parts: Mapping[str, Shards]) -> pd.DataFrame:
     """A row per client: its examples, those of each part (train, held out, test), and its shares.
 
     Shares are of all its examples: of each label ("label 3"), folder or other value, and of each attribute that is
-    true. Columns of more than 64 values are left out.
+    true. Of a column of more than 64 values (identities) it has how many different ones the client holds.
     """
     sizes = np.stack([shards.sizes for shards in parts.values()])  # [parts, clients]
     examples = sizes.sum(0)
@@ -30,20 +29,23 @@ def table(dataset: Dataset, parts: Mapping[str, Shards]) -> pd.DataFrame:
     shares = {}
     for name, column in _columns(dataset).items():
         values, codes = np.unique(column, return_inverse=True)
+        if len(values) > FEW:
+            held = np.unique(owner * len(values) + codes[order]) // len(values)
+            shares[f"different values of {name}"] = np.bincount(held, minlength=len(examples))
+            continue
         counts = np.bincount(owner * len(values) + codes[order], minlength=len(examples) * len(values))
         for value, count in zip(values, counts.reshape(len(examples), len(values)).T, strict=True):
             if column.dtype != bool:
                 shares[f"{name} {value}"] = count / examples
             elif value:
-                shares[name] = count / examples
+                shares[f"{name} (column)" if name in frame else name] = count / examples
     return pd.concat([frame, pd.DataFrame(shares)], axis=1)
 
 
-def write(directory: Path, dataset: Dataset, parts: Mapping[str, Shards]) -> None:
-    """Write partition.csv, and partition.png of the first 200 clients, into a run's directory."""
+def make(dataset: Dataset, parts: Mapping[str, Shards]) -> tuple[pd.DataFrame, Figure]:
+    """The table, and a picture of its first 200 clients."""
     frame = table(dataset, parts)
-    frame.to_csv(directory / "partition.csv", index=False)
-    _picture(frame[:SHOWN], list(parts)).savefig(directory / "partition.png", dpi=100)
+    return frame, _picture(frame[:SHOWN], list(parts))
 
 
 def _columns(dataset: Dataset) -> dict[str, np.ndarray]:

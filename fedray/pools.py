@@ -1,6 +1,6 @@
 """Who does the jobs of a round. A pool maps work over jobs; where and in what order is its own affair."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -10,6 +10,7 @@ import torch
 from fedray.choices import UserError
 from fedray.client import Work, Worker, do
 from fedray.config import Config
+from fedray.data import Dataset
 
 Progress = Callable[[int], None]  # how many steps of this map are done
 
@@ -29,6 +30,9 @@ class Reply:
 
 
 class Pool(Protocol):
+    def apart(self) -> Sequence["Pool"]:
+        """As many pools as can work side by side."""
+
     def map(self, work: Work, shared: Any, jobs: Iterable[Any], progress: Progress) -> Iterator[Reply]:
         """One reply per job, in any order; jobs are drawn only as fast as replies are taken."""
 
@@ -36,10 +40,15 @@ class Pool(Protocol):
 class LocalPool:
     """Jobs one after the other in this process, without Ray."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, dataset: Dataset | None = None) -> None:
         if config.gpus_per_actor and not torch.cuda.is_available():
             raise UserError(f"--gpus-per-actor {config.gpus_per_actor:g}: this machine has no GPU.")
         self.worker = Worker(config, torch.device("cuda" if config.gpus_per_actor else "cpu"), "local")
+        if dataset is not None:
+            self.worker.dataset = dataset
+
+    def apart(self) -> list["LocalPool"]:
+        return [self]
 
     def map(self, work: Work, shared: Any, jobs: Iterable[Any], progress: Progress) -> Iterator[Reply]:
         begin = self.worker.steps_done

@@ -7,8 +7,8 @@ partition.csv   who holds what, and a picture of it: partition.png
 tensorboard/    the numbers of the rows, as event files
 checkpoints/    the last complete round: round-000020.safetensors (the vector, and its average as ema.*)
 clients/        what clients keep between rounds (kept optimizers)
-samples/        a grid per evaluation, the last one also as samples.png; and samples beside the nearest training
-                images, where some were held out: nearest.png
+samples/        a grid per evaluation; the last one also as samples.png
+nearest/        samples with their nearest training images below them, where some images were held out: nearest.png
 model/          what diffusers loads
 """
 
@@ -39,7 +39,6 @@ from fedray import vector
 from fedray.choices import UserError
 from fedray.client import Memory, Row
 from fedray.config import Config
-from fedray.data import Dataset
 from fedray.rules import ServerState
 from fedray.vector import Layout
 
@@ -112,22 +111,22 @@ class Run:
 
     # Writing
 
-    def create(self, config: Config, dataset: Dataset, provenance: dict[str, Any]) -> None:
+    def create(self, config: Config, data: dict[str, str], provenance: dict[str, Any]) -> None:
         """Begin a run here. Raises `UserError` if the directory holds anything, or cannot be written."""
         self.check_vacant()
-        text = _json({"config": config.to_json(), "images_sha256": dataset.sha256, **provenance})
+        text = _json({"config": config.to_json(), **data, **provenance})
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             _write(self.directory / "config.json", text)
         except OSError as error:
             raise UserError(f"{self.directory} cannot be written: {error.strerror}; choose another --out.") from None
 
-    def check_images(self, dataset: Dataset) -> None:
-        """Raise `UserError` if the dataset is not the one that the run began with."""
-        if self.saved.get("images_sha256", dataset.sha256) != dataset.sha256:
+    def check_data(self, data: dict[str, str]) -> None:
+        """Raise `UserError` if the images, or who holds which, are not those that the run began with."""
+        if any(self.saved.get(name, value) != value for name, value in data.items()):
             raise UserError(
-                f"the images of the run at {self.directory} have changed since it began (now {len(dataset)}); its "
-                f"rounds and scores belong to the images as they were: put them back, or begin another run."
+                f"the images of the run at {self.directory}, or their labels, have changed since it began; its rounds "
+                f"and scores belong to them as they were: put them back, or begin another run."
             )
 
     def check_vacant(self) -> None:
@@ -225,10 +224,10 @@ class Run:
         _write(self.directory / "result.json", _json(result))
 
     def draw(self, name: str, images: np.ndarray, rounds: int, columns: int = 8) -> None:
-        """Save a grid of images as samples/NAME-round-….png, and the latest as NAME.png."""
-        (self.directory / "samples").mkdir(exist_ok=True)
+        """Save a grid of images as NAME/round-….png, and the latest as NAME.png."""
+        (self.directory / name).mkdir(exist_ok=True)
         picture = grid(torch.from_numpy(images), columns)
-        for path in (self.directory / "samples" / f"{name}-round-{rounds:06d}.png", self.directory / f"{name}.png"):
+        for path in (self.directory / name / f"round-{rounds:06d}.png", self.directory / f"{name}.png"):
             picture.save(path)
 
     def draw_nearest(self, images: np.ndarray, nearest: np.ndarray, rounds: int) -> None:

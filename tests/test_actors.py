@@ -14,7 +14,8 @@ import torch
 from fedray import actors
 from fedray.choices import RunError, UserError
 from fedray.cli import main
-from fedray.federation import fit, sample
+from fedray.evaluation import sample
+from fedray.federation import fit
 from fedray.pools import LocalPool
 from fedray.record import Run
 
@@ -54,6 +55,7 @@ def test_nor_does_it_on_two_threads(ray, tmp_path):
     assert train(tmp_path / "1", f"{flags} --actors 1") == train(tmp_path / "0", f"{flags} --actors 0")
 
 
+@pytest.mark.slow
 def test_actors_share_the_clients(ray, toy_config, tmp_path):
     run = actors.run(toy_config(actors=2, slow=(0, 1, 2, 3), local_epochs=1), tmp_path / "run")
     assert {client["actor"] for row in run.rows for client in row["clients"]} == {"actor 0", "actor 1"}
@@ -77,17 +79,18 @@ def test_stopped_here_and_resumed_there(ray, toy_config, tmp_path):
 def test_samples_do_not_depend_on_the_pool(ray, toy_config):
     config = toy_config(eval_batch_size=3)
     model = torch.linspace(0, 1, 16)
-    here = sample(LocalPool(config), model, 10, config, seed=4)
-    pool = actors.RayPool(toy_config(eval_batch_size=3, actors=2))
+    here = sample(LocalPool(config), model, 10, config, seed=4)[1]
+    pool = actors.RayPool.start(toy_config(eval_batch_size=3, actors=2))
     try:
-        there = sample(pool, model, 10, config, seed=4)
+        there = sample(pool, model, 10, config, seed=4)[1]
     finally:
         pool.close()
     assert here.shape == (10, 1, 2, 2)
     assert np.array_equal(here, there)
-    assert not np.array_equal(here, sample(LocalPool(config), model, 10, config, seed=5))
+    assert not np.array_equal(here, sample(LocalPool(config), model, 10, config, seed=5)[1])
 
 
+@pytest.mark.slow
 def test_errors_of_the_driver_reach_the_caller(ray, toy_config, tmp_path):
     for resume in (False, True):
         with pytest.raises(RunError, match="no client returned a model. Client 0: ValueError"):

@@ -81,13 +81,6 @@ def test_sample(run, tmp_path, capsys):
     assert (run / "samples" / "sample-seed0.png").exists()
 
 
-def test_evaluate_repeats_the_runs_own_score(run, capsys):
-    assert main(["evaluate", str(run)]) == 0
-    printed = capsys.readouterr().out
-    assert "8 samples, ddpm-3" in printed
-    assert f"{Run.open(run).result['scores']['fd[digits]']:.4g}" in printed
-
-
 def test_dry_run_tells_the_plan_and_trains_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     flags = "--clients 8 --fraction 0.5 --rounds 3 --local-epochs 2 --codec float16 --train-batch-size 25"

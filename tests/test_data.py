@@ -5,8 +5,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import zipfile
 from pathlib import Path
@@ -364,43 +362,6 @@ def test_held_out_shares_are_taken_per_client():
         assert sum(map(len, parts)) == len(shards[client])
         assert [len(part) for part in parts[1:]] == [round(0.2 * len(shards[client])), round(0.1 * len(shards[client]))]
     assert np.array_equal(hold_out(shards, (0.0, 0.0), generator(4))[0].indices, shards.indices)
-
-
-# The node's memory
-
-
-MEASURE = """
-import sys, torch
-from pathlib import Path
-from dataclasses import replace
-import numpy as np
-from fedray import data
-from fedray.client import TrainJob, Worker, client_update
-from fedray.config import PRESETS
-from fedray.tasks.ddpm import DDPM
-
-n = int(sys.argv[1])
-np.lib.format.open_memmap(sys.argv[2], "w+", np.uint8, (n, 1, 8, 8))[:] = 7
-class Big(DDPM):
-    def dataset(self):
-        return data.Dataset(np.load(sys.argv[2], mmap_mode="r"))
-config = replace(PRESETS["digits"], task=Big(), local_epochs=None, local_steps=20, keep_optimizer=False)
-worker = Worker(config, torch.device("cpu"), "test")
-model = worker.learner.flat.vector.detach().numpy().copy()
-client_update(worker, model, TrainJob(0, 0, np.arange(n), np.array([], int)))
-# Not the file's pages: those are one copy for the node, whoever has mapped them.
-print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("RssAnon")))
-"""
-
-
-@pytest.mark.slow
-def test_private_memory_does_not_grow_with_the_dataset(tmp_path):
-    """A client of 1,000 and one of 4,000,000 images (256 MB): private are only indices, some 8 bytes an image each."""
-    used = {}
-    for n in (1000, 4_000_000):
-        command = [sys.executable, "-c", MEASURE, str(n), str(tmp_path / f"{n}.npy")]
-        used[n] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) * 1024
-    assert used[4_000_000] - used[1000] < 4_000_000 * 32
 
 
 def test_report_of_rounds_tells_local_from_global_loss(celeba, tmp_path):

@@ -20,6 +20,7 @@ def python(*arguments, cwd):
     return ran.stdout
 
 
+@pytest.mark.slow
 def test_the_library_in_ten_lines(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     assert len(blocks) == 1

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
+from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 
 from fedray import federation
@@ -101,15 +102,18 @@ def test_the_model_is_what_was_trained(toy_config, tmp_path):
 
 
 def test_server_ema_decays_per_local_step(toy_config, tmp_path):
-    """ema ← d ema + (1 − d) w with d = decay ** n, n the example-weighted mean of local steps; in float64."""
-    config = toy_config(use_ema=True, ema_decay=0.9, partition=Dirichlet(0.5))
+    """A round of n steps (the example-weighted mean) is as n steps of diffusers' EMAModel at the same weights."""
+    config = toy_config(use_ema=True, ema_max_decay=0.8, partition=Dirichlet(0.5))
     plan = make_plan(config)
-    steps = np.array([config.steps(size) for size in plan.shards.sizes])
-    decay = 0.9 ** np.average(steps, weights=plan.shards.sizes)
-    expected = plan.initial.double()
+    steps = round(np.average([config.steps(size) for size in plan.shards.sizes], weights=plan.shards.sizes))
+    weights = torch.nn.Parameter(plan.initial.double())
+    ema = EMAModel([weights], decay=0.8, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
     for row in fit(config, LocalPool(config), tmp_path / "run"):
         stored = load_file(tmp_path / f"run/checkpoints/round-{row['round']:06d}.safetensors")
-        expected = decay * expected + (1 - decay) * stored["weight"].flatten().double()
+        weights.data.copy_(stored["weight"].flatten())
+        for _ in range(steps):
+            ema.step([weights])
+    expected = ema.shadow_params[0]
     assert torch.allclose(stored["ema.weight"].flatten().double(), expected, atol=1e-6)
     assert not torch.allclose(stored["ema.weight"], stored["weight"], atol=1e-3)
 
@@ -244,7 +248,7 @@ def test_bad_settings_leave_nothing_behind(toy_config, tmp_path):
         ({"lr_scheduler": "cosin"}, "did you mean 'cosine'"),
         ({"features": "digit"}, "did you mean 'digits'"),
         ({"evaluate_samples": -1}, "--evaluate-samples -1"),
-        ({"ema_decay": 1.0}, "--ema-decay 1.0"),
+        ({"ema_max_decay": 1.0}, "--ema-max-decay 1.0"),
         ({"gpus_per_actor": 1.5}, "--gpus-per-actor 1.5"),
     ]:
         config = replace(toy_config(), **changes)

@@ -16,7 +16,7 @@ ORDER = [
     *("scores.networks", "scores.reference", "scores.scoring"),
     *("config", "client", "record"),
     *("pools", "evaluation", "federation", "results"),
-    "actors",
+    *("actors", "local_only"),
     *("commands", "commands.terminal", "commands.train", "commands.sample", "commands.evaluate", "cli", "__main__"),
 ]
 FILES = {

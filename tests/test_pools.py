@@ -47,7 +47,7 @@ def ray_pool(ray):
     pools = []
 
     def make(config):
-        pools.append(RayPool(config))
+        pools.append(RayPool.start(config))
         return pools[-1]
 
     yield make
@@ -98,6 +98,7 @@ def test_an_actor_that_died_while_idle_is_a_named_error(ray_pool, toy_config, ra
         list(map_toy(pool, config, 4, []))
 
 
+@pytest.mark.slow
 def test_a_client_that_does_not_answer_is_a_named_error(ray_pool, toy_config):
     config = toy_config(actors=2, slow=(1,), local_epochs=100, client_timeout=2.0)
     pool = ray_pool(config)

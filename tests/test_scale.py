@@ -48,7 +48,7 @@ def test_driver_memory_does_not_grow_with_the_cohort(ray, toy_config, tmp_path):
             clients=clients, labels=clients, each=1, size=10_000_000, rounds=1, local_epochs=1, evaluate_samples=0,
             partition=IID(), actors=2,
         )  # fmt: skip
-        pool = actors.RayPool(config)
+        pool = actors.RayPool.start(config)
         try:
             with PeakPrivateMemory() as memory:
                 rows = list(fit(config, pool, tmp_path / str(len(list(tmp_path.iterdir())))))

@@ -7,16 +7,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import compute_snr
+from diffusers.training_utils import EMAModel, compute_snr
 from safetensors.torch import load_file
 from tensorboardX.proto.event_pb2 import Event
 
-from fedray import actors
 from fedray.choices import UserError
 from fedray.cli import main
 from fedray.client import TrainJob, Worker, client_update, lr_schedule
 from fedray.config import LR_SCHEDULERS, PRESETS
 from fedray.federation import fit, make_plan
+from fedray.local_only import run_local_only
 from fedray.pools import LocalPool
 from fedray.record import Run
 from fedray.seeds import generator
@@ -140,8 +140,8 @@ def test_random_flips_mirror_half_of_the_images(monkeypatch):
 
 
 def test_one_clients_average_is_taken_at_every_step(tmp_path):
-    """Against the average over the weights after each step of the same run, round borders included."""
-    config = replace(DIGITS, clients=1, use_ema=True, ema_decay=0.9, keep_optimizer=True)
+    """As diffusers' EMAModel takes it, from the weights after each step of the same run, round borders included."""
+    config = replace(DIGITS, clients=1, use_ema=True, ema_max_decay=0.75, keep_optimizer=True)
     run = train(config, tmp_path / "run")
     plan = make_plan(config)
     worker = Worker(config, torch.device("cpu"), "test")
@@ -156,11 +156,13 @@ def test_one_clients_average_is_taken_at_every_step(tmp_path):
     for number in range(2):
         job = TrainJob(number, 0, plan.shards[0], NONE, memory, ema)
         _, (model, memory, ema) = client_update(worker, model, job)
-    expected = plan.initial.clone()
+    weights = torch.nn.Parameter(plan.initial.clone())
+    theirs = EMAModel([weights], decay=0.75, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
     for vector in vectors:
-        expected = 0.9 * expected + 0.1 * vector
-    assert len(vectors) == 8
-    assert torch.allclose(run.state(plan.layout).ema, expected, atol=1e-6)
+        weights.data.copy_(vector)
+        theirs.step([weights])
+    assert len(vectors) == 8  # the warm-up ends at the seventh
+    assert torch.allclose(run.state(plan.layout).ema, theirs.shadow_params[0], atol=1e-6)
     assert not torch.allclose(run.state(plan.layout).ema, run.state(plan.layout).vector, atol=1e-3)
 
 
@@ -234,7 +236,7 @@ def test_local_models_are_better_at_home_than_the_average(toy_config, tmp_path):
 
 def test_a_client_alone_is_plain_training_on_its_part(toy_config, tmp_path):
     config = toy_config(keep_optimizer=True, use_ema=True, held_out_share=0.25)
-    runs = actors.run_local_only(config, tmp_path / "alone")
+    runs = run_local_only(config, tmp_path / "alone")
     assert [run.directory.name for run in runs] == [f"client-{client:04d}" for client in range(4)]
     plan = make_plan(config)
     for client, run in enumerate(runs):
@@ -250,7 +252,7 @@ def test_a_client_alone_is_plain_training_on_its_part(toy_config, tmp_path):
     weights = [run.state(plan.layout).vector.mean().item() for run in runs]
     assert weights == sorted(weights)  # each goes to its own label
     before = (runs[0].directory / "result.json").stat().st_mtime_ns
-    assert actors.run_local_only(config, tmp_path / "alone")[0].result == runs[0].result
+    assert run_local_only(config, tmp_path / "alone")[0].result == runs[0].result
     assert (runs[0].directory / "result.json").stat().st_mtime_ns == before
 
 

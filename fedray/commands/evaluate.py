@@ -90,7 +90,7 @@ def _evaluate_run(asked: Evaluate) -> None:
     if n < 1:
         raise UserError(f"the run at {asked.target} was not evaluated; say how many samples (--samples).")
     plan = make_plan(replace(config, evaluate_samples=n))
-    run.check_images(plan.dataset)
+    run.check_data(plan.data)
     _evaluate_model(asked, config, plan, model_of(asked.target, config), n)
 
 
@@ -106,7 +106,7 @@ def _evaluate_pipeline(asked: Evaluate) -> None:
 
 def _evaluate_model(asked: Evaluate, config: Config, plan: Plan, model: torch.Tensor, n: int) -> None:
     """Draw, score, and look for copies where the run held images out."""
-    with open_pool(config) as pool, progress(config.rounds) as (_, show):
+    with open_pool(config, plan.dataset) as pool, progress(config.rounds) as (_, show):
         against = open_reference(config, plan.dataset, pool, show)
         found = evaluate(pool, model, n, config, plan.dataset, against, {}, LOOKED_AT, asked.seed, show=show)
         if len(plan.unseen):
@@ -125,7 +125,7 @@ def _evaluate_folder(asked: Evaluate) -> None:
     for task in (real, folder):
         config, dataset = replace(base, task=task), task.dataset()
         networks.check(base.features, base.inception_weights, dataset.images)
-        with open_pool(config) as pool, progress(1) as (_, show):
+        with open_pool(config, dataset) as pool, progress(1) as (_, show):
             found.append((dataset, open_reference(config, dataset, pool, show)))
     (against, reference), (drawn, judged) = found
     n = asked.samples or len(drawn)

@@ -1,5 +1,6 @@
 """What commands show: progress, tables, and how to type the next command."""
 
+import math
 import os
 import shutil
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from fedray.evaluation import Evaluation
 from fedray.results import summary
@@ -43,8 +44,9 @@ def progress(rounds: int) -> Iterator[tuple[Callable[[dict[str, Any]], None], Ca
 
         def on_row(row: dict[str, Any]) -> None:
             failed = [client for client in row["clients"] if client["outcome"] != "ok"]
+            alone = f"client {row['cohort'][0]}  " if len(row["cohort"]) == 1 else ""
             bar.console.print(
-                f"round {row['round']}/{rounds}  loss {row['loss']:.4f}  {row['seconds']['round']:.1f} s  "
+                f"{alone}round {row['round']}/{rounds}  loss {row['loss']:.4f}  {row['seconds']['round']:.1f} s  "
                 f"{(row['bytes_down'] + row['bytes_up']) / 1e6:.1f} MB",
                 *(f"\n  client {client['client']} left out: {client['outcome']}" for client in failed),
                 *(f"\n  {name} {score['value']:.4g} (n = {score['n']})" for name, score in row["scores"].items()),
@@ -63,11 +65,16 @@ def print_table(runs: dict[str, Path], mean: bool = False) -> None:
         frame.loc["mean"] = frame.mean()
     else:
         frame = frame.T
-    table = Table("", *map(escape, frame.columns))
+    table = Table(Column("", no_wrap=True), *map(escape, frame.columns))
     for name, values in frame.iterrows():
-        cells = (f"{value:,.0f}" if value == round(value) else f"{value:,.4g}" for value in values)
-        table.add_row(escape(str(name)), *cells)
+        table.add_row(escape(str(name)), *map(_number, values))
     Console().print(table)
+
+
+def _number(value: float) -> str:
+    if math.isnan(value):
+        return "–"
+    return f"{value:,.0f}" if value == round(value) else f"{value:,.4g}"
 
 
 def print_scores(title: str, evaluation: Evaluation) -> None:

@@ -11,11 +11,12 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from fedray.actors import run, run_local_only
+from fedray.actors import run
 from fedray.choices import RunError, UserError
 from fedray.commands.terminal import print_table, program, progress
 from fedray.config import Config, preset
 from fedray.federation import make_plan, steps_planned
+from fedray.local_only import run_local_only
 from fedray.record import Run
 from fedray.tasks.ddpm import DDPM
 
@@ -36,7 +37,7 @@ def main(arguments: list[str]) -> None:
         """Train a model by federated averaging, and write a run directory."""
 
         preset: str = "digits"
-        """Settings to start from: digits, or celeba (the paper's)."""
+        """Settings to start from: digits, faces, or celeba (the paper's)."""
         out: Path | None = None
         """Directory of the run; by default runs/PRESET-DATE-TIME."""
         resume: Path | None = None
@@ -59,21 +60,20 @@ def main(arguments: list[str]) -> None:
     if asked.dry_run:
         _print_plan(config)
         return
-
     if asked.local_only and asked.resume:
         raise UserError("--local-only and --resume are both given; repeat the command with the same --out to go on.")
     out = asked.resume or asked.out or Path("runs") / time.strftime(f"{asked.preset}-%Y%m%d-%H%M%S")
     config.check()
-    config.task.dataset()  # decoding shows progress of its own
+    dataset = config.task.dataset()  # decoding shows progress of its own
     if asked.local_only:
         with progress(config.rounds) as (on_row, show):
-            runs = run_local_only(config, out, on_row=on_row, show=show)
+            runs = run_local_only(config, out, on_row=on_row, show=show, dataset=dataset)
         print_table({run.directory.name: run.directory for run in runs}, mean=True)
         print(f"runs      {out}")
         return
     with progress(config.rounds) as (on_row, show):
         try:
-            finished = run(config, out, resume=asked.resume is not None, on_row=on_row, show=show)
+            finished = run(config, out, resume=asked.resume is not None, on_row=on_row, show=show, dataset=dataset)
         except (KeyboardInterrupt, RunError):
             if (out / "config.json").exists():
                 print(f"\nContinue this run with: {program()} train --resume {out}", file=sys.stderr)

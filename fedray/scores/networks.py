@@ -125,7 +125,7 @@ def _inception(d: int, path: Path, device: torch.device) -> Network:
             block = inception.InceptionV3.BLOCK_INDEX_BY_DIM[d]
             model = inception.InceptionV3([block]).to(device).eval()
     except Exception as error:  # torch has no common error for damaged files
-        raise UserError(f"{path} does not hold the weights of pytorch-fid's Inception: {reason(error)}.") from None
+        raise UserError(f"{path} does not hold the weights of pytorch-fid's Inception ({reason(error)}).") from None
 
     def network(images: Tensor) -> Tensor:
         colour = images.expand(-1, 3, -1, -1)  # a grey image is one with three equal channels
@@ -138,9 +138,7 @@ def _torchscript(path: Path, device: torch.device) -> Network:
     try:
         return torch.jit.load(path, map_location=device).eval()
     except Exception as error:
-        raise UserError(
-            f"--features {path}: it is no TorchScript module that can be loaded: {reason(error)}."
-        ) from None
+        raise UserError(f"--features {path}: no TorchScript module could be loaded ({reason(error)}).") from None
 
 
 def _function(name: str) -> tuple[Network, ModuleType]:

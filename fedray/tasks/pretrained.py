@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline, UNet2DModel
 
@@ -29,6 +30,7 @@ class Pretrained(Images):
 
     def load(self) -> DiffusionPipeline:
         """The pipeline. Raises `UserError` if it cannot be loaded, or is not of the kind."""
+        diffusers.utils.logging.disable_progress_bar()
         try:
             pipeline = DiffusionPipeline.from_pretrained(self.pipeline)
         except Exception as error:  # diffusers and the hub have dozens
