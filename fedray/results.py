@@ -1,11 +1,14 @@
 """Run directories as tables."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pandas as pd
 
 from fedray.choices import UserError
+from fedray.client import Row
+from fedray.config import PLACEMENT
 from fedray.record import Run
 
 
@@ -21,10 +24,7 @@ def summary(runs: Mapping[str, str | Path]) -> pd.DataFrame:
     """
     table = {}
     for name, directory in runs.items():
-        run = Run.open(directory)
-        result = run.result
-        if result is None:
-            raise UserError(f"the run at {directory} is not complete; finish it with --resume {directory}.")
+        result = _result(Run.open(directory))
         table[name] = {
             "loss": result["loss"],
             **({"held-out loss": result["held_out"]["global"]} if result["held_out"] else {}),
@@ -36,3 +36,34 @@ def summary(runs: Mapping[str, str | Path]) -> pd.DataFrame:
             "seconds": result["seconds"],
         }
     return pd.DataFrame.from_dict(table, orient="index")
+
+
+def scores(runs: Iterable[str | Path]) -> pd.DataFrame:
+    """Scores with their intervals, a row for each score of each setting.
+
+    Complete runs whose settings differ in the seed alone are one setting. Columns: run (the first one's directory),
+    score, value (the mean), std, over (what std was taken over: seeds where there are several, else resamples of one
+    run's samples), n (samples a run drew), note.
+
+    Raises:
+        UserError: a run is not complete.
+    """
+    settings: dict[str, list[Run]] = {}
+    for directory in runs:
+        run = Run.open(directory)
+        depends_on = {name: value for name, value in run.saved["config"].items() if name not in (*PLACEMENT, "seed")}
+        settings.setdefault(json.dumps(depends_on, sort_keys=True), []).append(run)
+    rows = []
+    for same in settings.values():
+        results = [_result(run)["scores"] for run in same]
+        for name, first in results[0].items():
+            values = pd.Series([result[name]["value"] for result in results if name in result])
+            several = {"std": values.std(), "over": f"{len(values)} seeds"} if len(values) > 1 else {}
+            rows.append({"run": str(same[0].directory), "score": name, **first, "value": values.mean()} | several)
+    return pd.DataFrame(rows, columns=["run", "score", "value", "std", "over", "n", "note"])
+
+
+def _result(run: Run) -> Row:
+    if run.result is None:
+        raise UserError(f"the run at {run.directory} is not complete; finish it with --resume {run.directory}.")
+    return run.result
