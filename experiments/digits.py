@@ -96,7 +96,7 @@ def main(
                 first = runs["federated"]
     pd.concat(dict(zip(seeds, tables, strict=True)), names=["seed", "run"]).to_csv(out / "summary.csv")
     if len(seeds) > 1:
-        scores = fedray.scores(path.parent for path in sorted(out.glob("*/result.json")))
+        scores = fedray.score_table(path.parent for path in sorted(out.glob("*/result.json")))
         print(scores.set_index(["score", "run"]).sort_index().to_string(float_format="{:.3g}".format, na_rep=""))
         print(ratios(tables).to_string(float_format="{:.2f}".format))
     print(f"samples   {out / 'samples.png'}")

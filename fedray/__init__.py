@@ -14,7 +14,7 @@ _HOME = {
     "IID": "partition", "Quantity": "partition", "ByLabel": "partition", "ByAttribute": "partition",
     "ByFolder": "partition", "Dirichlet": "partition", "Shards": "partition", "run_local_only": "local_only",
     "Float16": "codecs", "Float32": "codecs", "FedAvg": "rules", "grid": "record", "run": "actors",
-    "summary": "results", "scores": "results",
+    "summary": "results", "score_table": "results",
 }  # fmt: skip
 __all__ = list(_HOME)
 

@@ -38,7 +38,7 @@ def summary(runs: Mapping[str, str | Path]) -> pd.DataFrame:
     return pd.DataFrame.from_dict(table, orient="index")
 
 
-def scores(runs: Iterable[str | Path]) -> pd.DataFrame:
+def score_table(runs: Iterable[str | Path]) -> pd.DataFrame:
     """Scores with their intervals, a row for each score of each setting.
 
     Complete runs whose settings differ in the seed alone are one setting. Columns: run (the first one's directory),

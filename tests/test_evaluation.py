@@ -413,7 +413,7 @@ def test_changed_images_are_not_scored_as_if_they_were_the_runs(tmp_path, capsys
 def test_intervals_are_over_seeds_where_there_are_several(short, tmp_path):
     for seed, clients in ((0, 4), (1, 4), (2, 4), (0, 2)):
         fedray.run(replace(short, seed=seed, clients=clients), tmp_path / f"run-{clients}-{seed}")
-    table = fedray.scores(sorted(tmp_path.glob("run-*"))).set_index(["run", "score"])
+    table = fedray.score_table(sorted(tmp_path.glob("run-*"))).set_index(["run", "score"])
     several, alone = (table.loc[(str(tmp_path / name), "fd[digits]")] for name in ("run-4-0", "run-2-0"))
     values = [Run.open(tmp_path / f"run-4-{seed}").result["scores"]["fd[digits]"]["value"] for seed in range(3)]
     assert several["value"] == pytest.approx(np.mean(values))
