@@ -81,6 +81,9 @@ class Flow:
         self.network, self.device = network, device
         self.flat = fedray.FlatParameters(network)
 
+    def prepare(self, dataset: fedray.Dataset, indices: np.ndarray, mirrored: bool) -> None:
+        """Nothing has to be encoded before training."""
+
     def loss(self, batch: dict[str, Tensor], rng: torch.Generator) -> Tensor:
         image = batch["images"].to(self.device).float() / 127.5 - 1
         noise = torch.randn(image.shape, generator=rng).to(self.device)

@@ -125,6 +125,7 @@ class Worker:
         self.name = name
         self.source = source  # where this node's cache may have the data
         self.sha256 = sha256  # of the images that the run is about
+        self._base: np.ndarray | None = None
         self.steps_done = 0  # optimizer steps and sampled batches since the process started
         self.on_step: Callable[[int], None] = lambda steps_done: None
 
@@ -137,6 +138,14 @@ class Worker:
     def learner(self) -> Learner:
         return build(self.config, self.device)
 
+    def load(self, vector: Tensor, base: np.ndarray | None) -> None:
+        """Make the learner this model: the vector, and the change of its frozen weights, if there is one."""
+        self.learner.flat.vector.detach().copy_(vector)
+        # While the last one is held, another at its address is the same: Ray maps an object once.
+        if base is not None and (self._base is None or base.ctypes.data != self._base.ctypes.data):
+            self.learner.set_base(as_tensor(base))  # type: ignore[attr-defined]
+            self._base = base
+
     @cached_property
     def dataset(self) -> Dataset:
         """The run's data: from this node's cache, without listing files again, else loaded anew.
@@ -145,7 +154,7 @@ class Worker:
             ValueError: this node has other images.
         """
         if self.source is not None and self.source.place.exists():
-            return Dataset.open(self.source.place, columns=False)
+            return Dataset.open(self.source.place, ("caption",))
         dataset = self.config.task.dataset()
         if self.sha256 not in (None, dataset.sha256):
             raise ValueError("the images that this node has are not those of the run")
@@ -166,6 +175,20 @@ def build(config: Config, device: torch.device) -> Learner:
         return config.task.build(device)
 
 
+class Weights(NamedTuple):
+    """A model as it goes down: the payload (or, to be measured or sampled, the float32 vector itself).
+
+    base: what is added to frozen weights, float32, where a rule has changed them.
+    """
+
+    vector: Payload
+    base: np.ndarray | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.vector.nbytes + (0 if self.base is None else self.base.nbytes)
+
+
 class Trained(NamedTuple):
     """What a client returns beside its row."""
 
@@ -174,7 +197,7 @@ class Trained(NamedTuple):
     ema: np.ndarray | None
 
 
-def client_update(worker: Worker, model: Payload, job: TrainJob) -> tuple[Row, Trained]:
+def client_update(worker: Worker, model: Weights, job: TrainJob) -> tuple[Row, Trained]:
     """Local training (McMahan et al. 2017, algorithm 1, ClientUpdate; AdamW in place of SGD).
 
     Raises:
@@ -186,9 +209,10 @@ def client_update(worker: Worker, model: Payload, job: TrainJob) -> tuple[Row, T
     device = flat.vector.device
     if examples == 0:
         raise ValueError("the client holds no examples")
-    start = config.codec.decode_model(model)
+    start = config.codec.decode_model(model.vector)
     flat.check()
-    flat.vector.detach().copy_(start)
+    worker.load(start, model.base)
+    learner.prepare(worker.dataset, job.indices, config.random_flip)
     optimizer = torch.optim.AdamW(
         [flat.vector],
         lr=config.learning_rate,
@@ -214,10 +238,8 @@ def client_update(worker: Worker, model: Payload, job: TrainJob) -> tuple[Row, T
         optimizer.param_groups[0]["lr"] = learning_rate(job.round * steps + step)
         flat.gradient.zero_()
         for indices in group:
-            batch = batch_of(worker.dataset, job.indices[indices.numpy()])
-            if config.random_flip:
-                mirrored = torch.rand(len(indices), generator=rng) < 0.5
-                batch["images"][mirrored] = batch["images"][mirrored].flip(-1)
+            mirrored = torch.rand(len(indices), generator=rng) < 0.5 if config.random_flip else None
+            batch = batch_of(worker.dataset, job.indices[indices.numpy()], mirrored)
             with precision(config, device):
                 loss = learner.loss(batch, rng)
             scaler.scale(loss / config.gradient_accumulation_steps).backward()
@@ -252,9 +274,9 @@ def client_update(worker: Worker, model: Payload, job: TrainJob) -> tuple[Row, T
     return row, Trained(payload, memory, None if ema is None else ema.cpu().numpy())
 
 
-def validate(worker: Worker, model: np.ndarray, job: ValidateJob) -> tuple[Row, None]:
+def validate(worker: Worker, model: Weights, job: ValidateJob) -> tuple[Row, None]:
     """The loss of a model (a float32 vector) on one client's held-out examples."""
-    worker.learner.flat.vector.detach().copy_(as_tensor(model))
+    worker.load(as_tensor(model.vector), model.base)
     worker.step()
     return {"held_out": held_out_loss(worker, job.client, job.held_out)}, None
 
@@ -263,6 +285,7 @@ def validate(worker: Worker, model: np.ndarray, job: ValidateJob) -> tuple[Row, 
 def held_out_loss(worker: Worker, client: int, held_out: np.ndarray) -> float:
     """Mean loss of the learner as it is, each example at `DRAWS` timesteps and noises, the same in every round."""
     config, rng = worker.config, generator(worker.config.seed, "held out", client)
+    worker.learner.prepare(worker.dataset, held_out, False)
     losses = []
     repeated = np.tile(held_out, DRAWS)
     for start in range(0, len(repeated), config.eval_batch_size):
@@ -272,9 +295,9 @@ def held_out_loss(worker: Worker, client: int, held_out: np.ndarray) -> float:
     return sum(losses) / len(repeated)
 
 
-def sample_batch(worker: Worker, model: np.ndarray, job: SampleJob) -> tuple[Row, tuple[np.ndarray | None, np.ndarray]]:
+def sample_batch(worker: Worker, model: Weights, job: SampleJob) -> tuple[Row, tuple[np.ndarray | None, np.ndarray]]:
     """One batch from the model (a float32 vector): features [size, d], and images uint8 [keep, c, h, w]."""
-    worker.learner.flat.vector.detach().copy_(as_tensor(model))
+    worker.load(as_tensor(model.vector), model.base)
     images = worker.learner.sample(job.size, generator(job.seed, *job.key), job.sampler, job.steps)
     found = worker.features(images).numpy() if job.features else None
     worker.step()
@@ -298,10 +321,19 @@ def nearest_images(worker: Worker, trained: np.ndarray, job: NearestJob) -> tupl
     return {}, found
 
 
-def batch_of(dataset: Dataset, indices: np.ndarray) -> dict[str, Tensor]:
+def batch_of(dataset: Dataset, indices: np.ndarray, mirrored: Tensor | None = None) -> dict[str, Any]:
     """Examples as tensors. Only a batch is copied: the dataset is mapped, and shared by all processes of a node."""
-    batch = {"images": torch.from_numpy(dataset.images[indices])}
-    return batch if dataset.labels is None else batch | {"labels": torch.from_numpy(dataset.labels[indices])}
+    images = torch.from_numpy(dataset.images[indices])
+    if mirrored is None:
+        mirrored = torch.zeros(len(indices), dtype=torch.bool)
+    else:
+        images[mirrored] = images[mirrored].flip(-1)
+    batch: dict[str, Any] = {"images": images, "mirrored": mirrored, "index": torch.from_numpy(indices)}
+    if dataset.labels is not None:
+        batch["labels"] = torch.from_numpy(dataset.labels[indices])
+    if "caption" in dataset.columns:
+        batch["prompts"] = dataset.columns["caption"][indices].tolist()
+    return batch
 
 
 def steps_of(examples: int, config: Config, rng: torch.Generator) -> Iterator[tuple[Tensor, ...]]:

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,14 +14,16 @@ from fedray import cohort
 from fedray.choices import UserError, check_name, pick, short
 from fedray.codecs import CODECS, Codec, Float32
 from fedray.data import CELEBA_CROP
+from fedray.lora_rules import FFA, SVD, Flora
 from fedray.partition import IID, PARTITIONS, ByFolder, Partition
 from fedray.rules import FedAvg, Rule
 from fedray.scores import networks
 from fedray.tasks import Task
 from fedray.tasks.ddpm import DDPM
+from fedray.tasks.lora import LoRA
 
-TASKS: dict[str, type] = {DDPM.name: DDPM}
-RULES: dict[str, type] = {"fedavg": FedAvg}
+TASKS: dict[str, type] = {DDPM.name: DDPM, LoRA.name: LoRA}
+RULES: dict[str, type] = {"fedavg": FedAvg, "ffa": FFA, "svd": SVD, "flora": Flora}
 LR_SCHEDULERS = (
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
 )  # fmt: skip
@@ -68,7 +70,8 @@ class Config:
     rounds: int = 10
     """T, communication rounds."""
     rule: Annotated[Rule, _short_form(RULES, "rule")] = FedAvg()
-    """How updates become the next model: fedavg."""
+    """How updates become the next model: fedavg; of adapters (which fedavg averages as A and B apart) also ffa (A is
+    frozen), svd (the best factors of the mean of B A) or flora (stacking; the mean of B A goes into the base)."""
     codec: Annotated[Codec, _short_form(CODECS, "codec")] = Float32()
     """How weights travel: float32 (exact), or float16 (half the bytes)."""
     use_ema: bool = False
@@ -153,6 +156,8 @@ class Config:
     """Seconds after which a client that has not answered ends the run."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.task, LoRA):
+            object.__setattr__(self, "task", replace(self.task, train_a=not isinstance(self.rule, FFA)))
         # Actors and resumed runs have other working directories.
         if self.features is not None:
             object.__setattr__(self, "features", networks.absolute(self.features))
@@ -230,6 +235,12 @@ class Config:
         if self.mixed_precision == "fp16" and not self.gpus_per_actor:
             raise UserError("--mixed-precision fp16 needs a GPU (--gpus-per-actor); on a CPU use bf16.")
         self.task.check(self.sampler, self.sampling_steps)
+        if isinstance(self.rule, (FFA, SVD, Flora)) and not isinstance(self.task, LoRA):
+            raise UserError(
+                f"--rule {short(self.rule, RULES)} is for adapters (fedray finetune), not for whole models."
+            )
+        if isinstance(self.rule, Flora) and (self.use_ema or self.keep_optimizer):
+            raise UserError("--rule flora starts new adapters every round: leave out --use-ema and --keep-optimizer.")
         if self.features == "digits" and getattr(self.task, "dataset_name", "digits") != "digits":
             raise UserError("--features digits judges digits only; this run learns something else.")
 

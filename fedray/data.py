@@ -5,7 +5,7 @@ import hashlib
 import json
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from fedray import cache
 from fedray.choices import UserError, reason
 from fedray.images import Decoded, Form, cached, images_below, sha256
 
+VERSION = 2  # of what is kept of a dataset beside its images
 CELEBA_CROP = 178  # the central square of CelebA's 178×218
 
 
@@ -41,15 +42,16 @@ class Dataset:
     source: "Source | None" = None
 
     @classmethod
-    def open(cls, place: Path, columns: bool = True) -> "Dataset":
+    def open(cls, place: Path, columns: Sequence[str] | None = None) -> "Dataset":
         """A dataset that was loaded on this node before, memory-mapped; without listing its files again.
 
         Args:
-            columns: read them too; what trains needs only images and labels.
+            columns: those to read, where there are such; None reads all.
         """
         about = json.loads((place / "about.json").read_text())
         labels = np.load(place / "labels.npy", mmap_mode="r") if about["labels"] else None
-        table = pd.read_parquet(place / "columns.parquet") if columns else pd.DataFrame()
+        wanted = [name for name in about["columns"] if columns is None or name in columns]
+        table = pd.read_parquet(place / "columns.parquet", columns=wanted) if wanted else pd.DataFrame()
         return cls(
             np.load(place / about["images"], mmap_mode="r"),
             labels,
@@ -64,6 +66,14 @@ class Dataset:
     def sha256(self) -> str:
         """Of the images in this form: what a run, or a score's reference, can be held to."""
         return self.source.sha256 if self.source else sha256(self.images)
+
+    def with_column(self, name: str, values: np.ndarray) -> "Dataset":
+        """The dataset with one more column [n]; other processes of this node find it too."""
+        columns = {**self.columns, name: values}
+        if self.source is None:
+            return replace(self, columns=columns)
+        images = Path(json.loads((self.source.place / "about.json").read_text())["images"])
+        return _keep(images, self.source.sha256, self.labels, columns)
 
     def column(self, name: str) -> np.ndarray:
         """A column by name; "label" are the labels. Raises `UserError` with the names that there are."""
@@ -102,7 +112,8 @@ def image_folder(directory: Path, form: Form, skip_unreadable: bool = False) -> 
     """
     paths = images_below(directory)
     names = [path.relative_to(directory).as_posix() for path in paths]
-    columns = {"folder": np.array([path.parent.relative_to(directory).as_posix() for path in paths])}
+    folders = [path.parent.relative_to(directory).as_posix() for path in paths]
+    columns = {"folder": np.array(folders, dtype=object), "file_name": np.array(names, dtype=object)}
     columns |= _metadata(directory, names)
     labels = _codes(columns.pop("label") if "label" in columns else columns["folder"])
     stamp = [str(directory.resolve()), *_stamp(paths)]
@@ -235,18 +246,24 @@ def _columns(table: pd.DataFrame, source: object, names: Sequence[str]) -> dict[
 def _dataset(decoded: Decoded, labels: np.ndarray | None, columns: Mapping[str, np.ndarray]) -> Dataset:
     """What is known of the images that could be read, kept beside them for other processes of the node."""
     rows = decoded.positions
-    table = pd.DataFrame({name: column[rows] for name, column in columns.items()})
-    known = np.zeros(0, np.int64) if labels is None else labels[rows]
+    kept = {name: column[rows] for name, column in columns.items()}
+    return _keep(decoded.path, decoded.sha256, None if labels is None else labels[rows], kept)
+
+
+def _keep(images: Path, sha256: str, labels: np.ndarray | None, columns: Mapping[str, np.ndarray]) -> Dataset:
+    """A dataset in this node's cache: where its images are, and what is known of them."""
+    table = pd.DataFrame(dict(columns))
+    known = np.zeros(0, np.int64) if labels is None else np.asarray(labels)
 
     def make(aside: Path) -> None:
-        about = {"images": str(decoded.path), "sha256": decoded.sha256, "labels": labels is not None}
+        about = {"images": str(images), "sha256": sha256, "labels": labels is not None, "columns": list(table)}
         (aside / "about.json").write_text(json.dumps(about))
         np.save(aside / "labels.npy", known)
         table.to_parquet(aside / "columns.parquet")
 
     contents = hashlib.sha256(known.tobytes())
     contents.update(pd.util.hash_pandas_object(table, index=False).to_numpy().tobytes())
-    key = ["dataset", str(decoded.path), list(table), labels is not None, contents.hexdigest()]
+    key = ["dataset", VERSION, str(images), list(table), labels is not None, contents.hexdigest()]
     return Dataset.open(cache.kept("labels", key, make))
 
 
@@ -284,17 +301,25 @@ def _listed(path: Path, names: Sequence[str], columns: list[str], skip: int = 0)
         table = pd.read_csv(path, sep=r"\s+", header=None, names=["file_name", *columns], skiprows=skip)
     except ValueError as error:
         raise UserError(f"{path} cannot be read: {reason(error)}.") from None
-    numbers = _aligned(table.set_index("file_name"), path, names)[columns].apply(pd.to_numeric, errors="coerce")
+    numbers = _aligned(table.set_index("file_name"), path, names, listed=True)[columns].apply(
+        pd.to_numeric, errors="coerce"
+    )
     if (cut := numbers.isna().any(axis=1)).any():
         raise UserError(f"{path}: the line of {numbers.index[cut][0]} does not have {len(columns)} numbers.")
     return numbers.astype(np.int64)
 
 
-def _aligned(table: pd.DataFrame, path: object, names: Sequence[str]) -> pd.DataFrame:
-    """The rows of `names`, in their order. Raises `UserError` if some are not there, or are there twice."""
+def _aligned(table: pd.DataFrame, path: object, names: Sequence[str], listed: bool = False) -> pd.DataFrame:
+    """The rows of `names`, in their order. Raises `UserError` if some are not there, or are there twice.
+
+    Args:
+        listed: the table may name images that are not there, as CelebA's lists do for a part of it.
+    """
     if table.index.has_duplicates:
         raise UserError(f"{path} has {table.index[table.index.duplicated()][0]} twice.")
-    known = set(table.index)
+    known, absent = set(table.index), set(table.index) - set(names)
+    if absent and not listed:
+        raise UserError(f"{path} names {len(absent)} images that are not there, the first of them {min(absent)}.")
     missing = [name for name in names if name not in known]
     if missing:
         raise UserError(f"{path} lacks {len(missing)} of {len(names)} images, the first of them {missing[0]}.")

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fedray.choices import RunError, UserError
 from fedray.client import (
     FeatureJob,
     NearestJob,
     SampleJob,
+    Weights,
     Work,
     dataset_features,
     nearest_images,
@@ -76,7 +76,7 @@ def open_reference(config: Config, dataset: Dataset, pool: Pool, show: Show = si
 
 
 def sample(
-    pool: Pool, model: Tensor, n: int, config: Config, seed: int, show: Show = silent, keep: int | None = None
+    pool: Pool, model: Weights, n: int, config: Config, seed: int, show: Show = silent, keep: int | None = None
 ) -> tuple[np.ndarray | None, np.ndarray]:
     """Features [n, d] (None without a feature network) and the first `keep` of n images, uint8 [keep, c, h, w].
 
@@ -95,13 +95,13 @@ def sample(
         )
         for start in range(0, n, config.eval_batch_size)
     ]
-    features, images = zip(*_results(pool, sample_batch, model.numpy(), jobs, "sampling", show), strict=True)
+    features, images = zip(*_results(pool, sample_batch, model, jobs, "sampling", show), strict=True)
     return np.concatenate(features) if config.features else None, np.concatenate(images)
 
 
 def evaluate(
     pool: Pool,
-    model: Tensor,
+    model: Weights,
     n: int,
     config: Config,
     dataset: Dataset,

@@ -7,7 +7,7 @@ v, the server takes the mean weighted by examples as the new w; T rounds. Who co
 import hashlib
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from fedray.client import (
     Row,
     TrainJob,
     ValidateJob,
+    Weights,
     build,
     client_update,
     validate,
@@ -29,6 +30,7 @@ from fedray.client import (
 from fedray.config import Config, check_resumable
 from fedray.data import Dataset
 from fedray.evaluation import GRID, Metric, Show, evaluate, look_for_copies, open_reference, silent
+from fedray.lora import Adapters, WeightedSum
 from fedray.partition import Shards, hold_out
 from fedray.pools import Pool, in_order
 from fedray.record import Run, environment
@@ -51,7 +53,7 @@ def run_round(
     started = time.perf_counter()
     clients = _cohort(config, state.round)
     try:
-        model = config.codec.encode_model(state.vector)
+        model = Weights(config.codec.encode_model(state.vector), None if state.base is None else state.base.numpy())
     except OverflowError as error:
         raise RunError(f"round {state.round + 1}: {error}") from None
     rows: list[Row] = []
@@ -88,7 +90,10 @@ def run_round(
             folding += time.perf_counter() - began
 
     progress(0)
-    after = replace(config.rule.step(state, updates()), round=state.round + 1)
+    total_change = WeightedSum(plan.adapters) if plan.adapters else None
+    rng = generator(config.seed, "rule", state.round)
+    after = config.rule.step(state, _added_up(updates(), total_change), plan.adapters, rng)
+    after = replace(after, round=state.round + 1)
     if len(failures) == len(clients):
         client, reason, trace = failures[0]
         failed = RunError(f"round {state.round + 1}: no client returned a model. Client {client}: {reason}.")
@@ -115,11 +120,26 @@ def run_round(
         "bytes_down": sum(row["bytes_down"] for row in rows),
         "bytes_up": sum(row["bytes_up"] for row in took_part),
         "seconds": {"fold": folding, "round": time.perf_counter() - started},
+        "aggregation": {} if total_change is None else _aggregation(total_change, state, after),
         "held_out": {},
         "scores": {},
         "evaluation": {},
         "clients": rows,
     }
+
+
+def _added_up(updates: Iterable[Update], total: WeightedSum | None) -> Iterator[Update]:
+    """The updates as they pass; adapters' are added up beside, to see what the rule makes of them."""
+    for update in updates:
+        if total is not None and update.examples:
+            total.add(update.vector, update.examples)
+        yield update
+
+
+def _aggregation(total: WeightedSum, before: ServerState, after: ServerState) -> dict[str, float]:
+    """How far the aggregated ΔW is from Σ w_i ΔW_i, relative to it: over layers, the largest and the mean."""
+    errors = total.errors(before.base, after.vector, after.base)
+    return {"error_max": errors.max().item(), "error_mean": errors.mean().item()}
 
 
 def validate_round(state: ServerState, row: Row, config: Config, plan: "Plan", pool: Pool) -> Row:
@@ -136,7 +156,7 @@ def validate_round(state: ServerState, row: Row, config: Config, plan: "Plan", p
         return {}
     jobs = [ValidateJob(client, plan.held_out[client]) for client in sizes]
     losses = {}
-    for reply in in_order(pool.map(validate, state.vector.numpy(), jobs, lambda done: None)):
+    for reply in in_order(pool.map(validate, weights(state.vector, state), jobs, lambda done: None)):
         if not reply.ok:
             failed = RunError(f"round {state.round}: {reply.job} could not be measured: {reply.row['error']}.")
             failed.add_note(reply.row["trace"])
@@ -175,7 +195,7 @@ def evaluate_round(
     look = last and len(plan.unseen) > 0
     keep = LOOKED_AT if look else GRID
     found = evaluate(
-        pool, state.sampled, config.evaluate_samples, config, plan.dataset, against, metrics, keep,
+        pool, weights(state.sampled, state), config.evaluate_samples, config, plan.dataset, against, metrics, keep,
         intervals=last, show=show,
     )  # fmt: skip
     row["scores"], row["evaluation"] = found.scores, found.about
@@ -260,6 +280,7 @@ class Plan:
     layout: Layout
     initial: torch.Tensor  # [d], the weights it starts from
     payload: int  # bytes per client and direction
+    adapters: Adapters | None  # what the vector means, where it is not a whole model
 
     @property
     def data(self) -> dict[str, str]:
@@ -296,7 +317,8 @@ def make_plan(config: Config, dataset: Dataset | None = None) -> Plan:
     whole = config.partition.split(dataset, config.clients, generator(config.seed, "partition"))
     shares = (config.held_out_share, config.test_share)
     shards, held_out, test = hold_out(whole, shares, generator(config.seed, "held out"))
-    flat = build(config, torch.device("cpu")).flat
+    learner = build(config, torch.device("cpu"))
+    flat = learner.flat
     return Plan(
         dataset=dataset,
         shards=shards,
@@ -305,7 +327,13 @@ def make_plan(config: Config, dataset: Dataset | None = None) -> Plan:
         layout=flat.layout,
         initial=flat.vector.detach().clone(),
         payload=config.codec.encode_model(flat.vector.detach()).nbytes,
+        adapters=getattr(learner, "adapters", None),
     )
+
+
+def weights(vector: torch.Tensor, state: ServerState) -> Weights:
+    """A model to measure or to sample from: these weights, on the state's base."""
+    return Weights(vector.numpy(), None if state.base is None else state.base.numpy())
 
 
 def steps_planned(config: Config, plan: Plan) -> list[list[int]]:
@@ -336,6 +364,8 @@ def _finish(run: Run, state: ServerState, config: Config, plan: Plan) -> None:
     """Write the model for diffusers, then the result: when result.json is there, all is there."""
     learner = build(config, torch.device("cpu"))
     learner.flat.vector.detach().copy_(state.sampled)
+    if state.base is not None:
+        learner.set_base(state.base)  # type: ignore[attr-defined]
     learner.save(run.directory / "model")
     rows = run.rows
     totals: dict[str, Any] = {

@@ -29,6 +29,8 @@ def table(dataset: Dataset, parts: Mapping[str, Shards]) -> pd.DataFrame:
     shares = {}
     for name, column in _columns(dataset).items():
         values, codes = np.unique(column, return_inverse=True)
+        if len(values) == len(column) > FEW:  # names, of which every example has its own
+            continue
         if len(values) > FEW:
             held = np.unique(owner * len(values) + codes[order]) // len(values)
             shares[f"different values of {name}"] = np.bincount(held, minlength=len(examples))

@@ -102,8 +102,9 @@ class Run:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata()
+                base = file.get_tensor("base") if "base" in file.keys() else None  # noqa: SIM118
             ema = vector.load(path, layout, "ema.") if metadata["ema"] == "True" else None
-            return ServerState(int(metadata["round"]), vector.load(path, layout), ema)
+            return ServerState(int(metadata["round"]), vector.load(path, layout), ema, base)
         except ValueError as error:
             raise UserError(str(error)) from None
         except SafetensorError as error:
@@ -159,6 +160,8 @@ class Run:
         tensors = layout.views(state.vector)
         if state.ema is not None:
             tensors |= {f"ema.{name}": view for name, view in layout.views(state.ema).items()}
+        if state.base is not None:
+            tensors["base"] = state.base
         metadata = {"round": str(state.round), "ema": str(state.ema is not None), "row": json.dumps(row)}
         vector.save(directory / f"round-{state.round:06d}.safetensors", tensors, metadata)
         for path in sorted(directory.glob("round-*.safetensors"))[:-limit]:

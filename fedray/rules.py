@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -23,6 +24,7 @@ class ServerState:
     round: int
     vector: Tensor  # [d] float32, the global model w
     ema: Tensor | None = None  # [d] float32, its exponential moving average
+    base: Tensor | None = None  # float32, what is added to frozen weights that adapters sit on (rule flora)
 
     @property
     def sampled(self) -> Tensor:
@@ -31,8 +33,13 @@ class ServerState:
 
 
 class Rule(Protocol):
-    def step(self, state: ServerState, updates: Iterable[Update]) -> ServerState:
-        """Fold the updates of one round, in the order given, into the next state (its `round` is set by the caller)."""
+    def step(self, state: ServerState, updates: Iterable[Update], adapters: Any, rng: torch.Generator) -> ServerState:
+        """Fold the updates of one round, in the order given, into the next state (its `round` is set by the caller).
+
+        Args:
+            adapters: what the vector means, where it is adapters' (`fedray.lora.Adapters`); None where it is a model.
+            rng: for rules that draw.
+        """
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,9 @@ class FedAvg:
     right when a client drops out.
     """
 
-    def step(self, state: ServerState, updates: Iterable[Update]) -> ServerState:
+    def step(
+        self, state: ServerState, updates: Iterable[Update], adapters: Any = None, rng: torch.Generator | None = None
+    ) -> ServerState:
         mean, examples = None, 0
         for update in updates:
             if update.examples == 0:

@@ -10,8 +10,8 @@ import fedray
 PACKAGE = Path(fedray.__file__).parent
 ORDER = [
     *("choices", "seeds", "vector", "cache", "images"),
-    *("data", "partition", "partition_report", "cohort", "codecs", "rules"),
-    *("tasks", "tasks.images", "tasks.ddpm", "tasks.pretrained"),
+    *("data", "partition", "partition_report", "cohort", "codecs", "rules", "lora", "lora_rules"),
+    *("tasks", "tasks.images", "tasks.ddpm", "tasks.pretrained", "tasks.lora", "tasks.embedded"),
     *("scores", "scores.frechet", "scores.kid", "scores.prdc", "scores.nearest", "scores.digits"),
     *("scores.networks", "scores.reference", "scores.scoring"),
     *("config", "client", "record"),

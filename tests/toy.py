@@ -41,6 +41,9 @@ class ToyLearner:
         self.network = nn.Linear(task.size, 1, bias=False).to(device)
         self.flat = FlatParameters(self.network)
 
+    def prepare(self, dataset, indices, mirrored):
+        pass
+
     def loss(self, batch, rng):
         labels = set(batch["labels"].tolist())
         if labels & set(self.task.failing):

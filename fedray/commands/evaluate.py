@@ -4,11 +4,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import tyro
 
 from fedray.actors import open_pool
 from fedray.choices import UserError
+from fedray.client import Weights
 from fedray.commands.sample import Draw, model_of
 from fedray.commands.terminal import print_scores, progress
 from fedray.config import Config
@@ -101,10 +101,10 @@ def _evaluate_pipeline(asked: Evaluate) -> None:
     n = asked.samples or 2048
     config = asked.settings(Config(task=task, clients=1, local_steps=1, evaluate_samples=n))
     plan = make_plan(config)
-    _evaluate_model(asked, config, plan, plan.initial, n)
+    _evaluate_model(asked, config, plan, Weights(plan.initial.numpy()), n)
 
 
-def _evaluate_model(asked: Evaluate, config: Config, plan: Plan, model: torch.Tensor, n: int) -> None:
+def _evaluate_model(asked: Evaluate, config: Config, plan: Plan, model: Weights, n: int) -> None:
     """Draw, score, and look for copies where the run held images out."""
     with open_pool(config, plan.dataset) as pool, progress(config.rounds) as (_, show):
         against = open_reference(config, plan.dataset, pool, show)

@@ -8,10 +8,11 @@ import tyro
 
 from fedray.actors import open_pool
 from fedray.choices import UserError
-from fedray.client import build
+from fedray.client import Weights, build
 from fedray.commands.terminal import progress
 from fedray.config import Config
 from fedray.evaluation import sample
+from fedray.federation import weights
 from fedray.record import Run, grid
 
 
@@ -77,10 +78,10 @@ def main(arguments: list[str]) -> None:
     print(f"samples   {out}")
 
 
-def model_of(directory: Path, config: Config) -> torch.Tensor:
-    """The vector that a run's samples are drawn from, as of its last complete round."""
+def model_of(directory: Path, config: Config) -> Weights:
+    """What a run's samples are drawn from, as of its last complete round."""
 
     state = Run.open(directory).state(build(config, torch.device("cpu")).flat.layout)
     if state is None:
         raise UserError(f"the run at {directory} has no complete round yet.")
-    return state.sampled
+    return weights(state.sampled, state)

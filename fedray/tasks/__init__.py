@@ -2,21 +2,27 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fedray.data import Dataset
 from fedray.vector import FlatParameters
 
-Batch = Mapping[str, Tensor]  # "images": uint8 [b, c, h, w]; "labels": int64 [b] where the dataset has them
+# "images": uint8 [b, c, h, w], some of which are "mirrored": bool [b]; "index": int64 [b], in the dataset;
+# "labels": int64 [b] and "prompts": list of b texts, where the dataset has them.
+Batch = Mapping[str, Any]
 
 
 class Learner(Protocol):
     """A network on a device. What it trains is `flat`; all else is frozen and the same in every process."""
 
     flat: FlatParameters
+
+    def prepare(self, dataset: Dataset, indices: np.ndarray, mirrored: bool) -> None:
+        """Before losses of these examples (and of their mirror images): a place to encode them once."""
 
     def loss(self, batch: Batch, rng: torch.Generator) -> Tensor:
         """Mean loss over the batch, a scalar with a gradient. Every draw comes from `rng` (on the CPU)."""

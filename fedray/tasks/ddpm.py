@@ -19,6 +19,7 @@ from diffusers import (
 from torch import Tensor
 
 from fedray.choices import UserError, check_name
+from fedray.data import Dataset
 from fedray.tasks import Batch
 from fedray.tasks.images import Images
 from fedray.vector import FlatParameters
@@ -130,6 +131,9 @@ class DDPMLearner:
         self.flat = FlatParameters(self.unet)
         self.alphas_cumprod = scheduler.alphas_cumprod.to(device)
 
+    def prepare(self, dataset: Dataset, indices: np.ndarray, mirrored: bool) -> None:
+        pass
+
     def loss(self, batch: Batch, rng: torch.Generator) -> Tensor:
         """‖target − f_θ(√ᾱ_t x_0 + √(1 − ᾱ_t) ε, t)‖², t uniform (Ho et al. 2020, equation 14).
 
@@ -145,13 +149,7 @@ class DDPMLearner:
             target = self.scheduler.get_velocity(images, noise, timesteps)
         else:
             target = noise if kind == "epsilon" else images
-        if self.snr_gamma is None and kind != "sample":
-            return F.mse_loss(predicted, target)
-        alpha = self.alphas_cumprod[timesteps]
-        snr = alpha / (1 - alpha)
-        weight = snr if self.snr_gamma is None else snr.clamp(max=self.snr_gamma)  # of ‖x_0 − prediction of x_0‖²
-        weight = weight / {"sample": torch.ones_like(snr), "epsilon": snr, "v_prediction": snr + 1}[kind]
-        return (weight * F.mse_loss(predicted, target, reduction="none").mean((1, 2, 3))).mean()
+        return weighted_loss(predicted, target, self.alphas_cumprod[timesteps], kind, self.snr_gamma)
 
     @torch.no_grad()
     def sample(self, n: int, rng: torch.Generator, sampler: str, steps: int) -> Tensor:
@@ -169,3 +167,18 @@ class DDPMLearner:
     def save(self, directory: Path) -> None:
         """A folder for `diffusers.DDPMPipeline.from_pretrained`."""
         DDPMPipeline(self.unet, self.scheduler).save_pretrained(directory)
+
+
+def weighted_loss(predicted: Tensor, target: Tensor, alpha: Tensor, kind: str, snr_gamma: float | None) -> Tensor:
+    """Mean squared error of predictions [b, …], weighted per example as `DDPMLearner.loss` says.
+
+    Args:
+        alpha: ᾱ_t [b].
+        kind: epsilon, v_prediction or sample.
+    """
+    if snr_gamma is None and kind != "sample":
+        return F.mse_loss(predicted, target)
+    snr = alpha / (1 - alpha)
+    weight = snr if snr_gamma is None else snr.clamp(max=snr_gamma)  # of ‖x_0 − prediction of x_0‖²
+    weight = weight / {"sample": torch.ones_like(snr), "epsilon": snr, "v_prediction": snr + 1}[kind]
+    return (weight * F.mse_loss(predicted, target, reduction="none").mean((1, 2, 3))).mean()

@@ -1,0 +1,137 @@
+"""Low-rank adapters as parts of a vector, and what becomes of them when they are aggregated.
+
+A layer's adapter changes its weights by ΔW = s B A, with A [r, in], B [out, r] and s = α / r. Averaging A and B apart
+does not average ΔW: it is wrong by exactly Σ w_i (B_i − B̄) (A_i − Ā). What each rule loses is measured here.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedray.vector import Layout
+
+
+class Adapters:
+    """The layers of a module that have adapters, in the order of its parameters."""
+
+    def __init__(self, layout: Layout, scale: float, frozen: dict[str, Tensor], shapes: dict[str, tuple[int, int]]):
+        self.layout = layout
+        self.scale = scale
+        self.frozen = frozen  # A [r, in] by layer, where it is not trained
+        self.shapes = shapes  # (out, in) by layer
+        self._originals: dict[str, Tensor] = {}
+
+    @property
+    def layers(self) -> list[str]:
+        return list(self.shapes)
+
+    @property
+    def base_size(self) -> int:
+        """Elements of all layers' weights together: the length of a change of the base."""
+        return sum(rows * columns for rows, columns in self.shapes.values())
+
+    def factors(self, vector: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each layer's B and A, as views of the vector (A as it was frozen, where it is)."""
+        views = self.layout.views(vector)
+        for layer in self.layers:
+            a = self.frozen[layer] if layer in self.frozen else views[f"{layer}.lora_A.default.weight"]
+            yield views[f"{layer}.lora_B.default.weight"], a
+
+    def changes(self, change: Tensor) -> Iterator[Tensor]:
+        """Each layer's part [out, in] of a change of the base [base_size], as views."""
+        parts = change.split([rows * columns for rows, columns in self.shapes.values()])
+        return (part.view(shape) for part, shape in zip(parts, self.shapes.values(), strict=True))
+
+    def change_base(self, module: nn.Module, change: Tensor) -> None:
+        """Set the layers' frozen weights to what they were, plus the change."""
+        for layer, part in zip(self.layers, self.changes(change), strict=True):
+            linear: Any = module.get_submodule(layer).base_layer
+            original = self._originals.setdefault(layer, linear.weight.data)
+            linear.weight.data = (original.float() + part).to(original.dtype)
+
+    @property
+    def base_has_changed(self) -> bool:
+        return bool(self._originals)
+
+    def weakened(self, vector: Tensor, strength: float) -> Tensor:
+        """The vector whose ΔW is `strength` times this one's."""
+        result = vector.clone()
+        for b, _ in self.factors(result):
+            b *= strength
+        return result
+
+
+def adapters(module: nn.Module, layout: Layout, scale: float) -> Adapters:
+    """The adapters that peft has put into a module; `layout` is of its trainable parameters."""
+    frozen, shapes = {}, {}
+    for name, parameter in module.named_parameters():
+        layer, _, rest = name.partition(".lora_B.")
+        if not rest:
+            continue
+        adapted: Any = module.get_submodule(layer)
+        a = adapted.lora_A["default"].weight
+        shapes[layer] = (parameter.shape[0], a.shape[1])
+        if f"{layer}.lora_A.default.weight" not in layout.names:
+            frozen[layer] = a.detach().clone().cpu()
+    return Adapters(layout, scale, frozen, shapes)
+
+
+class WeightedSum:
+    """Σ w_i s B_i A_i of every layer as factors, in float64: exact, and no longer than the layer is wide."""
+
+    def __init__(self, adapters: Adapters) -> None:
+        self.adapters = adapters
+        self.examples = 0
+        self._factors: list[tuple[Tensor, Tensor]] = [
+            (torch.zeros(rows, 0, dtype=torch.float64), torch.zeros(0, columns, dtype=torch.float64))
+            for rows, columns in adapters.shapes.values()
+        ]
+
+    def add(self, vector: Tensor, examples: int) -> None:
+        """Add a client's adapters, weighted by its examples."""
+        self.examples += examples
+        for layer, (b, a) in enumerate(self.adapters.factors(vector)):
+            left, right = self._factors[layer]
+            left = torch.cat([left, b.double() * (examples * self.adapters.scale)], dim=1)
+            right = torch.cat([right, a.double()])
+            if len(right) > right.shape[1]:
+                left, right = left @ right, torch.eye(right.shape[1], dtype=torch.float64)
+            self._factors[layer] = (left, right)
+
+    def factors(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Left [out, k] and right [k, in] factors of each layer's weighted mean."""
+        for left, right in self._factors:
+            yield left / self.examples, right
+
+    def errors(self, before: Tensor | None, vector: Tensor, base: Tensor | None) -> Tensor:
+        """How far the aggregated model is from the weighted mean, per layer: ‖ΔW − Σ‖ / ‖Σ‖ (Frobenius).
+
+        Args:
+            before: the change of the base before aggregation;  vector, base: the aggregated adapters and change.
+        """
+        errors = []
+        changed = zip(
+            self.adapters.changes(base) if base is not None else [None] * len(self._factors),
+            self.adapters.changes(before) if before is not None else [None] * len(self._factors),
+            strict=True,
+        )
+        for (left, right), (b, a), (now, was) in zip(
+            self.factors(), self.adapters.factors(vector), changed, strict=True
+        ):  # fmt: skip
+            # [s B, −left] [A; right] is the difference; where the base has changed too, so much is added to it.
+            difference = torch.cat([b.double() * self.adapters.scale, -left], dim=1), torch.cat([a.double(), right])
+            if now is None:
+                off = product_norm(*difference)
+            else:
+                dense = difference[0] @ difference[1] + now.double() - (0 if was is None else was.double())
+                off = torch.linalg.norm(dense)
+            size = product_norm(left, right)
+            errors.append(off / size if size > 0 else off)
+        return torch.stack(errors)
+
+
+def product_norm(left: Tensor, right: Tensor) -> Tensor:
+    """‖left right‖ (Frobenius) without the product, by the R of each side."""
+    return torch.linalg.norm(torch.linalg.qr(left, mode="r").R @ torch.linalg.qr(right.T, mode="r").R.T)

@@ -1,0 +1,388 @@
+"""Task `lora`: adapters on a frozen Stable Diffusion (Hu et al. 2021, arXiv:2106.09685; Chen 2024, section 2.3)."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+import numpy as np
+import torch
+import tyro
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from safetensors import safe_open
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from fedray import cache as node_cache
+from fedray.choices import UserError, check_name, reason
+from fedray.data import Dataset, image_folder
+from fedray.images import Form
+from fedray.lora import adapters
+from fedray.tasks import Batch
+from fedray.tasks.ddpm import SAMPLERS, weighted_loss
+from fedray.tasks.images import Images
+from fedray.vector import FlatParameters
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SUPPORTED = ("StableDiffusionPipeline",)
+KEPT = 4_000_000_000  # bytes of latents that a process keeps
+
+
+@dataclass(frozen=True)
+class LoRA(Images):
+    """Low-rank adapters B A on the attention of a Stable Diffusion 1.x or 2.x U-Net: h = W x + (α / r) B A x."""
+
+    name: ClassVar[str] = "lora"
+
+    pretrained_model_name_or_path: str = ""
+    """Folder of a Stable Diffusion 1.x or 2.x pipeline, or its Hugging Face name."""
+    dataset_name: str = "imagefolder"
+    """imagefolder (in --train-data-dir), a .parquet file, or a Hugging Face name."""
+    resolution: int = 512
+    """Height and width that images are cropped and resized to, and of what is drawn, in pixels."""
+    channels: Annotated[int, tyro.conf.Suppress] = 3
+    base_dtype: str = "float32"
+    """In what the frozen base is held and computed: float32, bfloat16 or float16. Adapters are float32."""
+    rank: int = 8
+    """r, the rank of the adapters."""
+    lora_alpha: float | None = None
+    """α: adapters count α / r times; by default the rank."""
+    lora_dropout: float = 0.0
+    """Dropout before the adapters, in training."""
+    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Ends of the names of the U-Net's layers that get an adapter."""
+    train_a: Annotated[bool, tyro.conf.Suppress] = True
+    """Whether A is trained and travels; the rule ffa freezes it."""
+    caption_column: str = "text"
+    """Column of metadata.jsonl or .csv (or of the dataset) that has the captions."""
+    instance_prompt: str | None = None
+    """One caption for all images, in place of captions from files."""
+    noise_offset: float = 0.0
+    """Scale of noise that is the same for a whole channel (0.1 helps with dark and light images)."""
+    snr_gamma: float | None = None
+    """Min-SNR weighting of the loss with this γ (5 is usual); None weighs all steps alike."""
+    class_data_dir: str | None = None
+    """Folder of images of the class, for prior preservation (DreamBooth); every client has them."""
+    class_prompt: str | None = None
+    """Their caption."""
+    prior_loss_weight: float = 1.0
+    """Weight of their loss."""
+    validation_prompt: tuple[str, ...] = ()
+    """Prompts that samples are drawn for; by default the captions of the data."""
+    guidance_scale: float = 7.5
+    """Classifier-free guidance when sampling."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("pretrained_model_name_or_path", "class_data_dir"):
+            value = getattr(self, name)
+            if value and Path(value).exists():
+                object.__setattr__(self, name, str(Path(value).absolute()))
+
+    @property
+    def scale(self) -> float:
+        """α / r."""
+        return (self.rank if self.lora_alpha is None else self.lora_alpha) / self.rank
+
+    def check(self, sampler: str, steps: int) -> None:
+        super().check(sampler, steps)
+        check_name("sampler", sampler, SAMPLERS)
+        check_name("dtype of the base", self.base_dtype, DTYPES)
+        if self.rank < 1:
+            raise UserError(f"--rank {self.rank}: it must be at least 1.")
+        if self.lora_alpha is not None and self.lora_alpha <= 0:
+            raise UserError(f"--lora-alpha {self.lora_alpha}: it must be above 0.")
+        if not 0 <= self.lora_dropout < 1:
+            raise UserError(f"--lora-dropout {self.lora_dropout}: it must be at least 0 and below 1.")
+        if (self.class_data_dir is None) != (self.class_prompt is None):
+            raise UserError("--class-data-dir and --class-prompt go together: give both, or neither.")
+        folder = pipeline_folder(self.pretrained_model_name_or_path)
+        if self.resolution % _factor(folder):
+            raise UserError(f"--resolution {self.resolution}: it must be a multiple of {_factor(folder)} for this VAE.")
+        trained = DDPMScheduler.load_config(folder, subfolder="scheduler")["num_train_timesteps"]
+        if not 1 <= steps <= trained:
+            raise UserError(f"--sampling-steps {steps}: it must be between 1 and the {trained} steps of training.")
+        _check_targets(folder, self.target_modules)
+
+    def dataset(self) -> Dataset:
+        """The images, with a column "caption"."""
+        dataset = super().dataset()
+        columns = dataset.columns
+        if self.instance_prompt is not None:
+            captions = [self.instance_prompt] * len(dataset)
+        elif self.caption_column in columns:
+            captions = list(columns[self.caption_column])
+        elif "file_name" in columns:
+            captions = self._captions_of_files(columns["file_name"])
+        else:
+            raise UserError(
+                f"--dataset-name {self.dataset_name} has no column {self.caption_column!r} of captions "
+                f"(--caption-column), and there is no --instance-prompt."
+            )
+        return dataset.with_column("caption", np.array(captions, dtype=object))
+
+    def _captions_of_files(self, names: np.ndarray) -> list[str]:
+        """From a text file beside each image, else from its folder's name."""
+        root = Path(self.train_data_dir or "")
+        beside = [(root / name).with_suffix(".txt") for name in names]
+        there = [path.is_file() for path in beside]
+        if any(there):
+            if not all(there):
+                absent = beside[there.index(False)]
+                raise UserError(f"{absent} is absent: where some images have a caption in a text file, all must.")
+            return [path.read_text().strip() for path in beside]
+        folders = [(root / name).parent.name for name in names]
+        return [re.sub(r"[_\W]+", " ", folder).strip() for folder in folders]
+
+    def prompts(self, dataset: Dataset) -> tuple[str, ...]:
+        """What samples are drawn for: the validation prompts, else the captions, each once."""
+        return self.validation_prompt or tuple(dict.fromkeys(dataset.columns["caption"]))
+
+    def build(self, device: torch.device) -> "LoRALearner":
+        return LoRALearner(self, device)
+
+
+class LoRALearner:
+    """A frozen U-Net with adapters on a device. The VAE and the text encoder come and go."""
+
+    def __init__(self, task: LoRA, device: torch.device) -> None:
+        self.task, self.device = task, device
+        self.dtype = DTYPES[task.base_dtype]
+        self.folder = pipeline_folder(task.pretrained_model_name_or_path)
+        self.scheduler = DDPMScheduler.from_pretrained(self.folder, subfolder="scheduler")
+        self.alphas_cumprod = self.scheduler.alphas_cumprod.to(device)
+        unet = UNet2DConditionModel.from_pretrained(_base(self.folder, task.base_dtype), torch_dtype=self.dtype)
+        self.unet = unet.requires_grad_(False).to(device)
+        alpha: Any = task.rank if task.lora_alpha is None else task.lora_alpha
+        self.unet.add_adapter(
+            LoraConfig(
+                r=task.rank,
+                lora_alpha=alpha,
+                lora_dropout=task.lora_dropout,
+                target_modules=list(task.target_modules),
+                init_lora_weights="gaussian",
+            )
+        )
+        for name, parameter in self.unet.named_parameters():
+            if ".lora_" in name:
+                parameter.data = parameter.data.float()
+                parameter.requires_grad_(task.train_a or ".lora_B." in name)
+        self.flat = FlatParameters(self.unet)
+        self.adapters = adapters(self.unet, self.flat.layout, task.scale)
+        self.prompts: tuple[str, ...] = task.validation_prompt
+        self._encoders: tuple[AutoencoderKL, CLIPTextModel, CLIPTokenizer] | None = None
+        self._latents: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}  # mean and deviation, [4, h / 8, w / 8]
+        self._embeddings: dict[str, Tensor] = {}  # [tokens, width]
+        self._class_images: Dataset | None = None
+
+    # What training needs of images and captions, computed once
+
+    @torch.no_grad()
+    def prepare(self, dataset: Dataset, indices: np.ndarray, mirrored: bool) -> None:
+        """Encode examples and captions that have not been yet; then the VAE and the text encoder leave memory."""
+        self.prompts = self.task.prompts(dataset)
+        sides = (False, True) if mirrored else (False,)
+        wanted = [(int(index), side) for index in indices for side in sides]
+        captions = {str(dataset.columns["caption"][index]) for index in indices}
+        if self.task.class_data_dir is not None and self._class_images is None:
+            form = Form(self.task.resolution, 3, self.task.crop)
+            self._class_images = image_folder(Path(self.task.class_data_dir), form, self.task.skip_unreadable)
+            wanted += [(-1 - index, False) for index in range(len(self._class_images))]
+        if self.task.class_prompt is not None:
+            captions.add(self.task.class_prompt)
+        missing = [key for key in wanted if key not in self._latents]
+        unknown = sorted(caption for caption in captions if caption not in self._embeddings)
+        if missing or unknown:
+            vae, text_encoder, tokenizer = self._encode_with()
+            held = sum(mean.nbytes * 2 for mean, _ in self._latents.values())
+            if held > KEPT:
+                self._latents = {key: value for key, value in self._latents.items() if key[0] < 0}
+                missing = [key for key in wanted if key not in self._latents]
+            for index, side in missing:  # one at a time: a batch's other images would change the bits
+                source = dataset.images[index] if index >= 0 else self._of_the_class(-1 - index)
+                pixels = torch.from_numpy(source[..., ::-1].copy() if side else source.copy())[None]
+                found = vae.encode((pixels.to(self.device).float() / 127.5 - 1).to(self.dtype)).latent_dist
+                self._latents[index, side] = (found.mean[0].float(), found.std[0].float())
+            for caption in unknown:
+                self._embeddings[caption] = _embed(caption, text_encoder, tokenizer, self.device)
+        self._encoders = None
+
+    def _of_the_class(self, index: int) -> np.ndarray:
+        assert self._class_images is not None
+        return self._class_images.images[index]
+
+    def _encode_with(self) -> tuple[AutoencoderKL, CLIPTextModel, CLIPTokenizer]:
+        if self._encoders is None:
+            vae = AutoencoderKL.from_pretrained(self.folder, subfolder="vae", torch_dtype=self.dtype)
+            text_encoder = CLIPTextModel.from_pretrained(self.folder / "text_encoder", dtype=self.dtype)
+            tokenizer = CLIPTokenizer.from_pretrained(self.folder / "tokenizer")
+            self._encoders = (vae.to(self.device).eval(), text_encoder.to(device=self.device).eval(), tokenizer)
+        return self._encoders
+
+    # Learning and drawing
+
+    def loss(self, batch: Batch, rng: torch.Generator) -> Tensor:
+        """As the DDPM's, in the VAE's latent space, given the caption (Rombach et al. 2022, equation 3).
+
+        With class images, as many of them are drawn as the batch has examples, and their loss is added
+        (prior preservation, Ruiz et al. 2023, equation 2).
+        """
+        keys = list(zip(batch["index"].tolist(), batch["mirrored"].tolist(), strict=True))
+        captions = list(batch["prompts"])
+        n = len(keys)
+        if self._class_images is not None and self.task.class_prompt is not None:
+            drawn = torch.randint(len(self._class_images), (n,), generator=rng)
+            keys += [(-1 - index, False) for index in drawn.tolist()]
+            captions += [self.task.class_prompt] * n
+        self.unet.train(torch.is_grad_enabled())  # dropout, in training only
+        mean, deviation = (torch.stack(parts) for parts in zip(*(self._latents[key] for key in keys), strict=True))
+        latents = (mean + deviation * self._normal(mean.shape, rng)) * self._scaling_factor()
+        noise = self._normal(latents.shape, rng)
+        if self.task.noise_offset:
+            noise = noise + self.task.noise_offset * self._normal((*latents.shape[:2], 1, 1), rng)
+        timesteps = torch.randint(len(self.alphas_cumprod), (len(latents),), generator=rng).to(self.device)
+        noisy = self.scheduler.add_noise(latents, noise, timesteps)
+        embeddings = torch.stack([self._embeddings[caption] for caption in captions])
+        predicted = self.unet(noisy.to(self.dtype), timesteps, embeddings.to(self.dtype)).sample.float()
+        kind = self.scheduler.config.prediction_type
+        target = self.scheduler.get_velocity(latents, noise, timesteps) if kind == "v_prediction" else noise
+        alpha = self.alphas_cumprod[timesteps]
+
+        def of(part: slice) -> Tensor:
+            return weighted_loss(predicted[part], target[part], alpha[part], kind, self.task.snr_gamma)
+
+        instance = of(slice(0, n))
+        return instance if len(keys) == n else instance + self.task.prior_loss_weight * of(slice(n, None))
+
+    def _normal(self, shape: Sequence[int], rng: torch.Generator) -> Tensor:
+        return torch.randn(tuple(shape), generator=rng).to(self.device)
+
+    def _scaling_factor(self) -> float:
+        return AutoencoderKL.load_config(self.folder, subfolder="vae").get("scaling_factor", 0.18215)
+
+    @torch.no_grad()
+    def sample(self, n: int, rng: torch.Generator, sampler: str, steps: int) -> Tensor:
+        """Image i is drawn for prompt i modulo their number."""
+        pipeline = self.pipeline(sampler)
+        pipeline.set_progress_bar_config(disable=True)
+        self.unet.eval()
+        size = self.task.resolution
+        prompts = [self.prompts[index % len(self.prompts)] for index in range(n)]
+        drawn = pipeline(
+            prompts, num_inference_steps=steps, guidance_scale=self.task.guidance_scale, generator=rng,
+            height=size, width=size, output_type="pt",
+        ).images  # fmt: skip
+        return (drawn.float() * 255).round().clamp(0, 255).to(torch.uint8).cpu()
+
+    def pipeline(self, sampler: str) -> StableDiffusionPipeline:
+        """Stable Diffusion with the adapters as they are."""
+        vae, text_encoder, tokenizer = self._encode_with()
+        scheduler = SAMPLERS[sampler].from_config(self.scheduler.config)
+        return StableDiffusionPipeline(
+            vae, text_encoder, tokenizer, self.unet, scheduler, safety_checker=None, feature_extractor=None,
+            requires_safety_checker=False,
+        )  # fmt: skip
+
+    def set_base(self, change: Tensor) -> None:
+        """Compute with the base's weights changed by this much (float32, in the order of `adapters`)."""
+        self.adapters.change_base(self.unet, change.to(self.device))
+
+    def save(self, directory: Path) -> None:
+        """pytorch_lora_weights.safetensors, for `StableDiffusionPipeline.load_lora_weights`.
+
+        If the base has changed too, a whole pipeline instead, with everything merged into it.
+        """
+        if self.adapters.base_has_changed:
+            self.unet.fuse_lora()
+            self.unet.unload_lora()
+            self.pipeline("ddpm").save_pretrained(directory)
+            return
+        weights = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.unet))
+        StableDiffusionPipeline.save_lora_weights(
+            directory,
+            unet_lora_layers={name: weight.contiguous().cpu().clone() for name, weight in weights.items()},
+            unet_lora_adapter_metadata=self.unet.peft_config["default"].to_dict(),
+        )
+
+
+@cache
+def pipeline_folder(name: str) -> Path:
+    """The folder of a pipeline by path or hub name (then downloaded). Raises `UserError` if it is not of the kind."""
+    flag = "--pretrained-model-name-or-path"
+    if not name:
+        raise UserError(f"{flag} is not given: name the folder, or the hub name, of a Stable Diffusion pipeline.")
+    folder = Path(name)
+    if not folder.is_dir():
+        try:
+            folder = Path(DiffusionPipeline.download(name, safety_checker=None))
+        except Exception as error:  # the hub has dozens
+            raise UserError(
+                f"{flag} {name}: no such folder, and no such pipeline on the hub ({reason(error)})."
+            ) from None
+    if not (folder / "model_index.json").is_file():
+        raise UserError(f"{flag} {name} is no pipeline: it has no model_index.json.")
+    try:
+        kind = json.loads((folder / "model_index.json").read_text())["_class_name"]
+    except (ValueError, KeyError):
+        raise UserError(f"{flag} {name}: its model_index.json is damaged.") from None
+    if kind not in SUPPORTED:
+        raise UserError(f"{flag} {name} is a {kind}, which is not supported yet; take a {SUPPORTED[0]} (1.x or 2.x).")
+    for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+        if not (folder / part).is_dir():
+            raise UserError(f"{flag} {name}: the pipeline has no {part}.")
+    return folder
+
+
+@cache
+def _factor(folder: Path) -> int:
+    """Pixels of an image per side of a latent, times what the U-Net needs."""
+    vae = AutoencoderKL.load_config(folder, subfolder="vae")
+    unet = UNet2DConditionModel.load_config(folder, subfolder="unet")
+    return 2 ** (len(vae["block_out_channels"]) - 1 + len(unet["block_out_channels"]) - 1)
+
+
+@cache
+def _check_targets(folder: Path, targets: tuple[str, ...]) -> None:
+    """Raise `UserError` for target modules that match nothing, or layers without weights."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder, subfolder="unet"))
+    linear = {name for name, module in unet.named_modules() if isinstance(module, torch.nn.Linear)}
+    for target in targets:
+        if not any(name == target or name.endswith("." + target) for name in linear):
+            raise UserError(f"--target-modules {target}: no linear layer of the U-Net has a name that ends so.")
+
+
+def _base(folder: Path, dtype: str) -> Path:
+    """A folder with the U-Net in this dtype: then all processes map the one file. Converted once, where it is not."""
+    unet = folder / "unet"
+    files = sorted(unet.glob("*.safetensors"))
+    stored = set()
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            stored |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    if stored == {{"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[dtype]}:
+        return unet
+
+    def make(aside: Path) -> None:
+        loaded = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=DTYPES[dtype])
+        loaded.save_pretrained(aside)
+
+    stamp = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(unet.iterdir())]
+    return node_cache.kept("converting the U-Net", ["base", str(folder.resolve()), stamp, dtype], make)
+
+
+def _embed(caption: str, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, device: torch.device) -> Tensor:
+    """The caption's embedding [tokens, width], as Stable Diffusion's pipeline makes it."""
+    tokens = tokenizer(
+        caption, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    ).input_ids
+    mask = None
+    if getattr(text_encoder.config, "use_attention_mask", False):
+        mask = (tokens != tokenizer.pad_token_id).long().to(device)
+    return text_encoder(tokens.to(device), attention_mask=mask)[0][0].float()
