@@ -10,7 +10,7 @@ import fedray
 PACKAGE = Path(fedray.__file__).parent
 ORDER = [
     *("choices", "seeds", "vector", "images"),
-    *("data", "partition", "partition_report", "cohort", "codecs", "rules", "tasks", "tasks.ddpm"),
+    *("data", "partition", "partition_report", "cohort", "codecs", "rules", "tasks", "tasks.ddpm", "tasks.embedded"),
     *("scores", "scores.frechet", "scores.digits"),
     *("config", "client", "record"),
     *("pools", "federation", "results"),
