@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
@@ -222,7 +222,7 @@ class LoRALearner:
             vae = AutoencoderKL.from_pretrained(self.folder, subfolder="vae", torch_dtype=self.dtype)
             text_encoder = CLIPTextModel.from_pretrained(self.folder / "text_encoder", dtype=self.dtype)
             tokenizer = CLIPTokenizer.from_pretrained(self.folder / "tokenizer")
-            self._encoders = (vae.to(self.device).eval(), text_encoder.to(device=self.device).eval(), tokenizer)
+            self._encoders = (vae.to(self.device).eval(), text_encoder.eval().to(self.device), tokenizer)
         return self._encoders
 
     # Learning and drawing
