@@ -1,15 +1,16 @@
-"""The command line: fedray train, fedray sample, fedray evaluate."""
+"""The command line: fedray train, finetune, sample and evaluate."""
 
 import importlib
 import sys
 
 import fedray
 
-COMMANDS = ("train", "sample", "evaluate")
+COMMANDS = ("train", "finetune", "sample", "evaluate")
 USAGE = """fedray simulates federated training of diffusion models on Ray.
 
   fedray train [--preset digits] [--clients 4] [--rounds 20] …   train, and write a run directory
   fedray train --resume RUN                                      continue a run that was stopped
+  fedray finetune --pretrained-model-name-or-path SD …           fine-tune Stable Diffusion by LoRA
   fedray sample RUN [--num-images 64] [--out FILE]               draw images from a run's model
   fedray evaluate RUN|PIPELINE|FOLDER [--features inception] …   score a model, or images
   fedray --version

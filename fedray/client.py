@@ -75,6 +75,7 @@ class SampleJob:
     seed: int
     features: bool
     keep: int  # how many of the images are wanted, beside the features
+    prompts: tuple[str, ...] = ()  # what image i of the batch is drawn for: prompt i modulo their number
 
     @property
     def key(self) -> tuple[str | int, ...]:
@@ -298,6 +299,8 @@ def held_out_loss(worker: Worker, client: int, held_out: np.ndarray) -> float:
 def sample_batch(worker: Worker, model: Weights, job: SampleJob) -> tuple[Row, tuple[np.ndarray | None, np.ndarray]]:
     """One batch from the model (a float32 vector): features [size, d], and images uint8 [keep, c, h, w]."""
     worker.load(as_tensor(model.vector), model.base)
+    if job.prompts:
+        worker.learner.prompts = job.prompts  # type: ignore[attr-defined]
     images = worker.learner.sample(job.size, generator(job.seed, *job.key), job.sampler, job.steps)
     found = worker.features(images).numpy() if job.features else None
     worker.step()

@@ -1,6 +1,6 @@
 """Evaluation: samples of a model, their scores, and whether they copy. All of its work is jobs of the pool."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,7 @@ from fedray.scores import networks
 from fedray.scores.nearest import EXPECTED, LOOKED_AT, copies
 from fedray.scores.reference import Reference, reference
 from fedray.scores.scoring import Score, score
+from fedray.tasks.lora import LoRA
 
 GRID = 64  # images that are kept of every evaluation, for its picture
 
@@ -76,11 +77,19 @@ def open_reference(config: Config, dataset: Dataset, pool: Pool, show: Show = si
 
 
 def sample(
-    pool: Pool, model: Weights, n: int, config: Config, seed: int, show: Show = silent, keep: int | None = None
+    pool: Pool,
+    model: Weights,
+    n: int,
+    config: Config,
+    seed: int,
+    show: Show = silent,
+    keep: int | None = None,
+    prompts: tuple[str, ...] = (),
 ) -> tuple[np.ndarray | None, np.ndarray]:
     """Features [n, d] (None without a feature network) and the first `keep` of n images, uint8 [keep, c, h, w].
 
-    The same whatever the pool: image i is drawn in batch i // B. Raises `RunError` if a batch could not be generated.
+    The same whatever the pool: image i is drawn in batch i // B; in each batch, prompts are taken in turn. Raises
+    `RunError` if a batch could not be generated.
     """
     keep = n if keep is None else min(keep, n)
     jobs = [
@@ -92,6 +101,7 @@ def sample(
             seed=seed,
             features=config.features is not None,
             keep=max(0, keep - start),
+            prompts=prompts,
         )
         for start in range(0, n, config.eval_batch_size)
     ]
@@ -122,8 +132,15 @@ def evaluate(
         RunError: a batch could not be generated, or a metric of the user's failed.
     """
     keep = n if metrics or config.keep_samples else keep
-    features, images = sample(pool, model, n, config, config.seed if seed is None else seed, show, keep)
-    return judge(features, images, n, config, dataset, against, metrics, intervals, show)
+    prompts = prompts_of(config, dataset)
+    features, images = sample(pool, model, n, config, config.seed if seed is None else seed, show, keep, prompts)
+    drawn_for = [prompts[index % config.eval_batch_size % len(prompts)] for index in range(n)] if prompts else []
+    return judge(features, images, n, config, dataset, against, metrics, intervals, show, drawn_for)
+
+
+def prompts_of(config: Config, dataset: Dataset) -> tuple[str, ...]:
+    """What a run's samples are drawn for; nothing, where its task knows no prompts."""
+    return config.task.prompts(dataset) if isinstance(config.task, LoRA) else ()
 
 
 def judge(
@@ -136,6 +153,7 @@ def judge(
     metrics: Mapping[str, Metric],
     intervals: bool = True,
     show: Show = silent,
+    prompts: Sequence[str] = (),
 ) -> Evaluation:
     """Score images that have been drawn already, from their features; as `evaluate`."""
     about: dict[str, Any] = {"n": n, "sampler": config.sampler, "sampling_steps": config.sampling_steps}
@@ -143,7 +161,7 @@ def judge(
     if against is not None and features is not None and config.features is not None:
         show("scoring", 0, 1)
         with threads(config.threads):
-            scores, refused = score(features, against, config.features, config.kid_subset_size, intervals)
+            scores, refused = score(features, against, config.features, config.kid_subset_size, intervals, prompts)
         about |= {"features": against.key["features"], "reference": against.key["images"]}
         about |= {"reference_images": len(against.features), "refused": refused}
     for name, metric in metrics.items():

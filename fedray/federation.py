@@ -29,7 +29,17 @@ from fedray.client import (
 )
 from fedray.config import Config, check_resumable
 from fedray.data import Dataset
-from fedray.evaluation import GRID, Metric, Show, evaluate, look_for_copies, open_reference, silent
+from fedray.evaluation import (
+    GRID,
+    Metric,
+    Show,
+    evaluate,
+    look_for_copies,
+    open_reference,
+    prompts_of,
+    sample,
+    silent,
+)
 from fedray.lora import Adapters, WeightedSum
 from fedray.partition import Shards, hold_out
 from fedray.pools import Pool, in_order
@@ -40,6 +50,9 @@ from fedray.scores.nearest import LOOKED_AT
 from fedray.scores.reference import Reference
 from fedray.seeds import generator
 from fedray.vector import Layout, as_tensor
+
+PROMPTS_DRAWN = 10  # of a run's prompts, those that are drawn as it goes
+IMAGES_PER_PROMPT = 2
 
 
 def run_round(
@@ -209,6 +222,15 @@ def evaluate_round(
     row["seconds"]["evaluate"] = time.perf_counter() - began
 
 
+def draw_prompts(state: ServerState, config: Config, plan: "Plan", pool: Pool, run: Run, show: Show = silent) -> None:
+    """Samples for each prompt from the same noise in every round: what training changes (Chen 2024, figures 6, 7)."""
+    prompts = prompts_of(config, plan.dataset)[:PROMPTS_DRAWN]
+    plain = replace(config, features=None, eval_batch_size=len(prompts))
+    count = len(prompts) * IMAGES_PER_PROMPT
+    _, images = sample(pool, weights(state.sampled, state), count, plain, config.seed, show, prompts=prompts)
+    run.draw_prompts(images, prompts, state.round, final=state.round == config.rounds)
+
+
 def fit(
     config: Config,
     pool: Pool,
@@ -250,15 +272,18 @@ def fit(
             state = ServerState(0, plan.initial, plan.initial if config.use_ema else None)
         if resume:
             row = run.recover(state.round)
+        elif prompts_of(config, plan.dataset):
+            draw_prompts(state, config, plan, pool, run, show)
         while row is not None or state.round < config.rounds:
             if row is None:
                 state, row = run_round(state, config, plan, pool, run, show)
-                last = state.round == config.rounds
-                if plan.held_out.sizes.any() and (last or state.round % config.validation_rounds == 0):
+                if plan.held_out.sizes.any() and config.validates(state.round):
                     row["held_out"] = validate_round(state, row, config, plan, pool)
                 began = time.perf_counter()
                 run.complete(state, row, plan.layout, config.checkpoints_total_limit)
                 row["seconds"]["save"] = time.perf_counter() - began
+            if config.validates(state.round) and prompts_of(config, plan.dataset):
+                draw_prompts(state, config, plan, pool, run, show)
             if config.evaluates(state.round):
                 evaluate_round(state, row, config, plan, pool, run, against, metrics or {}, show)
             run.append(row)

@@ -8,6 +8,7 @@ tensorboard/    the numbers of the rows, as event files
 checkpoints/    the last complete round: round-000020.safetensors (the vector, and its average as ema.*)
 clients/        what clients keep between rounds (kept optimizers)
 samples/        a grid per evaluation; the last one also as samples.png
+validation/     samples for each prompt after some rounds, from the same noise; side by side as validation.png
 nearest/        samples with their nearest training images below them, where some images were held out: nearest.png
 model/          what diffusers loads
 """
@@ -21,7 +22,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
@@ -238,6 +240,33 @@ class Run:
         pairs = np.stack([images[:32], nearest[:32]])
         blocks = [pairs[:, start : start + 8] for start in range(0, pairs.shape[1], 8)]
         self.draw("nearest", np.concatenate([row for block in blocks for row in block]), rounds)
+
+    def draw_prompts(self, images: np.ndarray, prompts: Sequence[str], rounds: int, final: bool) -> None:
+        """Save a strip of the prompts' images as validation/round-….png, and all strips, by prompt, as validation.png.
+
+        images: uint8 [n, c, h, w], image i for prompt i modulo their number.
+        """
+        directory = self.directory / "validation"
+        directory.mkdir(exist_ok=True)
+        by_prompt = images.reshape(-1, len(prompts), *images.shape[1:]).swapaxes(0, 1).reshape(images.shape)
+        grid(torch.from_numpy(by_prompt), columns=len(images)).save(directory / f"round-{rounds:06d}.png")
+        strips = sorted(directory.glob("round-*.png"))
+        if len(strips) > 6:  # the base, the last, and some between
+            strips = [strips[index] for index in np.linspace(0, len(strips) - 1, 6).round().astype(int)]
+        figure = Figure(figsize=(1.2 * len(images), 1.4 * len(strips) + 0.4), layout="constrained")
+        axes = figure.subplots(len(strips), 1, squeeze=False)[:, 0]
+        for axis, strip in zip(axes, strips, strict=True):
+            number = int(strip.stem.removeprefix("round-"))
+            axis.imshow(np.asarray(Image.open(strip)))
+            width = axis.get_xlim()[1] / len(prompts)
+            axis.set_xticks(
+                [(index + 0.5) * width for index in range(len(prompts))], prompts if axis is axes[0] else []
+            )
+            axis.xaxis.tick_top()
+            axis.set_yticks([])
+            axis.set_ylabel("base" if number == 0 else "final" if final and number == rounds else f"round {number}")
+            axis.tick_params(length=0, labelsize=7)
+        figure.savefig(self.directory / "validation.png", dpi=110)
 
     def keep_samples(self, images: np.ndarray, rounds: int) -> None:
         """Save every image as samples/round-…/00000.png and so on."""

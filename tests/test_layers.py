@@ -17,7 +17,16 @@ ORDER = [
     *("config", "client", "record"),
     *("pools", "evaluation", "federation", "results"),
     *("actors", "local_only"),
-    *("commands", "commands.terminal", "commands.train", "commands.sample", "commands.evaluate", "cli", "__main__"),
+    *(
+        "commands",
+        "commands.terminal",
+        "commands.train",
+        "commands.finetune",
+        "commands.sample",
+        "commands.evaluate",
+        "cli",
+        "__main__",
+    ),
 ]
 FILES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path

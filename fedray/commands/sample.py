@@ -11,9 +11,10 @@ from fedray.choices import UserError
 from fedray.client import Weights, build
 from fedray.commands.terminal import progress
 from fedray.config import Config
-from fedray.evaluation import sample
+from fedray.evaluation import prompts_of, sample
 from fedray.federation import weights
 from fedray.record import Run, grid
+from fedray.tasks.lora import LoRA, LoRALearner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,10 @@ class Sample(Draw):
     """Directory of the run."""
     num_images: int = 64
     """How many images to draw."""
+    prompt: tuple[str, ...] = ()
+    """What to draw (of fine-tuned models); by default what the run drew."""
+    strength: float = 1.0
+    """How much of the adapters to use (of fine-tuned models): 0 is the base."""
     out: Path | None = None
     """File of the picture; by default RUN/samples/sample-seedS.png."""
 
@@ -70,18 +75,30 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"--out {out}: the name of the picture must end in .png, .jpg or .webp.")
     config = replace(asked.settings(Run.open(asked.run).config), features=None)
     config.check()
-    model = model_of(asked.run, config)
+    adapts = isinstance(config.task, LoRA)
+    if not adapts and (asked.prompt or asked.strength != 1):
+        raise UserError(f"--prompt and --strength are for fine-tuned models; {asked.run} is a run of `fedray train`.")
+    model = model_of(asked.run, config, asked.strength)
+    prompts = asked.prompt or (prompts_of(config, config.task.dataset()) if adapts else ())
     with open_pool(config) as pool, progress(config.rounds) as (_, show):
-        _, images = sample(pool, model, asked.num_images, config, asked.seed, show)
+        _, images = sample(pool, model, asked.num_images, config, asked.seed, show, prompts=prompts)
     out.parent.mkdir(parents=True, exist_ok=True)
     grid(torch.from_numpy(images)).save(out)
     print(f"samples   {out}")
 
 
-def model_of(directory: Path, config: Config) -> Weights:
-    """What a run's samples are drawn from, as of its last complete round."""
+def model_of(directory: Path, config: Config, strength: float = 1.0) -> Weights:
+    """What a run's samples are drawn from, as of its last complete round.
 
-    state = Run.open(directory).state(build(config, torch.device("cpu")).flat.layout)
+    Args:
+        strength: of adapters, how much of them to use.
+    """
+    learner = build(config, torch.device("cpu"))
+    state = Run.open(directory).state(learner.flat.layout)
     if state is None:
         raise UserError(f"the run at {directory} has no complete round yet.")
-    return weights(state.sampled, state)
+    if strength == 1:
+        return weights(state.sampled, state)
+    assert isinstance(learner, LoRALearner)
+    base = None if state.base is None else state.base * strength
+    return weights(learner.adapters.weakened(state.sampled, strength), replace(state, base=base))

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
+from fedray.client import Row
 from fedray.evaluation import Evaluation
 from fedray.results import summary
 
@@ -24,8 +25,14 @@ def program() -> str:
 
 
 @contextmanager
-def progress(rounds: int) -> Iterator[tuple[Callable[[dict[str, Any]], None], Callable[[str, float, float], None]]]:
-    """A progress bar with the time left, and a line per round: what `run` takes as `on_row` and `show`."""
+def progress(
+    rounds: int, alone: bool = False
+) -> Iterator[tuple[Callable[[dict[str, Any]], None], Callable[[str, float, float], None]]]:
+    """A progress bar with the time left, and a line per round: what `run` takes as `on_row` and `show`.
+
+    Args:
+        alone: rounds are of several runs, one per client.
+    """
 
     columns = (
         TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
@@ -42,11 +49,11 @@ def progress(rounds: int) -> Iterator[tuple[Callable[[dict[str, Any]], None], Ca
                 current, phase = bar.add_task(now, total=total), now
             bar.update(current, completed=done)
 
-        def on_row(row: dict[str, Any]) -> None:
+        def on_row(row: Row) -> None:
             failed = [client for client in row["clients"] if client["outcome"] != "ok"]
-            alone = f"client {row['cohort'][0]}  " if len(row["cohort"]) == 1 else ""
+            who = f"client {row['cohort'][0]}  " if alone else ""
             bar.console.print(
-                f"{alone}round {row['round']}/{rounds}  loss {row['loss']:.4f}  {row['seconds']['round']:.1f} s  "
+                f"{who}round {row['round']}/{rounds}  loss {row['loss']:.4f}  {row['seconds']['round']:.1f} s  "
                 f"{(row['bytes_down'] + row['bytes_up']) / 1e6:.1f} MB",
                 *(f"\n  client {client['client']} left out: {client['outcome']}" for client in failed),
                 *(f"\n  {name} {score['value']:.4g} (n = {score['n']})" for name, score in row["scores"].items()),

@@ -1,55 +1,78 @@
-"""fedray train: a federated run, or one run per client."""
+"""fedray train and fedray finetune: a federated run, or one run per client."""
 
 import argparse
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
 from fedray.actors import run
-from fedray.choices import RunError, UserError
+from fedray.choices import RunError, UserError, check_name
 from fedray.commands.terminal import print_table, program, progress
-from fedray.config import Config, preset
+from fedray.config import PRESETS, Config
 from fedray.federation import make_plan, steps_planned
 from fedray.local_only import run_local_only
 from fedray.record import Run
 from fedray.tasks.ddpm import DDPM
+from fedray.tasks.lora import LoRA
+
+
+@dataclass(frozen=True)
+class Command:
+    preset: str
+    """Settings to start from."""
+    out: Path | None = None
+    """Directory of the run; by default runs/PRESET-DATE-TIME."""
+    resume: Path | None = None
+    """Continue the run in this directory; only settings of placement may be given with it."""
+    local_only: bool = False
+    """Train every client alone, without a federation: what the others are worth. A run per client."""
+    dry_run: bool = False
+    """Print what would be done (clients, examples, steps, bytes) and train nothing."""
 
 
 def main(arguments: list[str]) -> None:
     """Parse and run `fedray train`."""
+    _main(arguments, "train", DDPM, "digits", "Train a model by federated averaging, and write a run directory.")
 
+
+def finetune(arguments: list[str]) -> None:
+    """Parse and run `fedray finetune`."""
+    _main(arguments, "finetune", LoRA, "sd", "Fine-tune Stable Diffusion by federated LoRA, and write a run directory.")
+
+
+def _main(arguments: list[str], command: str, task: type, first_preset: str, what: str) -> None:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", default="digits")
+    first.add_argument("--preset", default=first_preset)
     first.add_argument("--resume", type=Path)
     known, _ = first.parse_known_args(arguments)
-    base = Run.open(known.resume).config if known.resume else preset(known.preset)
+    presets = [name for name, config in PRESETS.items() if isinstance(config.task, task)]
+    if known.resume:
+        base = Run.open(known.resume).config
+        if not isinstance(base.task, task):
+            other = "finetune" if isinstance(base.task, LoRA) else "train"
+            raise UserError(f"{known.resume} is a run of `fedray {other}`; resume it with that.")
+    else:
+        check_name("preset", known.preset, presets)
+        base = PRESETS[known.preset]
     # Given on the command line, local steps replace the base's local epochs, and the other way round.
     blank = replace(base, local_epochs=None, local_steps=None)
-
-    @dataclass(frozen=True)
-    class Train:
-        """Train a model by federated averaging, and write a run directory."""
-
-        preset: str = "digits"
-        """Settings to start from: digits, faces, or celeba (the paper's)."""
-        out: Path | None = None
-        """Directory of the run; by default runs/PRESET-DATE-TIME."""
-        resume: Path | None = None
-        """Continue the run in this directory; only settings of placement may be given with it."""
-        local_only: bool = False
-        """Train every client alone, without a federation: what the others are worth. A run per client."""
-        dry_run: bool = False
-        """Print what would be done (clients, examples, steps, bytes) and train nothing."""
-        task: tyro.conf.OmitArgPrefixes[DDPM] = cast(DDPM, base.task)
-        config: tyro.conf.OmitArgPrefixes[Config] = blank
-
-    asked = tyro.cli(Train, args=arguments, prog="fedray train")
+    fields: list[Any] = [
+        ("preset", Annotated[str, tyro.conf.arg(help=f"Settings to start from: {', '.join(presets)}.")], known.preset),
+        ("task", tyro.conf.OmitArgPrefixes[task], field(default=base.task)),  # type: ignore[misc, valid-type]
+        ("config", tyro.conf.OmitArgPrefixes[Config], field(default=blank)),
+    ]
+    asked: Any = tyro.cli(
+        make_dataclass("Asked", fields, bases=(Command,), frozen=True),
+        args=arguments,
+        prog=f"fedray {command}",
+        description=what,
+    )
     config = replace(asked.config, task=asked.task)
     if config.local_epochs is None and config.local_steps is None:
         config = replace(config, local_epochs=base.local_epochs, local_steps=base.local_steps)
@@ -66,7 +89,7 @@ def main(arguments: list[str]) -> None:
     config.check()
     dataset = config.task.dataset()  # decoding shows progress of its own
     if asked.local_only:
-        with progress(config.rounds) as (on_row, show):
+        with progress(config.rounds, alone=True) as (on_row, show):
             runs = run_local_only(config, out, on_row=on_row, show=show, dataset=dataset)
         print_table({run.directory.name: run.directory for run in runs}, mean=True)
         print(f"runs      {out}")
@@ -76,7 +99,7 @@ def main(arguments: list[str]) -> None:
             finished = run(config, out, resume=asked.resume is not None, on_row=on_row, show=show, dataset=dataset)
         except (KeyboardInterrupt, RunError):
             if (out / "config.json").exists():
-                print(f"\nContinue this run with: {program()} train --resume {out}", file=sys.stderr)
+                print(f"\nContinue this run with: {program()} {command} --resume {out}", file=sys.stderr)
             raise
     print_table({str(out): finished.directory})
     if config.evaluate_samples:

@@ -7,6 +7,7 @@ The weights beside this file are made by
 which trains on three quarters of scikit-learn's digits for about ten seconds and prints the accuracy on the rest.
 """
 
+import re
 from functools import cache
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from fedray.data import digits
 from fedray.seeds import generator
 
 WEIGHTS = Path(__file__).with_name("digits.safetensors")
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SURE = 0.9  # a sample counts as a recognisable digit if the classifier gives one class at least this probability
 
 
@@ -48,6 +50,18 @@ def classifier(device: str = "cpu") -> DigitClassifier:
     model = DigitClassifier()
     model.load_state_dict(load_file(WEIGHTS))
     return model.to(device).eval()
+
+
+def digit_in(prompt: str) -> int | None:
+    """The digit that a prompt names first ("the digit three": 3), if it does."""
+    named = [WORDS.index(word) for word in re.findall("[a-z]+", prompt.lower()) if word in WORDS]
+    return named[0] if named else None
+
+
+@torch.no_grad()
+def classes(features: Tensor) -> Tensor:
+    """The classes, int64 [n], that the classifier gives, from its features [n, 64]."""
+    return classifier().out(features).argmax(1)
 
 
 @torch.no_grad()

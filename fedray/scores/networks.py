@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from unittest import mock
@@ -41,7 +42,7 @@ def load(name: str, weights: str | None, device: torch.device) -> Network:
     """
     network: Network
     if name == "digits":
-        network = digits.classifier(str(device)).features
+        network = partial(_digits, digits.classifier(str(device)))
     elif name in INCEPTION:
         network = _inception(INCEPTION[name], _weights(weights), device)
     elif _is_file(name):
@@ -101,6 +102,14 @@ def named(metric: str, name: str) -> str:
 
 def _is_file(name: str) -> bool:
     return name.endswith((".pt", ".pth", ".ts"))
+
+
+def _digits(classifier: digits.DigitClassifier, images: Tensor) -> Tensor:
+    """Of digits that were enlarged, or are RGB, too: as they were before."""
+    if images.shape[-1] % 8:
+        raise ValueError("digits are 8×8, or a multiple of it")
+    grey = images.float().mean(1, keepdim=True)
+    return classifier.features(F.adaptive_avg_pool2d(grey, 8).round())
 
 
 def _weights(given: str | None) -> Path:

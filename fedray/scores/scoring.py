@@ -1,11 +1,12 @@
 """How samples are judged: every number with the features it was measured on, its n, and its interval."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fedray.scores import digits
 from fedray.scores.frechet import frechet_distance, gaussian
@@ -34,16 +35,23 @@ class Score:
 
 
 def score(
-    features: np.ndarray, reference: Reference, name: str, subset_size: int, intervals: bool = True
+    features: np.ndarray,
+    reference: Reference,
+    name: str,
+    subset_size: int,
+    intervals: bool = True,
+    prompts: Sequence[str] = (),
 ) -> tuple[dict[str, Score], dict[str, str]]:
     """All scores of drawn images' features [n, d] against a reference; and which were refused, with the reason.
 
     fd (fid, on Inception's features): Fréchet distance;  fd@64: of the first 64 images, the paper's count;
     fd/real: real images against real ones, what a perfect model could be expected to get;  kid: kernel distance;
-    precision, recall, density, coverage;  sure[digits]: the share that the digit classifier is at least 0.9 sure of.
+    precision, recall, density, coverage;  sure[digits]: the share that the digit classifier is at least 0.9 sure of;
+    accuracy[digits]: the share that it takes for the digit in their prompt.
 
     Args:
         name: of the feature network.
+        prompts: what each image was drawn for, if for anything.
         intervals: work out standard deviations over resamples (the jackknife over ten groups of images).
     """
     n, d = features.shape
@@ -96,10 +104,18 @@ def score(
         for metric in ("precision", "recall", "density", "coverage"):
             refused[named(metric, name)] = str(error)
     if name == "digits":
-        sure = digits.sure(torch.from_numpy(np.asarray(features, np.float32))).float()
-        deviation = {"std": sure.std().item() / n**0.5, "over": f"{n} images"} if n > 1 and intervals else {}
-        scores[named("sure", name)] = Score(sure.mean().item(), n, **deviation)
+        of_digits = torch.from_numpy(np.asarray(features, np.float32))
+        scores[named("sure", name)] = _share(digits.sure(of_digits))
+        wanted = [digits.digit_in(prompt) for prompt in prompts]
+        if wanted and None not in wanted:
+            scores[named("accuracy", name)] = _share(digits.classes(of_digits) == torch.tensor(wanted))
     return scores, refused
+
+
+def _share(right: Tensor) -> Score:
+    """How many of the images are right, bool [n], and the standard deviation of that share."""
+    n, value = len(right), right.float().mean().item()
+    return Score(value, n, (value * (1 - value) / n) ** 0.5, f"{n} images")
 
 
 def jackknife(statistic: Callable[[np.ndarray], dict[str, float]], n: int) -> dict[str, float]:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
+import transformers
 import tyro
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_diffusers
@@ -186,7 +187,6 @@ class LoRALearner:
     @torch.no_grad()
     def prepare(self, dataset: Dataset, indices: np.ndarray, mirrored: bool) -> None:
         """Encode examples and captions that have not been yet; then the VAE and the text encoder leave memory."""
-        self.prompts = self.task.prompts(dataset)
         sides = (False, True) if mirrored else (False,)
         wanted = [(int(index), side) for index in indices for side in sides]
         captions = {str(dataset.columns["caption"][index]) for index in indices}
@@ -219,6 +219,7 @@ class LoRALearner:
 
     def _encode_with(self) -> tuple[AutoencoderKL, CLIPTextModel, CLIPTokenizer]:
         if self._encoders is None:
+            transformers.utils.logging.disable_progress_bar()
             vae = AutoencoderKL.from_pretrained(self.folder, subfolder="vae", torch_dtype=self.dtype)
             text_encoder = CLIPTextModel.from_pretrained(self.folder / "text_encoder", dtype=self.dtype)
             tokenizer = CLIPTokenizer.from_pretrained(self.folder / "tokenizer")
