@@ -397,18 +397,20 @@ def _finish(run: Run, state: ServerState, config: Config, plan: Plan) -> None:
         name: sum(row[name] for row in rows)
         for name in ("steps", "sequential_steps", "images", "bytes_down", "bytes_up")
     }
-    run.finish(
-        {
-            "vector_sha256": vector.sha256(state.vector),
-            "rounds": state.round,
-            "loss": rows[-1]["loss"],
-            "scores": rows[-1]["scores"],
-            "evaluation": rows[-1]["evaluation"],
-            "held_out": rows[-1]["held_out"],
-            **totals,
-            "passes": totals["images"] / len(plan.dataset),
-            "seconds": math.fsum(
-                sum(row["seconds"].get(k, 0) for k in ("round", "validate", "save", "evaluate")) for row in rows
-            ),
-        }
-    )
+    everything = state.vector if state.base is None else torch.cat([state.vector, state.base])
+    result: Row = {
+        "vector_sha256": vector.sha256(everything),
+        "rounds": state.round,
+        "loss": rows[-1]["loss"],
+        "scores": rows[-1]["scores"],
+        "evaluation": rows[-1]["evaluation"],
+        "held_out": rows[-1]["held_out"],
+        **totals,
+        "examples": len(plan.dataset),
+        "passes": totals["images"] / len(plan.dataset),
+        "seconds": math.fsum(
+            sum(row["seconds"].get(k, 0) for k in ("round", "validate", "save", "evaluate")) for row in rows
+        ),
+    }
+    run.write_card(config, result)
+    run.finish(result)

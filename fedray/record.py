@@ -18,6 +18,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -224,6 +225,26 @@ class Run:
                 f"--keep-optimizer needs {need / 1e9:.1f} GB on the disk of {self.directory} for "
                 f"{config.clients} clients, and {free / 1e9:.1f} GB are free."
             )
+
+    def write_card(self, config: Config, result: Row) -> None:
+        """model/README.md: what the model was made of and how, for those who get it without the run."""
+        base = getattr(config.task, "pretrained_model_name_or_path", None)
+        data = getattr(config.task, "train_data_dir", None) or getattr(config.task, "dataset_name", config.task.name)
+        facts = {
+            "base": Path(base).name if base else None,
+            "data": f"{Path(str(data)).name}, {result['examples']:,} images among {config.clients} clients",
+            "partition": config.to_json()["partition"],
+            "rounds": f"{result['rounds']}, aggregated by {config.to_json()['rule']}",
+            "local training": f"{config.local_steps} steps" if config.local_steps else f"{config.local_epochs} epochs",
+            "sent": f"{result['bytes_down']:,} bytes down, {result['bytes_up']:,} up",
+            **{name: f"{score['value']:.4g} (n = {score['n']})" for name, score in result["scores"].items()},
+            "weights' SHA-256": result["vector_sha256"],
+            "command": f"`{shlex.join(self.saved.get('command', []))}`",
+        }
+        front = ["---", "library_name: diffusers", *([f"base_model: {base}"] if base else []), "tags: [fedray]", "---"]
+        lines = [f"| {name} | {fact} |" for name, fact in facts.items() if fact]
+        text = [*front, "", "# A model trained by federated averaging", "", "| | |", "|---|---|", *lines, ""]
+        (self.directory / "model" / "README.md").write_text("\n".join(text))
 
     def finish(self, result: Row) -> None:
         _write(self.directory / "result.json", _json(result))

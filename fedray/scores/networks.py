@@ -2,6 +2,7 @@
 
 digits                          the classifier of 8×8 digits that ships with fedray, d = 64
 inception, inception-768 …      pytorch-fid's Inception, d = 2048, 768, 192 or 64
+clip:FOLDER                     a CLIP model in Hugging Face's form, d = its projection's width
 FILE.pt                         a TorchScript module
 MODULE:FUNCTION, FILE.py:FUNCTION   a Python function
 """
@@ -10,17 +11,20 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from pytorch_fid import inception
 from torch import Tensor
+from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from fedray.choices import UserError, check_name, reason
 from fedray.scores import digits
@@ -29,6 +33,7 @@ Network = Callable[[Tensor], Tensor]  # uint8 [n, c, h, w] to [n, d]
 
 INCEPTION = {"inception": 2048, "inception-768": 768, "inception-192": 192, "inception-64": 64}
 NAMES = ("digits", *INCEPTION)
+CLIP = "clip:"
 
 
 def load(name: str, weights: str | None, device: torch.device) -> Network:
@@ -45,6 +50,8 @@ def load(name: str, weights: str | None, device: torch.device) -> Network:
         network = partial(_digits, digits.classifier(str(device)))
     elif name in INCEPTION:
         network = _inception(INCEPTION[name], _weights(weights), device)
+    elif name.startswith(CLIP):
+        network = _Clip(name, device).images
     elif _is_file(name):
         network = _torchscript(Path(name), device)
     else:
@@ -75,6 +82,9 @@ def check(name: str, weights: str | None, images: np.ndarray) -> None:
 
 def absolute(name: str) -> str:
     """The name, with the path in it, if there is one, made absolute: actors have other working directories."""
+    if name.startswith(CLIP):
+        folder = Path(name.removeprefix(CLIP))
+        return f"{CLIP}{folder.absolute()}" if folder.is_dir() else name
     file, colon, function = name.partition(":")
     return str(Path(file).absolute()) + colon + function if file.endswith((".py", ".pt", ".pth", ".ts")) else name
 
@@ -85,6 +95,9 @@ def key(name: str, weights: str | None) -> str:
         content = digits.WEIGHTS.read_bytes()
     elif name in INCEPTION:
         content = _weights(weights).read_bytes()
+    elif name.startswith(CLIP):
+        state = _Clip(name, torch.device("cpu")).model.state_dict()
+        content = b"".join(tensor.numpy().tobytes() for tensor in state.values())
     elif _is_file(name):
         content = Path(name).read_bytes()
     else:
@@ -97,11 +110,47 @@ def named(metric: str, name: str) -> str:
     if name in INCEPTION:
         metric = "fid" if metric == "fd" else metric
         return metric if name == "inception" else f"{metric}[{INCEPTION[name]}]"
+    if name.startswith(CLIP):
+        return f"{metric}[clip]"
     return f"{metric}[{Path(name.rpartition(':')[2]).stem}]"
 
 
 def _is_file(name: str) -> bool:
     return name.endswith((".pt", ".pth", ".ts"))
+
+
+def clip_texts(name: str, prompts: Sequence[str]) -> Tensor:
+    """The features [n, d] of texts, by the CLIP model that is the feature network."""
+    return _Clip(name, torch.device("cpu")).texts(prompts)
+
+
+class _Clip:
+    """A CLIP model (Radford et al. 2021) from a folder, or by its Hugging Face name."""
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        folder, self.device = name.removeprefix(CLIP), device
+        transformers.utils.logging.disable_progress_bar()
+        try:
+            self.model = CLIPModel.from_pretrained(folder).eval().to(device)
+            self.processor = CLIPImageProcessor.from_pretrained(folder)
+            self.tokenizer = CLIPTokenizer.from_pretrained(folder)
+        except Exception as error:  # transformers and the hub have dozens
+            raise UserError(f"--features {name}: no CLIP model could be loaded ({reason(error)}).") from None
+
+    def images(self, images: Tensor) -> Tensor:
+        colour = images.expand(-1, 3, -1, -1).cpu()
+        pixels = self.processor(images=list(colour.numpy()), return_tensors="pt", input_data_format="channels_first")
+        return _pooled(self.model.get_image_features(pixel_values=pixels["pixel_values"].to(self.device)))
+
+    @torch.no_grad()
+    def texts(self, prompts: Sequence[str]) -> Tensor:
+        tokens = self.tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt").to(self.device)
+        return _pooled(self.model.get_text_features(**tokens))
+
+
+def _pooled(output: Any) -> Tensor:
+    """Features as a tensor: newer versions of transformers wrap them."""
+    return output if isinstance(output, Tensor) else output.pooler_output
 
 
 def _digits(classifier: digits.DigitClassifier, images: Tensor) -> Tensor:

@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fedray.scores import digits
 from fedray.scores.frechet import frechet_distance, gaussian
 from fedray.scores.kid import SUBSETS, kernel_distance
-from fedray.scores.networks import named
+from fedray.scores.networks import CLIP, clip_texts, named
 from fedray.scores.prdc import distances, prdc
 from fedray.scores.reference import DRAWN, Reference
 from fedray.seeds import generator
@@ -47,7 +48,8 @@ def score(
     fd (fid, on Inception's features): Fréchet distance;  fd@64: of the first 64 images, the paper's count;
     fd/real: real images against real ones, what a perfect model could be expected to get;  kid: kernel distance;
     precision, recall, density, coverage;  sure[digits]: the share that the digit classifier is at least 0.9 sure of;
-    accuracy[digits]: the share that it takes for the digit in their prompt.
+    accuracy[digits]: the share that it takes for the digit in their prompt;  clip-text, clip-image: mean cosine, in
+    CLIP's space, of images and their prompts, and of images and all real ones (Ruiz et al. 2023, section 5.2).
 
     Args:
         name: of the feature network.
@@ -109,6 +111,15 @@ def score(
         wanted = [digits.digit_in(prompt) for prompt in prompts]
         if wanted and None not in wanted:
             scores[named("accuracy", name)] = _share(digits.classes(of_digits) == torch.tensor(wanted))
+    if name.startswith(CLIP):
+        unit = F.normalize(torch.from_numpy(np.asarray(features, np.float32)))
+        real = F.normalize(reference.manifold.features)
+        scores["clip-image"] = Score((unit @ real.T).mean().item(), n)
+        if prompts:
+            different = list(dict.fromkeys(prompts))
+            texts = F.normalize(clip_texts(name, different))[[different.index(prompt) for prompt in prompts]]
+            alike = (unit * texts).sum(1)
+            scores["clip-text"] = Score(alike.mean().item(), n, alike.std().item() / n**0.5, f"{n} images")
     return scores, refused
 
 

@@ -1,0 +1,634 @@
+"""Adapters: counts, aggregation against float64, what is saved, and what users get wrong."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from peft import LoraConfig
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+
+import fedray
+from fedray.cli import main
+from fedray.client import Weights, Worker, build, client_update
+from fedray.codecs import Float16
+from fedray.config import PRESETS
+from fedray.data import digits
+from fedray.federation import fit, make_plan
+from fedray.lora import WeightedSum, adapters, product_norm
+from fedray.lora_rules import FFA, SVD, Flora
+from fedray.pools import LocalPool
+from fedray.record import Run
+from fedray.rules import FedAvg, ServerState, Update
+from fedray.seeds import generator
+from fedray.tasks.embedded import HELD_OUT, PIPELINE, enlarge, prompt
+from fedray.tasks.lora import LoRA, LoRALearner
+from fedray.vector import FlatParameters
+
+SD15 = dict(
+    sample_size=64, block_out_channels=(320, 640, 1280, 1280), layers_per_block=2, cross_attention_dim=768,
+    attention_head_dim=8,
+    down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """Four digits of each class that the embedded model has not seen; a folder, named as its prompt, is a client."""
+    root = tmp_path_factory.mktemp("photos")
+    data = digits()
+    for label in HELD_OUT:
+        (root / prompt(label)).mkdir()
+        for index, image in enumerate(enlarge(torch.from_numpy(data.images[data.labels == label][:4]))):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(root / prompt(label) / f"{index}.png")
+    return root
+
+
+@pytest.fixture
+def config(photos):
+    """Two rounds of two steps in this process."""
+    task = replace(PRESETS["digits-lora"].task, train_data_dir=str(photos))
+    return replace(
+        PRESETS["digits-lora"], task=task, rounds=2, local_steps=2, train_batch_size=2, evaluate_samples=0,
+        features=None, sampling_steps=2, actors=0,
+    )  # fmt: skip
+
+
+def train(config, out, **options):
+    return fedray.run(config, out, **options)
+
+
+# Counts
+
+
+def test_the_papers_adapter_has_its_size():
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SD15)
+        whole = sum(parameter.numel() for parameter in unet.parameters())
+        unet.requires_grad_(False)
+        targets = list(LoRA.target_modules)
+        unet.add_adapter(LoraConfig(r=8, lora_alpha=8, target_modules=targets))
+    trainable = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    assert whole == 859_520_964
+    assert len(trainable) == 256
+    assert sum(parameter.numel() for parameter in trainable) == 1_594_368
+
+
+@pytest.mark.parametrize(("rule", "share"), [(FedAvg(), 1), (FFA(), 0.5), (SVD(), 1), (Flora(), 1)])
+def test_bytes_are_those_of_what_travels(config, tmp_path, rule, share):
+    config = replace(config, rule=rule, codec=Float16())
+    rows = train(config, tmp_path / "run").rows
+    both = sum(load.numel() for load in load_file(adapter(config, tmp_path / "size")).values())
+    sent = [int(row["bytes_up"] / 4) for row in rows]
+    base = 0 if not isinstance(rule, Flora) else 4 * make_plan(config).adapters.base_size
+    if rule == FFA():  # A and B differ in size where a layer is not square
+        assert 0.4 * 2 * both < sent[0] < 0.6 * 2 * both
+    else:
+        assert sent == [2 * both, 2 * both]
+    assert [row["bytes_down"] / 4 for row in rows] == [sent[0], sent[0] + base]
+
+
+def adapter(config, out):
+    plain = replace(config, rule=FedAvg(), rounds=1, codec=fedray.Float32())
+    return train(plain, out).directory / "model/pytorch_lora_weights.safetensors"
+
+
+# Aggregation
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.wide, self.tall = nn.Linear(24, 6), nn.Linear(6, 20)
+
+
+def adapted(seed, rank=3, scale=2.0, frozen_a=False):
+    from peft import inject_adapter_in_model
+
+    torch.manual_seed(seed)
+    module = Two().requires_grad_(False)
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank * scale, target_modules=["wide", "tall"]), module)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(".lora_B." in name or (".lora_A." in name and not frozen_a))
+    flat = FlatParameters(module)
+    return module, flat, adapters(module, flat.layout, scale)
+
+
+def clients(flat, count, seed=0):
+    """Updates of unequal example counts, float32."""
+    rng = torch.Generator().manual_seed(seed)
+    return [Update(k, torch.randn(flat.layout.size, generator=rng), 1 + 3 * k) for k in range(count)]
+
+
+def truth(updates, what):
+    """Σ w_i s B_i A_i per layer, in float64, from the definition."""
+    total = sum(update.examples for update in updates)
+    sums = [torch.zeros(shape, dtype=torch.float64) for shape in what.shapes.values()]
+    for update in updates:
+        for layer, (b, a) in enumerate(what.factors(update.vector)):
+            sums[layer] += update.examples / total * what.scale * (b.double() @ a.double())
+    return sums
+
+
+def made(after, what):
+    """ΔW per layer of an aggregated state."""
+    found = [what.scale * (b.double() @ a.double()) for b, a in what.factors(after.vector)]
+    if after.base is not None:
+        found = [one + change.double() for one, change in zip(found, what.changes(after.base), strict=True)]
+    return found
+
+
+def step(rule, updates, what, state=None):
+    state = state or ServerState(0, torch.zeros(what.layout.size))
+    return rule.step(state, iter(updates), what, torch.Generator().manual_seed(0))
+
+
+def relative(found, expected):
+    return max(
+        (torch.linalg.norm(a - b) / torch.linalg.norm(b)).item() for a, b in zip(found, expected, strict=True)
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("rule", "frozen"), [(FFA(), True), (Flora(), False)])
+@pytest.mark.parametrize("count", [1, 4, 12])
+def test_exact_rules_are_exact(rule, frozen, count):
+    _, flat, what = adapted(0, frozen_a=frozen)
+    updates = clients(flat, count)
+    assert relative(made(step(rule, updates, what), what), truth(updates, what)) < 1e-6
+
+
+def test_averages_of_a_and_b_apart_are_wrong_by_their_covariance():
+    _, flat, what = adapted(0)
+    updates = clients(flat, 5)
+    after, expected = step(FedAvg(), updates, what), truth(updates, what)
+    total = sum(update.examples for update in updates)
+    for layer, (b_mean, a_mean) in enumerate(what.factors(after.vector)):
+        lost = torch.zeros_like(expected[layer])
+        for update in updates:
+            b, a = list(what.factors(update.vector))[layer]
+            lost += update.examples / total * what.scale * ((b - b_mean).double() @ (a - a_mean).double())
+        found = what.scale * b_mean.double() @ a_mean.double()
+        torch.testing.assert_close(expected[layer] - found, lost, rtol=1e-4, atol=1e-4)
+    assert relative(made(after, what), expected) > 0.1
+    alone = clients(flat, 1)
+    assert relative(made(step(FedAvg(), alone, what), what), truth(alone, what)) < 1e-6
+
+
+def test_svd_loses_the_tail_of_the_singular_values():
+    _, flat, what = adapted(0, rank=3)
+    updates = clients(flat, 5)
+    found, expected = made(step(SVD(), updates, what), what), truth(updates, what)
+    for one, other in zip(found, expected, strict=True):
+        tail = torch.linalg.svdvals(other)[3:]
+        assert torch.linalg.norm(one - other) == pytest.approx(tail.square().sum().sqrt().item(), rel=1e-4)
+    alone = clients(flat, 1)
+    assert relative(made(step(SVD(), alone, what), what), truth(alone, what)) < 1e-5
+
+
+@pytest.mark.parametrize("rule", [FedAvg(), SVD(), Flora()])
+def test_weights_are_examples_and_scales_are_kept(rule):
+    _, flat, what = adapted(0, scale=0.25)
+    updates = clients(flat, 3)
+    twice = [replace(update, examples=2 * update.examples) for update in updates]
+    first = made(step(rule, updates, what), what)
+    assert relative(made(step(rule, twice, what), what), first) < 1e-5
+    equal = [replace(update, examples=1) for update in updates]
+    assert relative(made(step(rule, equal, what), what), first) > 0.01
+    absent = [*updates, Update(9, torch.full((flat.layout.size,), 1e6), 0)]
+    assert relative(made(step(rule, absent, what), what), first) < 1e-5
+    turned = made(step(rule, updates[::-1], what), what)
+    assert relative(turned, first) < 1e-5
+
+
+def test_flora_adds_to_the_base_and_starts_new_adapters():
+    module, flat, what = adapted(0)
+    first = step(Flora(), clients(flat, 3), what)
+    second = step(Flora(), clients(flat, 3, seed=1), what, first)
+    expected = [
+        a + b for a, b in zip(truth(clients(flat, 3), what), truth(clients(flat, 3, seed=1), what), strict=True)
+    ]  # fmt: skip
+    assert relative(list(what.changes(second.base.double())), expected) < 1e-6
+    assert all(not b.any() and a.any() for b, a in what.factors(second.vector))
+    before = [module.wide.base_layer.weight.clone(), module.tall.base_layer.weight.clone()]
+    for _ in range(2):  # set, not added
+        what.change_base(module, second.base)
+    for layer, old, change in zip((module.wide, module.tall), before, what.changes(second.base), strict=True):
+        torch.testing.assert_close(layer.base_layer.weight, old + change)
+
+
+@pytest.mark.parametrize("rule", [FedAvg(), FFA(), SVD(), Flora()])
+def test_the_error_in_the_row_is_the_error(rule):
+    _, flat, what = adapted(0, frozen_a=isinstance(rule, FFA))
+    updates = clients(flat, 12)  # more directions than either layer has
+    before = ServerState(0, torch.zeros(flat.layout.size))
+    after = step(rule, updates, what, before)
+    total = WeightedSum(what)
+    for update in updates:
+        total.add(update.vector, update.examples)
+    for (left, right), expected in zip(total.factors(), truth(updates, what), strict=True):
+        torch.testing.assert_close(left @ right, expected)
+        assert len(right) <= right.shape[1]
+    errors = total.errors(before.base, after.vector, after.base)
+    expected = [
+        (torch.linalg.norm(a - b) / torch.linalg.norm(b)).item()
+        for a, b in zip(made(after, what), truth(updates, what), strict=True)
+    ]
+    assert errors.tolist() == pytest.approx(expected, rel=1e-3, abs=1e-7)
+
+
+def test_product_norm():
+    left, right = torch.randn(30, 4, dtype=torch.float64), torch.randn(4, 50, dtype=torch.float64)
+    assert product_norm(left, right) == pytest.approx(torch.linalg.norm(left @ right).item())
+
+
+# Training
+
+
+def test_rows_tell_what_aggregation_loses(config, tmp_path):
+    found = {}
+    for rule in (FedAvg(), FFA(), SVD(), Flora()):
+        config = replace(config, rule=rule, learning_rate=1e-2)
+        found[type(rule)] = train(config, tmp_path / type(rule).__name__).rows[-1]["aggregation"]
+    assert found[FedAvg]["error_max"] > 0.01
+    assert 0 < found[SVD]["error_mean"] < found[FedAvg]["error_mean"]
+    assert found[FFA]["error_max"] < 1e-6
+    assert found[Flora]["error_max"] < 1e-6
+
+
+@pytest.mark.parametrize("rule", [FedAvg(), FFA(), SVD(), Flora()])
+def test_stopped_and_resumed_and_on_actors_it_is_the_same_run(ray, config, tmp_path, rule):
+    config = replace(config, rule=rule, rounds=3)
+    whole = train(config, tmp_path / "whole").result["vector_sha256"]
+    rounds = fit(config, LocalPool(config), tmp_path / "run")
+    next(rounds)
+    rounds.close()
+    moved = replace(config, actors=2 if rule in (FedAvg(), Flora()) else 0)
+    assert train(moved, tmp_path / "run", resume=True).result["vector_sha256"] == whole
+
+
+def test_a_client_alone_is_plain_peft_training(config, tmp_path):
+    """One client, one round, against a loop written with diffusers and peft alone."""
+    config = replace(config, clients=1, partition=fedray.IID(), rounds=1, local_steps=3)
+    run = train(config, tmp_path / "run")
+    plan = make_plan(config)
+    learner = build(config, torch.device("cpu"))
+    pipeline = StableDiffusionPipeline.from_pretrained(PIPELINE)
+    scheduler = learner.scheduler
+    rng = generator(0, "train", 0, 0)
+    trainable = [parameter for parameter in learner.unet.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trainable, lr=config.learning_rate, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8, fused=True
+    )
+    order = torch.randperm(len(plan.dataset), generator=rng).split(2)
+    for step in range(3):
+        indices = plan.shards[0][order[step].numpy()]
+        images = torch.from_numpy(plan.dataset.images[indices]).float() / 127.5 - 1
+        with torch.no_grad():
+            found = pipeline.vae.encode(images).latent_dist
+            tokens = pipeline.tokenizer(
+                plan.dataset.columns["caption"][indices].tolist(), padding="max_length", return_tensors="pt"
+            ).input_ids
+            embeddings = pipeline.text_encoder(tokens)[0]
+        latents = (found.mean + found.std * torch.randn(found.mean.shape, generator=rng)) * 0.18215
+        if pipeline.vae.config.scaling_factor != 0.18215:
+            latents = latents / 0.18215 * pipeline.vae.config.scaling_factor
+        noise = torch.randn(latents.shape, generator=rng)
+        timesteps = torch.randint(1000, (2,), generator=rng)
+        predicted = learner.unet(scheduler.add_noise(latents, noise, timesteps), timesteps, embeddings).sample
+        torch.nn.functional.mse_loss(predicted, noise).backward()
+        torch.nn.utils.clip_grad_norm_([learner.flat.vector], config.max_grad_norm)
+        optimizer.step()
+        learner.flat.gradient.zero_()
+    torch.testing.assert_close(run.state(plan.layout).vector, learner.flat.vector.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_images_and_captions_are_encoded_once_and_the_encoders_leave(config, monkeypatch):
+    config = replace(config, random_flip=True)
+    plan = make_plan(config)
+    worker = Worker(config, torch.device("cpu"), "test")
+    encoded = []
+    encode = LoRALearner._encode_with
+
+    def spy(learner):
+        vae, text_encoder, tokenizer = encode(learner)
+        plain = vae.encode
+        monkeypatch.setattr(vae, "encode", lambda pixels: encoded.append(len(pixels)) or plain(pixels))
+        return vae, text_encoder, tokenizer
+
+    monkeypatch.setattr(LoRALearner, "_encode_with", spy)
+    job = fedray.client.TrainJob(0, 0, plan.shards[0], np.zeros(0, int))
+    model = Weights(plan.initial.numpy())
+    for _ in range(3):
+        client_update(worker, model, job)
+    assert encoded == [1] * (2 * len(plan.shards[0]))  # both sides, each once
+    assert worker.learner._encoders is None
+
+
+def test_class_images_add_their_loss(config, photos, tmp_path):
+    shutil.copytree(photos / prompt(6), tmp_path / "class")
+    dataset = config.task.dataset()
+    losses = {}
+    for weight in (None, 0.0, 1.0, 2.0):
+        extra = {} if weight is None else dict(
+            class_data_dir=str(tmp_path / "class"), class_prompt="the digit", prior_loss_weight=weight
+        )  # fmt: skip
+        learner = build(replace(config, task=replace(config.task, **extra)), torch.device("cpu"))
+        learner.prepare(dataset, np.arange(3), False)
+        batch = fedray.client.batch_of(dataset, np.arange(3))
+        with torch.no_grad():
+            losses[weight] = learner.loss(batch, torch.Generator().manual_seed(0)).item()
+    assert losses[2.0] - losses[0.0] == pytest.approx(2 * (losses[1.0] - losses[0.0]), rel=1e-4)
+    assert losses[1.0] > losses[0.0] > 0
+
+
+# What is saved
+
+
+LOADED = """
+import sys, numpy as np, torch
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+base, adapter, out = sys.argv[1:]
+if adapter != "none":
+    pipeline = StableDiffusionPipeline.from_pretrained(base)
+    pipeline.load_lora_weights(adapter)
+else:
+    pipeline = StableDiffusionPipeline.from_pretrained(base)
+pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+pipeline.set_progress_bar_config(disable=True)
+torch.set_num_threads(1)
+rng = torch.Generator().manual_seed(5)
+images = pipeline(["the digit six", "the digit nine"], num_inference_steps=4, guidance_scale=3.0, generator=rng,
+                  height=16, width=16, output_type="np").images
+np.save(out, (images * 255).round().astype(np.uint8).transpose(0, 3, 1, 2))
+"""
+
+
+@pytest.mark.parametrize(("rule", "alpha"), [(FedAvg(), None), (FFA(), 4.0), (Flora(), None)])
+def test_what_is_saved_diffusers_loads_alone_and_draws_the_same(config, tmp_path, rule, alpha):
+    config = replace(config, rule=rule, learning_rate=3e-2, task=replace(config.task, lora_alpha=alpha))
+    run = train(config, tmp_path / "run")
+    merged = isinstance(rule, Flora)
+    where = [str(run.directory / "model"), "none"] if merged else [str(PIPELINE), str(run.directory / "model")]
+    command = [sys.executable, "-c", LOADED, *where, str(tmp_path / "images.npy")]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    learner = build(config, torch.device("cpu"))
+    state = run.state(learner.flat.layout)
+    learner.flat.vector.detach().copy_(state.vector)
+    if state.base is not None:
+        learner.set_base(state.base)
+    learner.prompts = ("the digit six", "the digit nine")
+    ours = learner.sample(2, torch.Generator().manual_seed(5), "dpmsolver++", 4).numpy().astype(int)
+    theirs = np.load(tmp_path / "images.npy").astype(int)
+    assert np.abs(ours - theirs).max() <= 1
+    learner.flat.vector.detach().zero_()
+    if merged:
+        learner.set_base(torch.zeros_like(state.base))
+    untrained = learner.sample(2, torch.Generator().manual_seed(5), "dpmsolver++", 4).numpy().astype(int)
+    assert np.abs(ours - untrained).max() > 3  # not the adapter from before training
+    card = (run.directory / "model/README.md").read_text()
+    assert f"base_model: {PIPELINE}" in card
+    assert run.result["vector_sha256"] in card
+
+
+def test_sampling_prompts_at_any_strength(config, tmp_path, capsys):
+    out = train(replace(config, learning_rate=3e-2), tmp_path / "run").directory
+    pictures = {}
+    for strength in ("0", "0.5", "1"):
+        path = tmp_path / f"{strength}.png"
+        flags = ["--prompt", "the digit six", "--num-images", "2", "--strength", strength, "--out", str(path)]
+        assert main(["sample", str(out), *flags]) == 0
+        pictures[strength] = np.asarray(Image.open(path)).astype(int)
+    assert len({picture.tobytes() for picture in pictures.values()}) == 3
+    base, half, full = pictures.values()
+    assert np.abs(half - base).mean() < np.abs(full - base).mean()
+
+
+def test_prompts_are_drawn_from_round_to_round(config, tmp_path):
+    run = train(replace(config, rounds=4, validation_rounds=2, learning_rate=3e-2), tmp_path / "run")
+    names = [path.name for path in sorted((run.directory / "validation").iterdir())]
+    assert names == ["round-000000.png", "round-000002.png", "round-000004.png"]
+    strips = [np.asarray(Image.open(run.directory / "validation" / name)) for name in names]
+    assert not np.array_equal(strips[0], strips[2])
+    assert Image.open(run.directory / "validation.png").width > 500
+
+
+# Captions and mistakes
+
+
+def captions(task):
+    return task.dataset().columns["caption"].tolist()
+
+
+def test_captions_come_from_where_people_put_them(photos, tmp_path):
+    folder = tmp_path / "photos"
+    shutil.copytree(photos, folder)
+    task = LoRA(train_data_dir=str(folder), resolution=16, pretrained_model_name_or_path=str(PIPELINE))
+    folders = [path.parent.name for path in sorted(folder.rglob("*.png"))]
+    assert captions(task) == folders
+    for path in folder.rglob("*.png"):
+        path.with_suffix(".txt").write_text(f"{path.stem} of {path.parent.name}\n")
+    assert captions(task)[:2] == ["0 of the digit eight", "1 of the digit eight"]
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))
+    pd.DataFrame({"file_name": names, "text": [f"photo {k}" for k in range(16)]}).to_json(
+        folder / "metadata.jsonl", orient="records", lines=True
+    )
+    assert captions(task) == [f"photo {k}" for k in range(16)]
+    assert captions(replace(task, instance_prompt="a dog")) == ["a dog"] * 16
+
+
+def pipeline_without(part, folder):
+    shutil.copytree(PIPELINE, folder)
+    shutil.rmtree(folder / part)
+
+
+def pipeline_of(kind, folder):
+    shutil.copytree(PIPELINE, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": kind}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "flags", "message"),
+    [
+        (None, "--pretrained-model-name-or-path {tmp}/absent/x", "no such folder, and the hub has none"),
+        (None, "--pretrained-model-name-or-path {photos}", "is no pipeline: it has no model_index.json"),
+        (lambda folder: pipeline_without("unet", folder), "", "the pipeline has no unet"),
+        (lambda folder: pipeline_of("StableDiffusionXLPipeline", folder), "", "XLPipeline, which is not supported yet"),
+        (lambda folder: pipeline_of("FluxPipeline", folder), "", "FluxPipeline, which is not supported yet"),
+        (lambda folder: pipeline_of("StableDiffusion3Pipeline", folder), "", "is not supported yet"),
+        (None, "--target-modules to_q to_z", "--target-modules to_z: no linear layer"),
+        (None, "--rank 0", "--rank 0: it must be at least 1"),
+        (None, "--clients 5", "by-folder has only 4 to deal"),
+        (None, "--resolution 18", "--resolution 18: it must be a multiple of 4"),
+        (None, "--base-dtype float8", "there is no dtype of the base 'float8'"),
+        (None, "--rule flora --keep-optimizer", "leave out --use-ema and --keep-optimizer"),
+        (None, "--class-prompt x", "--class-data-dir and --class-prompt go together"),
+        (None, "--preset digits", "there is no preset 'digits'; did you mean 'digits-lora'?"),
+        (None, "--sampling-steps 2000", "between 1 and the 1000 steps of training"),
+    ],
+)
+def test_mistakes_get_one_clear_message(photos, tmp_path, capsys, spoil, flags, message):
+    chosen = f"--pretrained-model-name-or-path {tmp_path}/pipeline" if spoil else ""
+    if spoil:
+        spoil(tmp_path / "pipeline")
+    preset = "" if "--preset" in flags else "--preset digits-lora"
+    command = f"finetune {preset} --train-data-dir {photos} --actors 0 --out {tmp_path}/run {chosen} {flags}"
+    assert main(command.format(tmp=tmp_path, photos=photos).split()) == 2
+    printed = capsys.readouterr().err.strip()
+    assert message in printed
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda root: (root / "the digit six/0.txt").write_text("six"), "0.txt is absent: where some images"),
+        (
+            lambda root: (root / "metadata.csv").write_text("file_name,text\nthe digit six/0.png,a\n"),
+            "metadata.csv lacks 15 of 16 images",
+        ),
+        (
+            lambda root: (root / "metadata.csv").write_text("file_name,text\ngone.png,a\n"),
+            "metadata.csv names 1 images that are not there, the first of them gone.png",
+        ),
+    ],
+)
+def test_caption_files_that_do_not_fit(photos, tmp_path, capsys, spoil, message):
+    shutil.copytree(photos, tmp_path / "photos")
+    spoil(tmp_path / "photos")
+    command = f"finetune --preset digits-lora --train-data-dir {tmp_path}/photos --actors 0 --out {tmp_path}/run"
+    assert main(command.split()) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_rules_of_adapters_are_not_for_whole_models(tmp_path, capsys):
+    assert main(["train", "--rule", "svd", "--actors", "0", "--out", str(tmp_path / "run")]) == 2
+    assert "--rule svd is for adapters (fedray finetune)" in capsys.readouterr().err
+
+
+def test_a_run_is_resumed_by_the_command_that_began_it(config, tmp_path, capsys):
+    out = train(config, tmp_path / "run").directory
+    assert main(["train", "--resume", str(out)]) == 2
+    assert "is a run of `fedray finetune`" in capsys.readouterr().err
+    assert main(["finetune", "--resume", str(out)]) == 0
+
+
+# CLIP
+
+
+def test_clip_scores(config, photos, tmp_path):
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+    torch.manual_seed(0)
+    small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    tokenizer = CLIPTokenizer.from_pretrained(PIPELINE / "tokenizer")
+    text = small | dict(vocab_size=len(tokenizer), max_position_embeddings=16, eos_token_id=tokenizer.eos_token_id)
+    clip = CLIPModel(
+        CLIPConfig(text_config=text, vision_config=small | dict(image_size=32, patch_size=8), projection_dim=8)
+    ).eval()
+    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    for part in (clip, processor, tokenizer):
+        part.save_pretrained(tmp_path / "clip")
+    config = replace(config, features=f"clip:{tmp_path}/clip", evaluate_samples=8, keep_samples=True)
+    run = train(config, tmp_path / "run")
+    scores = run.result["scores"]
+    assert {"fd[clip]", "clip-text", "clip-image"} <= set(scores)
+    kept = [Image.open(path) for path in sorted((run.directory / "samples/round-000002").iterdir())]
+    prompts = config.task.prompts(config.task.dataset())
+    with torch.no_grad():
+        images = clip.get_image_features(**processor(images=kept, return_tensors="pt"))
+        texts = clip.get_text_features(**tokenizer(list(prompts), padding=True, return_tensors="pt"))
+    images, texts = (getattr(one, "pooler_output", one) for one in (images, texts))
+    expected = nn.functional.cosine_similarity(images, texts[[k % len(prompts) for k in range(8)]])
+    assert scores["clip-text"]["value"] == pytest.approx(expected.mean().item(), abs=1e-4)
+    with pytest.raises(fedray.UserError, match="no CLIP model could be loaded"):
+        make_plan(replace(config, features=f"clip:{photos}"))
+
+
+# Memory and size
+
+
+BASE_MEMORY = """
+import sys
+from fedray.config import PRESETS
+from fedray.client import build
+from dataclasses import replace
+import torch
+task = replace(PRESETS["digits-lora"].task, pretrained_model_name_or_path=sys.argv[1], base_dtype=sys.argv[2])
+learner = build(replace(PRESETS["digits-lora"], task=task), torch.device("cpu"))
+total = sum(p.double().sum().item() for p in learner.unet.parameters())  # touch every page
+rollup = dict(line.split(":") for line in open("/proc/self/smaps_rollup") if ":" in line)
+print("ready", flush=True)
+sys.stdin.readline()
+rollup = dict(line.split(":", 1) for line in open("/proc/self/smaps_rollup").read().splitlines()[1:])
+print(int(rollup["Pss"].split()[0]), int(rollup["Private_Dirty"].split()[0]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_two_actors_share_one_base(tmp_path, dtype, monkeypatch):
+    """A U-Net of some 60 million parameters, mapped by two processes: neither has it to itself."""
+    monkeypatch.setenv("FEDRAY_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(PIPELINE, tmp_path / "pipeline")
+    shutil.rmtree(tmp_path / "pipeline/unet")
+    shape = json.loads((PIPELINE / "unet/config.json").read_text()) | {"block_out_channels": [256, 512]}
+    unet = UNet2DConditionModel.from_config(shape)
+    size = 1024 * sum(p.numel() for p in unet.parameters()) * (4 if dtype == "float32" else 2) // 1024
+    unet.save_pretrained(tmp_path / "pipeline/unet")
+    del unet
+    private = {}
+    for name, folder in (("small", PIPELINE), ("large", tmp_path / "pipeline")):
+        command = [sys.executable, "-c", BASE_MEMORY, str(folder), dtype]
+        running = [
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)
+        ]  # fmt: skip
+        for process in running:
+            assert process.stdout.readline() == "ready\n"
+        for process in running:
+            process.stdin.write("\n")
+            process.stdin.flush()
+        private[name] = [int(process.communicate()[0].split()[1]) * 1024 for process in running]
+    assert size > 50e6
+    assert max(private["large"]) - min(private["small"]) < 0.35 * size
+
+
+@pytest.mark.slow
+def test_a_round_at_the_size_of_stable_diffusion_1_5(photos, tmp_path):
+    """Random weights in SD-1.5's full shape, bfloat16, one client, one step at 64×64 pixels: 3,188,736 bytes."""
+    pipeline = tmp_path / "pipeline"
+    shutil.copytree(PIPELINE, pipeline)
+    shutil.rmtree(pipeline / "unet")
+    width = json.loads((PIPELINE / "unet/config.json").read_text())["cross_attention_dim"]
+    assert width != 768  # so its text encoder is made anew
+    from fedray.tasks import embedded
+
+    tokens = embedded.tokenizer()
+    text_config = embedded.text_encoder(tokens).config
+    text_config.hidden_size, text_config.num_attention_heads = 768, 12
+    type(embedded.text_encoder(tokens))(text_config).save_pretrained(pipeline / "text_encoder")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        UNet2DConditionModel(**SD15).save_pretrained(pipeline / "unet")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    task = LoRA(
+        pretrained_model_name_or_path=str(pipeline), train_data_dir=str(photos), resolution=64, base_dtype="bfloat16"
+    )
+    config = replace(
+        PRESETS["sd"], task=task, clients=1, partition=fedray.IID(), rounds=1, local_epochs=None, local_steps=1,
+        evaluate_samples=0, sampling_steps=1, sampler="ddim", actors=0, validation_rounds=10,
+    )  # fmt: skip
+    row = train(config, tmp_path / "run").rows[0]
+    assert row["bytes_up"] == row["bytes_down"] == 3_188_736
+    assert np.isfinite(row["loss"])
+    assert Run(tmp_path / "run").result["rounds"] == 1
