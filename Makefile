@@ -5,7 +5,7 @@ BIN := .venv/bin
 DEMO ?=
 
 .DEFAULT_GOAL := help
-.PHONY: demo test test-fast check help
+.PHONY: demo demo-lora test test-fast check help
 
 .venv/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -17,6 +17,9 @@ DEMO ?=
 
 demo: .venv/installed  ## train on real digits, federated and centralised, and show the result (a few minutes)
 	@$(BIN)/python experiments/digits.py --no-same-passes $(DEMO)
+
+demo-lora: .venv/installed  ## adapt a small Stable Diffusion to digits it has not seen, before and after (minutes)
+	@$(BIN)/python experiments/lora_digits.py --demo $(DEMO)
 
 test: .venv/installed  ## all tests but those that need a GPU
 	@$(BIN)/python -m pytest -m "not gpu"

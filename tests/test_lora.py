@@ -56,10 +56,10 @@ def photos(tmp_path_factory):
 @pytest.fixture
 def config(photos):
     """Two rounds of two steps in this process."""
-    task = replace(PRESETS["digits-lora"].task, train_data_dir=str(photos))
+    task = replace(PRESETS["digits-lora"].task, train_data_dir=str(photos), proportion_empty_prompts=0.0)
     return replace(
-        PRESETS["digits-lora"], task=task, rounds=2, local_steps=2, train_batch_size=2, evaluate_samples=0,
-        features=None, sampling_steps=2, actors=0,
+        PRESETS["digits-lora"], task=task, rounds=2, local_steps=2, train_batch_size=2, evaluate_samples=0, learning_rate=1e-3,
+        features=None, sampling_steps=2, actors=0, lr_scheduler="constant", keep_optimizer=False,
     )  # fmt: skip
 
 
@@ -264,7 +264,10 @@ def test_rows_tell_what_aggregation_loses(config, tmp_path):
     assert found[Flora]["error_max"] < 1e-6
 
 
-@pytest.mark.parametrize("rule", [FedAvg(), FFA(), SVD(), Flora()])
+@pytest.mark.parametrize(
+    "rule",
+    [pytest.param(FedAvg(), marks=pytest.mark.slow), FFA(), SVD(), pytest.param(Flora(), marks=pytest.mark.slow)],
+)
 def test_stopped_and_resumed_and_on_actors_it_is_the_same_run(ray, config, tmp_path, rule):
     config = replace(config, rule=rule, rounds=3)
     whole = train(config, tmp_path / "whole").result["vector_sha256"]

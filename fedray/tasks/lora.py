@@ -64,6 +64,8 @@ class LoRA(Images):
     """Column of metadata.jsonl or .csv (or of the dataset) that has the captions."""
     instance_prompt: str | None = None
     """One caption for all images, in place of captions from files."""
+    proportion_empty_prompts: float = 0.0
+    """Share of training examples whose caption is left out, which keeps guidance working (0.1 is usual)."""
     noise_offset: float = 0.0
     """Scale of noise that is the same for a whole channel (0.1 helps with dark and light images)."""
     snr_gamma: float | None = None
@@ -101,6 +103,8 @@ class LoRA(Images):
             raise UserError(f"--lora-alpha {self.lora_alpha}: it must be above 0.")
         if not 0 <= self.lora_dropout < 1:
             raise UserError(f"--lora-dropout {self.lora_dropout}: it must be at least 0 and below 1.")
+        if not 0 <= self.proportion_empty_prompts <= 1:
+            raise UserError(f"--proportion-empty-prompts {self.proportion_empty_prompts}: it must be from 0 to 1.")
         if (self.class_data_dir is None) != (self.class_prompt is None):
             raise UserError("--class-data-dir and --class-prompt go together: give both, or neither.")
         folder = pipeline_folder(self.pretrained_model_name_or_path)
@@ -189,7 +193,7 @@ class LoRALearner:
         """Encode examples and captions that have not been yet; then the VAE and the text encoder leave memory."""
         sides = (False, True) if mirrored else (False,)
         wanted = [(int(index), side) for index in indices for side in sides]
-        captions = {str(dataset.columns["caption"][index]) for index in indices}
+        captions = {"", *(str(dataset.columns["caption"][index]) for index in indices)}
         if self.task.class_data_dir is not None and self._class_images is None:
             form = Form(self.task.resolution, 3, self.task.crop)
             self._class_images = image_folder(Path(self.task.class_data_dir), form, self.task.skip_unreadable)
@@ -235,8 +239,10 @@ class LoRALearner:
         (prior preservation, Ruiz et al. 2023, equation 2).
         """
         keys = list(zip(batch["index"].tolist(), batch["mirrored"].tolist(), strict=True))
-        captions = list(batch["prompts"])
-        n = len(keys)
+        captions, n = list(batch["prompts"]), len(keys)
+        if self.task.proportion_empty_prompts and torch.is_grad_enabled():
+            left_out = torch.rand(n, generator=rng) < self.task.proportion_empty_prompts
+            captions = ["" if empty else caption for empty, caption in zip(left_out.tolist(), captions, strict=True)]
         if self._class_images is not None and self.task.class_prompt is not None:
             drawn = torch.randint(len(self._class_images), (n,), generator=rng)
             keys += [(-1 - index, False) for index in drawn.tolist()]
@@ -323,9 +329,7 @@ def pipeline_folder(name: str) -> Path:
         try:
             folder = Path(DiffusionPipeline.download(name, safety_checker=None))
         except Exception as error:  # the hub has dozens
-            raise UserError(
-                f"{flag} {name}: no such folder, and no such pipeline on the hub ({reason(error)})."
-            ) from None
+            raise UserError(f"{flag} {name}: no such folder, and the hub has none ({reason(error)}).") from None
     if not (folder / "model_index.json").is_file():
         raise UserError(f"{flag} {name} is no pipeline: it has no model_index.json.")
     try:
