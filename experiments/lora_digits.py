@@ -50,7 +50,7 @@ def photos(out: Path, seed: int) -> Path:
 
 def settings(out: Path, seed: int, rounds: int) -> dict[str, fedray.Config]:
     """The runs of one seed, by name."""
-    task = replace(PRESET.task, train_data_dir=str(photos(out, seed)))  # type: ignore[type-var]
+    task = replace(PRESET.task, train_data_dir=str(photos(out, seed)))
     federated = replace(PRESET, task=task, seed=seed, rounds=rounds)
     return {
         "federated": federated,
@@ -74,13 +74,9 @@ def base_scores(config: fedray.Config) -> dict[str, float]:
 def train(config: fedray.Config, out: Path, name: str) -> list[Path]:
     """One run (or one per client), continued if it was begun before."""
     print(f"\n{name}, seed {config.seed}")
-    alone = name == "alone"
-    with progress(config.rounds, alone) as (on_row, show):
-        if alone:
-            runs = fedray.run_local_only(
-                config, out, on_row=on_row if config.rounds < 10 else lambda row: None, show=show
-            )
-            return [run.directory for run in runs]
+    with progress(config.rounds) as (_, show):
+        if name == "alone":
+            return [run.directory for run in fedray.run_local_only(config, out, show=show)]
         fedray.run(config, out, resume=(out / "config.json").exists(), on_row=lambda row: None, show=show)
     return [out]
 
@@ -105,12 +101,9 @@ def main(
             for name, config in configs.items():
                 if demo and name != "federated":
                     continue
-                runs = [fedray.Run.open(run).result for run in train(config, out / f"{name}-{seed}", name)]
-                scores = [{name: score["value"] for name, score in run["scores"].items()} for run in runs if run]
-                mean = pd.DataFrame(scores).mean().to_dict()
-                rows.append(
-                    {"run": name, "seed": seed, **mean, "MB up": sum(run["bytes_up"] for run in runs if run) / 1e6}
-                )
+                runs = train(config, out / f"{name}-{seed}", name)
+                mean = fedray.summary({str(run): run for run in runs}).mean()
+                rows.append({"run": name, "seed": seed} | {str(what): value for what, value in mean.items()})
     table = pd.DataFrame(rows)
     table.to_csv(out / "summary.csv", index=False)
     show(table)

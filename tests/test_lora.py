@@ -58,8 +58,8 @@ def config(photos):
     """Two rounds of two steps in this process."""
     task = replace(PRESETS["digits-lora"].task, train_data_dir=str(photos), proportion_empty_prompts=0.0)
     return replace(
-        PRESETS["digits-lora"], task=task, rounds=2, local_steps=2, train_batch_size=2, evaluate_samples=0, learning_rate=1e-3,
-        features=None, sampling_steps=2, actors=0, lr_scheduler="constant", keep_optimizer=False,
+        PRESETS["digits-lora"], task=task, rounds=2, local_steps=2, train_batch_size=2, learning_rate=1e-3,
+        lr_scheduler="constant", keep_optimizer=False, evaluate_samples=0, features=None, sampling_steps=2, actors=0,
     )  # fmt: skip
 
 
