@@ -568,7 +568,7 @@ from dataclasses import replace
 import torch
 task = replace(PRESETS["digits-lora"].task, pretrained_model_name_or_path=sys.argv[1], base_dtype=sys.argv[2])
 learner = build(replace(PRESETS["digits-lora"], task=task), torch.device("cpu"))
-total = sum(p.double().sum().item() for p in learner.unet.parameters())  # touch every page
+total = sum(p.sum().item() for p in learner.unet.parameters())  # touch every page
 rollup = dict(line.split(":") for line in open("/proc/self/smaps_rollup") if ":" in line)
 print("ready", flush=True)
 sys.stdin.readline()
