@@ -18,6 +18,7 @@ from fedray.choices import UserError, reason
 from fedray.images import Decoded, Form, cached, images_below, sha256
 
 VERSION = 2  # of what is kept of a dataset beside its images
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CELEBA_CROP = 178  # the central square of CelebA's 178×218
 
 

@@ -55,3 +55,30 @@ def test_the_digits_experiment_in_short(tmp_path):
     before = (tmp_path / "runs/federated-0/result.json").stat().st_mtime_ns
     python(*command, cwd=tmp_path)  # nothing is trained twice
     assert (tmp_path / "runs/federated-0/result.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_the_samplers_experiment(tmp_path):
+    flags = "--rounds 1 --local-steps 2 --evaluate-samples 0 --actors 0 --kid-subset-size 8"
+    python("-m", "fedray", "train", *flags.split(), "--out", tmp_path / "run", cwd=tmp_path)
+    python(ROOT / "experiments/samplers.py", tmp_path / "run", "--samples", 10, cwd=tmp_path)
+    table = pd.read_csv(tmp_path / "run/samplers.csv", index_col="sampler")
+    assert {"ddpm-1000", "ddim-50", "ddim-100", "dpmsolver++-20", "unipc-10", "unipc-20"} <= set(table.index)
+    assert table["seconds"].idxmax() == "ddpm-1000"
+    assert table["fd[digits]"].notna().all()
+
+
+@pytest.mark.slow
+def test_the_lora_experiments_in_short(tmp_path):
+    printed = python(ROOT / "experiments/lora_digits.py", "--rounds", 1, "--out", tmp_path / "runs", cwd=tmp_path)
+    assert "gain in accuracy over" in printed.replace("\n", " ")
+    table = pd.read_csv(tmp_path / "runs/summary.csv").set_index("run")
+    assert list(table.index) == ["base", "federated", "centralised", "alone"]
+    assert table.loc["federated", "sequential steps"] == table.loc["centralised", "sequential steps"] == 8
+    assert table.loc["base", "accuracy[digits]"] < 0.1
+    assert Image.open(tmp_path / "runs/federated-0/validation.png").width > 500
+    python(ROOT / "experiments/lora_rules.py", "--rounds", 1, "--out", tmp_path / "rules", cwd=tmp_path)
+    table = pd.read_csv(tmp_path / "rules/summary.csv").set_index("rule")
+    assert list(table.index) == ["fedavg", "ffa", "svd", "flora"]
+    assert table.loc["flora", "aggregation error"] < 1e-6 < table.loc["fedavg", "aggregation error"]
+    assert table.loc["ffa", "MB up"] < 0.6 * table.loc["fedavg", "MB up"]

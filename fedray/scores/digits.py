@@ -16,11 +16,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fedray.data import digits
+from fedray.data import DIGITS, digits
 from fedray.seeds import generator
 
 WEIGHTS = Path(__file__).with_name("digits.safetensors")
-WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SURE = 0.9  # a sample counts as a recognisable digit if the classifier gives one class at least this probability
 
 
@@ -54,7 +53,7 @@ def classifier(device: str = "cpu") -> DigitClassifier:
 
 def digit_in(prompt: str) -> int | None:
     """The digit that a prompt names first ("the digit three": 3), if it does."""
-    named = [WORDS.index(word) for word in re.findall("[a-z]+", prompt.lower()) if word in WORDS]
+    named = [DIGITS.index(word) for word in re.findall("[a-z]+", prompt.lower()) if word in DIGITS]
     return named[0] if named else None
 
 
