@@ -7,9 +7,9 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from fedray.data import digits
+from fedray.data import DIGITS, digits
 from fedray.scores.digits import classifier
-from fedray.tasks.embedded import HELD_OUT, PIPELINE, SEEN, WORDS, enlarge, prompt, reduce
+from fedray.tasks.embedded import HELD_OUT, PIPELINE, SEEN, enlarge, prompt, reduce
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_loads_without_a_warning(caplog, capfd):
 def test_each_letter_is_a_token_and_prompts_fit(pipeline):
     for label in range(10):
         tokens = pipeline.tokenizer(prompt(label)).input_ids
-        assert len(tokens) == len("thedigit" + WORDS[label]) + 2 <= pipeline.tokenizer.model_max_length
+        assert len(tokens) == len("thedigit" + DIGITS[label]) + 2 <= pipeline.tokenizer.model_max_length
     assert len({tuple(pipeline.tokenizer(prompt(label)).input_ids) for label in range(10)}) == 10
 
 
