@@ -75,7 +75,7 @@ class SampleJob:
     seed: int
     features: bool
     keep: int  # how many of the images are wanted, beside the features
-    prompts: tuple[str, ...] = ()  # what image i of the batch is drawn for: prompt i modulo their number
+    prompts: tuple[str, ...] = ()  # what each image of the batch is drawn for, where the task knows prompts
 
     @property
     def key(self) -> tuple[str | int, ...]:

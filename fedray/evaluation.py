@@ -88,8 +88,8 @@ def sample(
 ) -> tuple[np.ndarray | None, np.ndarray]:
     """Features [n, d] (None without a feature network) and the first `keep` of n images, uint8 [keep, c, h, w].
 
-    The same whatever the pool: image i is drawn in batch i // B; in each batch, prompts are taken in turn. Raises
-    `RunError` if a batch could not be generated.
+    The same whatever the pool: image i is drawn in batch i // B, for prompt i modulo their number. Raises `RunError`
+    if a batch could not be generated.
     """
     keep = n if keep is None else min(keep, n)
     jobs = [
@@ -101,7 +101,7 @@ def sample(
             seed=seed,
             features=config.features is not None,
             keep=max(0, keep - start),
-            prompts=prompts,
+            prompts=turns(prompts, start, min(start + config.eval_batch_size, n)),
         )
         for start in range(0, n, config.eval_batch_size)
     ]
@@ -134,8 +134,12 @@ def evaluate(
     keep = n if metrics or config.keep_samples else keep
     prompts = prompts_of(config, dataset)
     features, images = sample(pool, model, n, config, config.seed if seed is None else seed, show, keep, prompts)
-    drawn_for = [prompts[index % config.eval_batch_size % len(prompts)] for index in range(n)] if prompts else []
-    return judge(features, images, n, config, dataset, against, metrics, intervals, show, drawn_for)
+    return judge(features, images, n, config, dataset, against, metrics, intervals, show, turns(prompts, 0, n))
+
+
+def turns(prompts: tuple[str, ...], start: int, stop: int) -> tuple[str, ...]:
+    """What images `start` to `stop` are drawn for: the prompts in turn."""
+    return tuple(prompts[index % len(prompts)] for index in range(start, stop)) if prompts else ()
 
 
 def prompts_of(config: Config, dataset: Dataset) -> tuple[str, ...]:

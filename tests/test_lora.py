@@ -28,6 +28,7 @@ from fedray.lora_rules import FFA, SVD, Flora
 from fedray.pools import LocalPool
 from fedray.record import Run
 from fedray.rules import FedAvg, ServerState, Update
+from fedray.scores import networks
 from fedray.seeds import generator
 from fedray.tasks.embedded import HELD_OUT, PIPELINE, enlarge, prompt
 from fedray.tasks.lora import LoRA, LoRALearner
@@ -413,6 +414,39 @@ def test_sampling_prompts_at_any_strength(config, tmp_path, capsys):
     assert len({picture.tobytes() for picture in pictures.values()}) == 3
     base, half, full = pictures.values()
     assert np.abs(half - base).mean() < np.abs(full - base).mean()
+
+
+def test_scores_of_a_run_of_adapters(config, tmp_path, capsys):
+    """Images are drawn for the prompts in turn, whatever the batches; `fedray evaluate` gives the run's own scores."""
+    for rule in (FedAvg(), Flora()):
+        config = replace(
+            config, rule=rule, features="digits", evaluate_samples=12, eval_batch_size=5, held_out_share=0.25
+        )  # fmt: skip
+        run = train(config, tmp_path / type(rule).__name__)
+        scores = run.result["scores"]
+        assert {"fd[digits]", "accuracy[digits]", "copies"} <= set(scores)
+        assert len(run.result["held_out"]["clients"]) == 4
+        assert main(["evaluate", str(run.directory)]) == 0
+        printed = capsys.readouterr().out
+        assert f"{scores['fd[digits]']['value']:.4g}" in printed
+        assert main(["sample", str(run.directory), "--num-images", "2", "--strength", "0.5"]) == 0
+
+
+def test_an_accuracy_is_of_each_images_own_prompt():
+    from test_scores import reference
+
+    from fedray.evaluation import turns
+    from fedray.scores.scoring import score
+
+    data = digits()
+    prompts = turns(tuple(prompt(label) for label in range(10)), 0, 400)
+    of = {label: iter(data.images[data.labels == label]) for label in range(10)}
+    images = np.stack([next(of[index % 10]) for index in range(400)])
+    network = networks.load("digits", None, torch.device("cpu"))
+    features, real = (network(torch.from_numpy(one)).numpy() for one in (images, data.images))
+    right = score(features, reference(real), "digits", 100, False, prompts)[0]["accuracy[digits]"]
+    wrong = score(features, reference(real), "digits", 100, False, prompts[1:] + prompts[:1])[0]["accuracy[digits]"]
+    assert right.value > 0.97 > 0.05 > wrong.value
 
 
 def test_prompts_are_drawn_from_round_to_round(config, tmp_path):
