@@ -22,14 +22,14 @@ from rich.table import Table
 
 import fedray
 from fedray.actors import connected
-from fedray.client import Weights
 from fedray.commands.terminal import program, progress
 from fedray.data import digits
 from fedray.evaluation import evaluate, open_reference
-from fedray.federation import make_plan
+from fedray.plan import make_plan
 from fedray.pools import LocalPool
 from fedray.seeds import generator
 from fedray.tasks.embedded import HELD_OUT, enlarge, prompt
+from fedray.worker import Weights
 
 PRESET = fedray.PRESETS["digits-lora"]
 IMAGES = 32  # per client

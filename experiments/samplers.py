@@ -24,7 +24,7 @@ import fedray
 from fedray.commands.sample import model_of
 from fedray.commands.terminal import progress
 from fedray.evaluation import evaluate, open_reference
-from fedray.federation import make_plan
+from fedray.plan import make_plan
 from fedray.pools import LocalPool
 
 SAMPLERS = (

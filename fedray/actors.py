@@ -20,13 +20,14 @@ from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayEr
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fedray.choices import RunError, UserError
-from fedray.client import Row, Work, Worker, do
 from fedray.config import Config, check_resumable
 from fedray.data import Dataset, Source
 from fedray.evaluation import Metric, Show, silent
-from fedray.federation import fit, make_plan
+from fedray.federation import fit
+from fedray.plan import make_plan
 from fedray.pools import LocalPool, Pool, Progress, Reply
 from fedray.record import Run, environment
+from fedray.worker import Row, Work, Worker, do
 
 NAMESPACE = "fedray"
 TOKEN = secrets.token_hex(32)  # of a private Ray; Ray reads it once per process

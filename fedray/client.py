@@ -1,12 +1,7 @@
-"""The jobs that a process does: local training of a client, samples, features. Knows nothing of Ray."""
+"""Local training of one client, and the loss on what it holds out. Knows nothing of Ray."""
 
-import threading
-import time
-import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,17 +11,13 @@ from torch import Tensor
 
 from fedray.codecs import Payload
 from fedray.config import Config
-from fedray.data import Dataset, Source
-from fedray.scores import networks
-from fedray.scores.nearest import nearest
-from fedray.seeds import generator, number
-from fedray.tasks import Learner
+from fedray.data import Dataset
+from fedray.seeds import generator
 from fedray.vector import as_tensor
+from fedray.worker import Row, Weights, Worker
 
-BUILDING = threading.Lock()  # torch's global generator is seeded for it
 DRAWS = 16  # timesteps and noises at which each held-out example's loss is taken
 
-Row = dict[str, Any]
 Memory = dict[str, np.ndarray]  # what a client keeps from round to round: its optimizer's state
 
 
@@ -62,132 +53,6 @@ class ValidateJob:
 
     def __str__(self) -> str:
         return f"the held-out loss of client {self.client}"
-
-
-@dataclass(frozen=True)
-class SampleJob:
-    """Generate one batch of images, and their features if they are asked for."""
-
-    batch: int
-    size: int
-    sampler: str
-    steps: int
-    seed: int
-    features: bool
-    keep: int  # how many of the images are wanted, beside the features
-    prompts: tuple[str, ...] = ()  # what each image of the batch is drawn for, where the task knows prompts
-
-    @property
-    def key(self) -> tuple[str | int, ...]:
-        return ("sample", self.batch)
-
-    def __str__(self) -> str:
-        return f"batch {self.batch} of the samples"
-
-
-@dataclass(frozen=True)
-class FeatureJob:
-    """Features of the dataset's images from `start` on."""
-
-    start: int
-    stop: int
-
-    @property
-    def key(self) -> tuple[str | int, ...]:
-        return ("features", self.start)
-
-    def __str__(self) -> str:
-        return f"the features of images {self.start} to {self.stop - 1}"
-
-
-@dataclass(frozen=True, eq=False)
-class NearestJob:
-    """The nearest training images of some images: given, or by their indices in the dataset."""
-
-    start: int
-    images: np.ndarray
-
-    @property
-    def key(self) -> tuple[str | int, ...]:
-        return ("nearest", self.start)
-
-    def __str__(self) -> str:
-        return f"the nearest training images of images from {self.start} on"
-
-
-class Worker:
-    """What a process needs for its jobs, built once: the learner on its device, the data, the feature network."""
-
-    def __init__(
-        self, config: Config, device: torch.device, name: str, source: Source | None = None, sha256: str | None = None
-    ) -> None:
-        self.config = config
-        self.device = device
-        self.name = name
-        self.source = source  # where this node's cache may have the data
-        self.sha256 = sha256  # of the images that the run is about
-        self._base: np.ndarray | None = None
-        self.steps_done = 0  # optimizer steps and sampled batches since the process started
-        self.on_step: Callable[[int], None] = lambda steps_done: None
-
-    def step(self) -> None:
-        """Count one step, for the progress bar."""
-        self.steps_done += 1
-        self.on_step(self.steps_done)
-
-    @cached_property
-    def learner(self) -> Learner:
-        return build(self.config, self.device)
-
-    def load(self, vector: Tensor, base: np.ndarray | None) -> None:
-        """Make the learner this model: the vector, and the change of its frozen weights, if there is one."""
-        self.learner.flat.vector.detach().copy_(vector)
-        # While the last one is held, another at its address is the same: Ray maps an object once.
-        if base is not None and (self._base is None or base.ctypes.data != self._base.ctypes.data):
-            self.learner.set_base(as_tensor(base))  # type: ignore[attr-defined]
-            self._base = base
-
-    @cached_property
-    def dataset(self) -> Dataset:
-        """The run's data: from this node's cache, without listing files again, else loaded anew.
-
-        Raises:
-            ValueError: this node has other images.
-        """
-        if self.source is not None and self.source.place.exists():
-            return Dataset.open(self.source.place, ("caption",))
-        dataset = self.config.task.dataset()
-        if self.sha256 not in (None, dataset.sha256):
-            raise ValueError("the images that this node has are not those of the run")
-        return dataset
-
-    @cached_property
-    def features(self) -> networks.Network:
-        assert self.config.features is not None
-        return networks.load(self.config.features, self.config.inception_weights, self.device)
-
-
-Work = Callable[[Worker, Any, Any], tuple[Row, Any]]
-
-
-def build(config: Config, device: torch.device) -> Learner:
-    """The task's learner with the run's initial weights, the same in every process (and in several threads)."""
-    with BUILDING, _seeded(device, config.seed, "init"):
-        return config.task.build(device)
-
-
-class Weights(NamedTuple):
-    """A model as it goes down: the payload (or, to be measured or sampled, the float32 vector itself).
-
-    base: what is added to frozen weights, float32, where a rule has changed them.
-    """
-
-    vector: Payload
-    base: np.ndarray | None = None
-
-    @property
-    def nbytes(self) -> int:
-        return self.vector.nbytes + (0 if self.base is None else self.base.nbytes)
 
 
 class Trained(NamedTuple):
@@ -296,34 +161,6 @@ def held_out_loss(worker: Worker, client: int, held_out: np.ndarray) -> float:
     return sum(losses) / len(repeated)
 
 
-def sample_batch(worker: Worker, model: Weights, job: SampleJob) -> tuple[Row, tuple[np.ndarray | None, np.ndarray]]:
-    """One batch from the model (a float32 vector): features [size, d], and images uint8 [keep, c, h, w]."""
-    worker.load(as_tensor(model.vector), model.base)
-    if job.prompts:
-        worker.learner.prompts = job.prompts  # type: ignore[attr-defined]
-    images = worker.learner.sample(job.size, generator(job.seed, *job.key), job.sampler, job.steps)
-    found = worker.features(images).numpy() if job.features else None
-    worker.step()
-    return {}, (found, images[: job.keep].numpy())
-
-
-def dataset_features(worker: Worker, _: None, job: FeatureJob) -> tuple[Row, np.ndarray]:
-    """Features [stop − start, d] of images of the dataset."""
-    images = torch.from_numpy(worker.dataset.images[job.start : job.stop].copy())
-    found = worker.features(images).numpy()
-    worker.step()
-    return {}, found
-
-
-def nearest_images(worker: Worker, trained: np.ndarray, job: NearestJob) -> tuple[Row, tuple[np.ndarray, ...]]:
-    """Indices of the nearest images trained on, and the distances, of uint8 images (or of those indexed)."""
-    dataset = worker.dataset.images
-    images = job.images if job.images.ndim > 1 else dataset[job.images]
-    found = nearest(images, dataset, trained, worker.config.random_flip)
-    worker.step()
-    return {}, found
-
-
 def batch_of(dataset: Dataset, indices: np.ndarray, mirrored: Tensor | None = None) -> dict[str, Any]:
     """Examples as tensors. Only a batch is copied: the dataset is mapped, and shared by all processes of a node."""
     images = torch.from_numpy(dataset.images[indices])
@@ -371,35 +208,3 @@ def lr_schedule(config: Config, steps: int) -> Callable[[int], float]:
     )
     factor = schedule.lr_lambdas[0]
     return lambda step: config.learning_rate * factor(step)
-
-
-def do(worker: Worker, work: Work, shared: Any, job: Any) -> tuple[Row, Any]:
-    """Do one job; a failure is a row with an error, never an exception.
-
-    Threads and torch's global generator (dropout draws from it) are set for the job and restored after it.
-    """
-    started, device = time.perf_counter(), worker.device
-    try:
-        with threads(worker.config.threads), _seeded(device, worker.config.seed, "global", *job.key):
-            row, payload = work(worker, shared, job)
-    except Exception as error:
-        row, payload = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}, None
-    return row | {"actor": worker.name, "seconds": time.perf_counter() - started}, payload
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Compute with so many threads: float sums depend on how many there are."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def _seeded(device: torch.device, seed: int, *key: str | int) -> Iterator[None]:
-    with torch.random.fork_rng([] if device.type == "cpu" else [device]):
-        torch.manual_seed(number(seed, *key))
-        yield

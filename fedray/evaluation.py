@@ -8,25 +8,16 @@ import numpy as np
 import torch
 
 from fedray.choices import RunError, UserError
-from fedray.client import (
-    FeatureJob,
-    NearestJob,
-    SampleJob,
-    Weights,
-    Work,
-    dataset_features,
-    nearest_images,
-    sample_batch,
-    threads,
-)
 from fedray.config import Config
 from fedray.data import Dataset
+from fedray.drawing import FeatureJob, NearestJob, SampleJob, dataset_features, nearest_images, sample_batch
 from fedray.pools import Pool, in_order
 from fedray.scores import networks
 from fedray.scores.nearest import EXPECTED, LOOKED_AT, copies
 from fedray.scores.reference import Reference, reference
 from fedray.scores.scoring import Score, score
 from fedray.tasks.lora import LoRA
+from fedray.worker import Weights, Work, threads
 
 GRID = 64  # images that are kept of every evaluation, for its picture
 

@@ -4,11 +4,10 @@ Chen 2024, section 2.4.1: the server sends w to a random subset of the clients, 
 v, the server takes the mean weighted by examples as the new w; T rounds. Who computes is the pool's affair.
 """
 
-import hashlib
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,9 @@ import numpy as np
 import torch
 from tensorboardX import SummaryWriter
 
-from fedray import cohort, partition_report, vector
-from fedray.choices import RunError, UserError
-from fedray.client import (
-    Row,
-    TrainJob,
-    ValidateJob,
-    Weights,
-    build,
-    client_update,
-    validate,
-)
+from fedray import partition_report, vector
+from fedray.choices import RunError
+from fedray.client import TrainJob, ValidateJob, client_update, validate
 from fedray.config import Config, check_resumable
 from fedray.data import Dataset
 from fedray.evaluation import (
@@ -40,23 +31,23 @@ from fedray.evaluation import (
     sample,
     silent,
 )
-from fedray.lora import Adapters, WeightedSum
-from fedray.partition import Shards, hold_out
+from fedray.lora import WeightedSum
+from fedray.plan import Plan, cohort_of, make_plan
 from fedray.pools import Pool, in_order
 from fedray.record import Run, environment
 from fedray.rules import ServerState, Update
-from fedray.scores import networks
 from fedray.scores.nearest import LOOKED_AT
 from fedray.scores.reference import Reference
 from fedray.seeds import generator
-from fedray.vector import Layout, as_tensor
+from fedray.vector import as_tensor
+from fedray.worker import Row, Weights, build
 
 PROMPTS_DRAWN = 10  # of a run's prompts, those that are drawn as it goes
 IMAGES_PER_PROMPT = 2
 
 
 def run_round(
-    state: ServerState, config: Config, plan: "Plan", pool: Pool, run: Run, show: Show = silent
+    state: ServerState, config: Config, plan: Plan, pool: Pool, run: Run, show: Show = silent
 ) -> tuple[ServerState, Row]:
     """One communication round.
 
@@ -64,7 +55,7 @@ def run_round(
         RunError: no client returned a usable model.
     """
     started = time.perf_counter()
-    clients = _cohort(config, state.round)
+    clients = cohort_of(config, state.round)
     try:
         model = Weights(config.codec.encode_model(state.vector), None if state.base is None else state.base.numpy())
     except OverflowError as error:
@@ -155,7 +146,7 @@ def _aggregation(total: WeightedSum, before: ServerState, after: ServerState) ->
     return {"error_max": errors.max().item(), "error_mean": errors.mean().item()}
 
 
-def validate_round(state: ServerState, row: Row, config: Config, plan: "Plan", pool: Pool) -> Row:
+def validate_round(state: ServerState, row: Row, config: Config, plan: Plan, pool: Pool) -> Row:
     """Held-out losses of a round, means weighted by examples; {} where no client has held any out.
 
     local: before aggregation, over the cohort, each client's own model on its own examples;  aggregated: of the
@@ -193,7 +184,7 @@ def evaluate_round(
     state: ServerState,
     row: Row,
     config: Config,
-    plan: "Plan",
+    plan: Plan,
     pool: Pool,
     run: Run,
     against: Reference | None,
@@ -222,7 +213,7 @@ def evaluate_round(
     row["seconds"]["evaluate"] = time.perf_counter() - began
 
 
-def draw_prompts(state: ServerState, config: Config, plan: "Plan", pool: Pool, run: Run, show: Show = silent) -> None:
+def draw_prompts(state: ServerState, config: Config, plan: Plan, pool: Pool, run: Run, show: Show = silent) -> None:
     """Samples for each prompt from the same noise in every round: what training changes (Chen 2024, figures 6, 7)."""
     prompts = prompts_of(config, plan.dataset)[:PROMPTS_DRAWN]
     plain = replace(config, features=None, eval_batch_size=len(prompts))
@@ -294,85 +285,9 @@ def fit(
             _finish(run, state, config, plan)
 
 
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """What a run is going to do."""
-
-    dataset: Dataset
-    shards: Shards  # what clients train on
-    held_out: Shards  # what their losses are measured on
-    test: Shards
-    layout: Layout
-    initial: torch.Tensor  # [d], the weights it starts from
-    payload: int  # bytes per client and direction
-    adapters: Adapters | None  # what the vector means, where it is not a whole model
-
-    @property
-    def data(self) -> dict[str, str]:
-        """What a resumed run must find again: the images, and who holds which."""
-        owners = hashlib.sha256()
-        for shards in self.parts.values():
-            owners.update(shards.offsets.tobytes() + shards.indices.tobytes())
-        return {"images_sha256": self.dataset.sha256, "partition_sha256": owners.hexdigest()}
-
-    @property
-    def unseen(self) -> np.ndarray:
-        """The dataset's images that no client trains on."""
-        return np.concatenate([self.held_out.indices, self.test.indices])
-
-    @property
-    def parts(self) -> dict[str, Shards]:
-        return {"train": self.shards, "held out": self.held_out, "test": self.test}
-
-
-def make_plan(config: Config, dataset: Dataset | None = None) -> Plan:
-    """Work out a run without training anything, from its task's dataset, if that is loaded already.
-
-    Raises:
-        UserError: the configuration is wrong, or does not fit the data.
-    """
-    config.check()
-    dataset = config.task.dataset() if dataset is None else dataset
-    if config.evaluate_samples and config.features is not None:
-        networks.check(config.features, config.inception_weights, dataset.images)
-    if config.clients > len(dataset):
-        raise UserError(
-            f"--clients {config.clients}: there are only {len(dataset)} examples; each client needs at least one."
-        )
-    whole = config.partition.split(dataset, config.clients, generator(config.seed, "partition"))
-    shares = (config.held_out_share, config.test_share)
-    shards, held_out, test = hold_out(whole, shares, generator(config.seed, "held out"))
-    learner = build(config, torch.device("cpu"))
-    flat = learner.flat
-    return Plan(
-        dataset=dataset,
-        shards=shards,
-        held_out=held_out,
-        test=test,
-        layout=flat.layout,
-        initial=flat.vector.detach().clone(),
-        payload=config.codec.encode_model(flat.vector.detach()).nbytes,
-        adapters=getattr(learner, "adapters", None),
-    )
-
-
 def weights(vector: torch.Tensor, state: ServerState) -> Weights:
     """A model to measure or to sample from: these weights, on the state's base."""
     return Weights(vector.numpy(), None if state.base is None else state.base.numpy())
-
-
-def steps_planned(config: Config, plan: Plan) -> list[list[int]]:
-    """Optimizer steps of each client of each round's cohort."""
-    return [
-        [config.steps(len(plan.shards[client])) for client in _cohort(config, number)]
-        for number in range(config.rounds)
-    ]
-
-
-def _cohort(config: Config, number: int) -> list[int]:
-    if config.only_client is not None:
-        return [config.only_client]
-    return cohort.choose(config.clients, config.fraction, generator(config.seed, "cohort", number))
 
 
 def _plot(board: SummaryWriter, row: Row) -> None:

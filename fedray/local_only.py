@@ -8,13 +8,13 @@ from pathlib import Path
 
 from fedray.actors import check_apart, open_pool
 from fedray.choices import UserError
-from fedray.client import Row
 from fedray.config import Config
 from fedray.data import Dataset
 from fedray.evaluation import Show, silent
 from fedray.federation import fit
 from fedray.pools import Pool
 from fedray.record import Run, environment
+from fedray.worker import Row
 
 
 def run_local_only(

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 import torch
 
 from fedray.choices import UserError
-from fedray.client import Work, Worker, do
 from fedray.config import Config
 from fedray.data import Dataset
+from fedray.worker import Work, Worker, do
 
 Progress = Callable[[int], None]  # how many steps of this map are done
 

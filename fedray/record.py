@@ -40,10 +40,11 @@ from torchvision.utils import make_grid
 
 from fedray import vector
 from fedray.choices import UserError
-from fedray.client import Memory, Row
+from fedray.client import Memory
 from fedray.config import Config
 from fedray.rules import ServerState
 from fedray.vector import Layout
+from fedray.worker import Row
 
 
 class Run:

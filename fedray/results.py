@@ -7,9 +7,9 @@ from pathlib import Path
 import pandas as pd
 
 from fedray.choices import UserError
-from fedray.client import Row
 from fedray.config import PLACEMENT
 from fedray.record import Run
+from fedray.worker import Row
 
 
 def summary(runs: Mapping[str, str | Path]) -> pd.DataFrame:

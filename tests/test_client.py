@@ -11,12 +11,13 @@ from diffusers.optimization import get_scheduler
 from sklearn.datasets import load_digits
 
 from fedray import vector
-from fedray.client import TrainJob, Worker, client_update, do, lr_schedule, steps_of
-from fedray.config import PRESETS
+from fedray.client import TrainJob, client_update, lr_schedule, steps_of
 from fedray.federation import fit
 from fedray.pools import LocalPool
+from fedray.presets import PRESETS
 from fedray.record import Run
 from fedray.seeds import generator, number
+from fedray.worker import Worker, do
 
 NONE = np.array([], int)  # held-out examples
 

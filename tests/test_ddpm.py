@@ -4,7 +4,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMPipeline
 
 from fedray.choices import UserError
-from fedray.config import PRESETS
+from fedray.presets import PRESETS
 from fedray.seeds import generator
 from fedray.tasks.ddpm import DDPM, SAMPLERS
 

@@ -19,10 +19,11 @@ from fedray import cache
 from fedray.actors import RayPool
 from fedray.choices import RunError, UserError
 from fedray.cli import main
-from fedray.client import dataset_features
 from fedray.data import digits
+from fedray.drawing import dataset_features
 from fedray.evaluation import evaluate, open_reference
-from fedray.federation import fit, make_plan
+from fedray.federation import fit
+from fedray.plan import make_plan
 from fedray.pools import LocalPool
 from fedray.record import Run
 from fedray.scores import networks
@@ -101,7 +102,7 @@ def test_a_reference_that_is_damaged_or_anothers_is_named(short, tmp_path):
 @pytest.mark.slow
 def test_two_processes_make_a_reference_once(short, tmp_path):
     code = (
-        "from fedray.config import PRESETS; from fedray.data import digits; from fedray.pools import LocalPool;"
+        "from fedray.presets import PRESETS; from fedray.data import digits; from fedray.pools import LocalPool;"
         "from fedray.evaluation import open_reference;"
         "config = PRESETS['digits'];"
         "print('made', end='') if open_reference(config, digits(), LocalPool(config),"

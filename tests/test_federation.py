@@ -11,14 +11,17 @@ from safetensors.torch import load_file
 
 from fedray import federation
 from fedray.choices import RunError, UserError
-from fedray.client import TrainJob, Worker, client_update
+from fedray.client import TrainJob, client_update
 from fedray.codecs import Float16
-from fedray.config import PRESETS, Config
-from fedray.federation import fit, make_plan
+from fedray.config import Config
+from fedray.federation import fit
 from fedray.partition import Dirichlet, Shards
+from fedray.plan import make_plan
 from fedray.pools import LocalPool
+from fedray.presets import PRESETS
 from fedray.record import Run, grid
 from fedray.rules import FedAvg
+from fedray.worker import Worker
 
 
 def train(config, out, resume=False, rounds=None):

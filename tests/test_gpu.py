@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from fedray import actors
-from fedray.config import PRESETS
 from fedray.federation import fit
 from fedray.pools import LocalPool
+from fedray.presets import PRESETS
 
 pytestmark = pytest.mark.gpu
 

@@ -14,8 +14,8 @@ ORDER = [
     *("tasks", "tasks.images", "tasks.ddpm", "tasks.pretrained", "tasks.lora", "tasks.embedded"),
     *("scores", "scores.frechet", "scores.kid", "scores.prdc", "scores.nearest", "scores.digits"),
     *("scores.networks", "scores.reference", "scores.scoring"),
-    *("config", "client", "record"),
-    *("pools", "evaluation", "federation", "results"),
+    *("config", "presets", "worker", "client", "drawing", "record"),
+    *("plan", "pools", "evaluation", "federation", "results"),
     *("actors", "local_only"),
     *(
         "commands",

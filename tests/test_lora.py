@@ -18,14 +18,15 @@ from torch import nn
 
 import fedray
 from fedray.cli import main
-from fedray.client import Weights, Worker, build, client_update
+from fedray.client import client_update
 from fedray.codecs import Float16
-from fedray.config import PRESETS
 from fedray.data import digits
-from fedray.federation import fit, make_plan
+from fedray.federation import fit
 from fedray.lora import WeightedSum, adapters, product_norm
 from fedray.lora_rules import FFA, SVD, Flora
+from fedray.plan import make_plan
 from fedray.pools import LocalPool
+from fedray.presets import PRESETS
 from fedray.record import Run
 from fedray.rules import FedAvg, ServerState, Update
 from fedray.scores import networks
@@ -33,6 +34,7 @@ from fedray.seeds import generator
 from fedray.tasks.embedded import HELD_OUT, PIPELINE, enlarge, prompt
 from fedray.tasks.lora import LoRA, LoRALearner
 from fedray.vector import FlatParameters
+from fedray.worker import Weights, Worker, build
 
 SD15 = dict(
     sample_size=64, block_out_channels=(320, 640, 1280, 1280), layers_per_block=2, cross_attention_dim=768,
@@ -596,8 +598,8 @@ def test_clip_scores(config, photos, tmp_path):
 
 BASE_MEMORY = """
 import sys
-from fedray.config import PRESETS
-from fedray.client import build
+from fedray.presets import PRESETS
+from fedray.worker import build
 from dataclasses import replace
 import torch
 task = replace(PRESETS["digits-lora"].task, pretrained_model_name_or_path=sys.argv[1], base_dtype=sys.argv[2])

@@ -78,7 +78,7 @@ def test_one_round_of_the_papers_model(ray, tmp_path):
     """Preset celeba, one step of batch 1 on one actor: 454,692,876 bytes each way."""
     from dataclasses import fields, replace
 
-    from fedray.config import PRESETS
+    from fedray.presets import PRESETS
 
     celeba = PRESETS["celeba"]
     task = GeneratedFaces(**{field.name: getattr(celeba.task, field.name) for field in fields(DDPM)})

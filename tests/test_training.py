@@ -13,14 +13,16 @@ from tensorboardX.proto.event_pb2 import Event
 
 from fedray.choices import UserError
 from fedray.cli import main
-from fedray.client import TrainJob, Worker, client_update, lr_schedule
+from fedray.client import TrainJob, client_update, lr_schedule
 from fedray.config import LR_SCHEDULERS, PRESETS
-from fedray.federation import fit, make_plan
+from fedray.federation import fit
 from fedray.local_only import run_local_only
+from fedray.plan import make_plan
 from fedray.pools import LocalPool
 from fedray.record import Run
 from fedray.seeds import generator
 from fedray.tasks.ddpm import DDPM
+from fedray.worker import Worker
 
 NONE = np.array([], int)
 DIGITS = replace(

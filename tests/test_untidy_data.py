@@ -20,11 +20,11 @@ import fedray
 from fedray import data, images
 from fedray.choices import UserError
 from fedray.cli import main
-from fedray.client import Worker
 from fedray.data import digits
 from fedray.images import Form
 from fedray.partition import ByAttribute, Dirichlet
 from fedray.seeds import generator
+from fedray.worker import Worker
 
 FORM = Form(8, 1)
 SMALL = (
@@ -237,8 +237,9 @@ from dataclasses import replace
 from pathlib import Path
 import numpy as np
 from fedray import DDPM
-from fedray.client import TrainJob, Worker, client_update
-from fedray.config import PRESETS
+from fedray.client import TrainJob, client_update
+from fedray.worker import Worker
+from fedray.presets import PRESETS
 from fedray.data import Source
 
 task = DDPM("imagefolder", sys.argv[1])

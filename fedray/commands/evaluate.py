@@ -8,18 +8,18 @@ import tyro
 
 from fedray.actors import open_pool
 from fedray.choices import UserError
-from fedray.client import Weights
 from fedray.commands.sample import Draw, model_of
 from fedray.commands.terminal import print_scores, progress
 from fedray.config import Config
 from fedray.evaluation import evaluate, judge, look_for_copies, open_reference
-from fedray.federation import Plan, make_plan
 from fedray.images import form_of
+from fedray.plan import Plan, make_plan
 from fedray.record import Run
 from fedray.scores import networks
 from fedray.scores.nearest import LOOKED_AT
 from fedray.tasks.images import Images
 from fedray.tasks.pretrained import Pretrained
+from fedray.worker import Weights
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,13 +8,13 @@ import tyro
 
 from fedray.actors import open_pool
 from fedray.choices import UserError
-from fedray.client import Weights, build
 from fedray.commands.terminal import progress
 from fedray.config import Config
 from fedray.evaluation import prompts_of, sample
 from fedray.federation import weights
 from fedray.record import Run, grid
 from fedray.tasks.lora import LoRA, LoRALearner
+from fedray.worker import Weights, build
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,9 +14,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from fedray.client import Row
 from fedray.evaluation import Evaluation
 from fedray.results import summary
+from fedray.worker import Row
 
 
 def program() -> str:

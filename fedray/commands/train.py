@@ -14,9 +14,10 @@ from rich.table import Table
 from fedray.actors import run
 from fedray.choices import RunError, UserError, check_name
 from fedray.commands.terminal import print_table, program, progress
-from fedray.config import PRESETS, Config
-from fedray.federation import make_plan, steps_planned
+from fedray.config import Config
 from fedray.local_only import run_local_only
+from fedray.plan import make_plan, steps_planned
+from fedray.presets import PRESETS
 from fedray.record import Run
 from fedray.tasks.ddpm import DDPM
 from fedray.tasks.lora import LoRA
