@@ -15,13 +15,13 @@ from rich.console import Console
 from fedray.choices import UserError
 
 PATIENCE = 3.0  # seconds to wait for another process before saying so
-LOCK_TIMEOUT = 7200.0  # seconds to wait for another process that makes the same entry
+LOCK_TIMEOUT = 86_400.0  # seconds to wait for another process that makes the same entry
 
 
 def home() -> Path:
     """Where entries are: $FEDRAY_CACHE, else fedray in the user's cache directory."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("FEDRAY_CACHE") or Path(base) / "fedray")
+    return Path(os.environ.get("FEDRAY_CACHE") or Path(base) / "fedray").absolute()
 
 
 def kept(what: str, key: object, make: Callable[[Path], None]) -> Path:
@@ -34,7 +34,7 @@ def kept(what: str, key: object, make: Callable[[Path], None]) -> Path:
         key: JSON that changes whenever the entry would.
 
     Raises:
-        UserError: another process has held the entry for two hours.
+        UserError: another process has held the entry for a day.
     """
     place = home() / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
     with _locked(place.with_suffix(".lock"), what):

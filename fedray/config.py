@@ -30,7 +30,7 @@ PRECISIONS = ("no", "bf16", "fp16")
 
 # Where a run is computed. It does not change the result, but for threads and for GPUs, whose float sums differ:
 # `check_resumable` holds a run to those.
-PLACEMENT = ("actors", "cpus_per_actor", "gpus_per_actor", "address", "client_timeout")
+PLACEMENT = ("actors", "cpus_per_actor", "gpus_per_actor", "address", "client_timeout", "inception_weights")
 
 
 def _short_form(menu: dict[str, type], kind: str) -> PrimitiveConstructorSpec:

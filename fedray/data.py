@@ -222,7 +222,7 @@ def _codes(labels: np.ndarray) -> np.ndarray:
 
 
 def _columns(table: pd.DataFrame, source: object, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """A table's columns as booleans, numbers or text; missing values are the text "". Lists and the like are left out.
+    """A table's columns as booleans, numbers (NaN where missing) or text ("" where missing); lists are left out.
 
     Raises:
         UserError: a label is missing.
@@ -235,12 +235,10 @@ def _columns(table: pd.DataFrame, source: object, names: Sequence[str]) -> dict[
             raise UserError(f"{source}: {missing.sum()} labels are missing, the first that of {first}.")
         if values.map(lambda value: isinstance(value, (list, dict, bytes, np.ndarray))).any():
             continue
-        plain = pd.api.types.is_bool_dtype(values) or pd.api.types.is_numeric_dtype(values)
-        if plain and not missing.any():
+        if pd.api.types.is_bool_dtype(values) or pd.api.types.is_numeric_dtype(values):
             columns[str(name)] = values.to_numpy()
         else:
-            text = values.map(lambda value: str(value).removesuffix(".0") if isinstance(value, float) else str(value))
-            columns[str(name)] = text.mask(missing, "").to_numpy(dtype=object)
+            columns[str(name)] = values.map(str).mask(missing, "").to_numpy(dtype=object)
     return columns
 
 

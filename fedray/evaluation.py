@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -48,23 +49,25 @@ def open_reference(config: Config, dataset: Dataset, pool: Pool, show: Show = si
         RunError: features could not be made.
     """
     assert config.features is not None
-    size, n = config.eval_batch_size, len(dataset)
+    n = len(dataset)
     key = {
         "images": dataset.sha256,
-        "features": networks.key(config.features, config.inception_weights),
-        "batch": size,
+        "features": networks.key(config.features, config.inception_weights, dataset.images),
+        "batch": config.eval_batch_size,
         "threads": config.threads,
         "gpu": bool(config.gpus_per_actor),
     }
-
-    def features() -> Iterator[np.ndarray]:
-        jobs = [FeatureJob(start, min(start + size, n)) for start in range(0, n, size)]
-        return _results(pool, dataset_features, None, jobs, "reference features", show)
-
     try:
-        return reference(f"reference features ({config.features})", n, key, features)
+        return reference(f"reference features ({config.features})", n, key, partial(features_of, config, n, pool, show))
     except ValueError as error:
         raise UserError(f"the {n} images of this dataset cannot be scored against: {error}.") from None
+
+
+def features_of(config: Config, n: int, pool: Pool, show: Show = silent) -> Iterator[np.ndarray]:
+    """Features of the n images that the pool's workers have as their dataset, in batches."""
+    size = config.eval_batch_size
+    jobs = [FeatureJob(start, min(start + size, n)) for start in range(0, n, size)]
+    return _results(pool, dataset_features, None, jobs, "features", show)
 
 
 def sample(
@@ -125,7 +128,9 @@ def evaluate(
     keep = n if metrics or config.keep_samples else keep
     prompts = prompts_of(config, dataset)
     features, images = sample(pool, model, n, config, config.seed if seed is None else seed, show, keep, prompts)
-    return judge(features, images, n, config, dataset, against, metrics, intervals, show, turns(prompts, 0, n))
+    found = judge(features, images, n, config, dataset, against, metrics, intervals, show, turns(prompts, 0, n))
+    found.about.update(sampler=config.sampler, sampling_steps=config.sampling_steps)
+    return found
 
 
 def turns(prompts: tuple[str, ...], start: int, stop: int) -> tuple[str, ...]:
@@ -151,7 +156,7 @@ def judge(
     prompts: Sequence[str] = (),
 ) -> Evaluation:
     """Score images that have been drawn already, from their features; as `evaluate`."""
-    about: dict[str, Any] = {"n": n, "sampler": config.sampler, "sampling_steps": config.sampling_steps}
+    about: dict[str, Any] = {"n": n}
     scores: dict[str, Score] = {}
     if against is not None and features is not None and config.features is not None:
         show("scoring", 0, 1)
@@ -160,10 +165,15 @@ def judge(
         about |= {"features": against.key["features"], "reference": against.key["images"]}
         about |= {"reference_images": len(against.features), "refused": refused}
     for name, metric in metrics.items():
+        if name in scores:
+            raise RunError(f"the metric {name!r} has the name of a score that fedray measures; give it another.")
         try:
-            scores[name] = Score(float(metric(images, dataset.images)), n)
+            value = float(metric(images, dataset.images))
         except Exception as error:  # the user's code
             raise RunError(f"the metric {name!r} failed: {type(error).__name__}: {error}.") from error
+        if not np.isfinite(value):
+            raise RunError(f"the metric {name!r} gave {value}, which is no finite number.")
+        scores[name] = Score(value, n)
     return Evaluation(images, {name: found.to_json() for name, found in scores.items()}, about)
 
 
@@ -191,8 +201,9 @@ def look_for_copies(
     real = found(unseen[torch.linspace(0, len(unseen) - 1, min(LOOKED_AT, len(unseen))).long().numpy()])[1]
     share, threshold = copies(distance, real)
     order = np.argsort(distance)
-    note = f"nearer than {threshold:.1f} of 255, as {EXPECTED:.0%} of {len(real)} images not trained on are"
-    return Score(share, len(distance), note=note), order, index[order]
+    note = f"within {threshold:.1f} of 255, as {EXPECTED:.0%} of {len(real)} images not trained on are"
+    n = len(distance)
+    return Score(share, n, (share * (1 - share) / n) ** 0.5, f"{n} images", note), order, index[order]
 
 
 def _results(pool: Pool, work: Work, shared: Any, jobs: Iterable[Any], phase: str, show: Show) -> Iterator[Any]:

@@ -207,7 +207,7 @@ def evaluate_round(
     if config.keep_samples:
         run.keep_samples(found.images, state.round)
     if look:
-        share, closest, nearest = look_for_copies(pool, found.images, plan.shards.indices, plan.unseen, show)
+        share, closest, nearest = look_for_copies(pool, found.images, plan.trained, plan.unseen, show)
         row["scores"]["copies"] = share.to_json()
         run.draw_nearest(found.images[closest], plan.dataset.images[nearest], state.round)
     row["seconds"]["evaluate"] = time.perf_counter() - began

@@ -106,7 +106,7 @@ def form_of(directory: Path) -> tuple[int, int]:
             with them before they were resized, which moves scores.
     """
     first: tuple[str, tuple[int, int], int] | None = None
-    for path in images_below(directory):
+    for path in images_below(directory, flag=""):
         try:
             with Image.open(path) as opened:
                 size, channels = opened.size, 1 if opened.mode in ("L", "1", "I;16", "I", "F") else 3
@@ -125,14 +125,14 @@ def form_of(directory: Path) -> tuple[int, int]:
     return first[1][0], first[2]
 
 
-def images_below(directory: Path) -> list[Path]:
+def images_below(directory: Path, flag: str = "--train-data-dir ") -> list[Path]:
     """All image files below a directory, sorted; those hidden are left out. Raises `UserError` where there are none."""
     if not directory.is_dir():
         wrong = "is a file, not a directory" if directory.exists() else "does not exist"
-        raise UserError(f"--train-data-dir {directory} {wrong}.")
+        raise UserError(f"{flag}{directory} {wrong}.")
     paths, seen = [], set()
     for folder, below, files in os.walk(directory, followlinks=True):
-        below[:] = [name for name in below if not name.startswith(".")]
+        below[:] = sorted(name for name in below if not name.startswith("."))
         if (real := os.path.realpath(folder)) in seen:  # links may go in a circle
             below.clear()
             continue
@@ -140,7 +140,7 @@ def images_below(directory: Path) -> list[Path]:
         names = [name for name in files if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
         paths += [Path(folder, name) for name in names]
     if not paths:
-        raise UserError(f"--train-data-dir {directory} has no images ({' '.join(SUFFIXES)}).")
+        raise UserError(f"{flag}{directory} has no images ({' '.join(SUFFIXES)}).")
     return sorted(paths)
 
 

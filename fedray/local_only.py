@@ -8,10 +8,11 @@ from pathlib import Path
 
 from fedray.actors import check_apart, open_pool
 from fedray.choices import UserError
-from fedray.config import Config
+from fedray.config import Config, check_resumable
 from fedray.data import Dataset
 from fedray.evaluation import Show, silent
 from fedray.federation import fit
+from fedray.plan import make_plan
 from fedray.pools import Pool
 from fedray.record import Run, environment
 from fedray.worker import Row
@@ -40,6 +41,11 @@ def run_local_only(
     dataset = config.task.dataset() if dataset is None else dataset
     provenance = environment()
     runs = [Run(out / f"client-{client:04d}") for client in range(config.clients)]
+    data = make_plan(config, dataset).data
+    for client, run in enumerate(runs):
+        if (run.directory / "config.json").exists():
+            check_resumable(run.saved["config"], replace(config, only_client=client))
+            run.check_data(data)
     waiting = iter([client for client, run in enumerate(runs) if run.result is None])
     done = dict.fromkeys(range(config.clients), 0.0)
     taking, stopped = threading.Lock(), threading.Event()

@@ -13,6 +13,7 @@ from fedray.partition import Shards
 
 SHOWN = 200  # clients in the picture
 FEW = 64  # a column with more values than this (identities, file names) is not broken down
+DIFFERENT = "different values of"
 
 
 def table(dataset: Dataset, parts: Mapping[str, Shards]) -> pd.DataFrame:
@@ -33,7 +34,7 @@ def table(dataset: Dataset, parts: Mapping[str, Shards]) -> pd.DataFrame:
             continue
         if len(values) > FEW:
             held = np.unique(owner * len(values) + codes[order]) // len(values)
-            shares[f"different values of {name}"] = np.bincount(held, minlength=len(examples))
+            shares[f"{DIFFERENT} {name}"] = np.bincount(held, minlength=len(examples))
             continue
         counts = np.bincount(owner * len(values) + codes[order], minlength=len(examples) * len(values))
         for value, count in zip(values, counts.reshape(len(examples), len(values)).T, strict=True):
@@ -54,11 +55,7 @@ def _columns(dataset: Dataset) -> dict[str, np.ndarray]:
     columns = dict(dataset.columns)
     if dataset.labels is not None and not any(map(partial(_same, dataset.labels), columns.values())):
         columns = {"label": dataset.labels, **columns}
-    return {
-        name: column
-        for name, column in columns.items()
-        if column.dtype.kind in "biuUO" and len(np.unique(column.astype(str))) <= FEW
-    }
+    return {name: column for name, column in columns.items() if column.dtype.kind in "biuUO"}
 
 
 def _same(labels: np.ndarray, column: np.ndarray) -> bool:
@@ -70,6 +67,7 @@ def _same(labels: np.ndarray, column: np.ndarray) -> bool:
 def _picture(frame: pd.DataFrame, parts: list[str]) -> Figure:
     """How many examples each client holds, and, as shades, its shares."""
     shares = frame.drop(columns=["client", "examples", *parts])
+    shares = shares[[name for name in shares if not str(name).startswith(DIFFERENT)]]
     rows = max(3.0, min(12.0, 0.2 * len(frame)))
     figure = Figure(
         figsize=(5 + (min(10, 0.25 * shares.shape[1] + 1.5) if shares.shape[1] else 0), rows), layout="constrained"

@@ -29,19 +29,27 @@ class Plan:
     layout: Layout
     initial: torch.Tensor  # [d], the weights it starts from
     payload: int  # bytes per client and direction
+    only_client: int | None
+    features: str | None  # names the network that scores are measured on, and its weights
     adapters: Adapters | None  # what the vector means, where it is not a whole model
 
     @property
     def data(self) -> dict[str, str]:
-        """What a resumed run must find again: the images, and who holds which."""
+        """What a resumed run must find again: the images, who holds which, and what they are compared by."""
         owners = hashlib.sha256()
         for shards in self.parts.values():
             owners.update(shards.offsets.tobytes() + shards.indices.tobytes())
-        return {"images_sha256": self.dataset.sha256, "partition_sha256": owners.hexdigest()}
+        data = {"images_sha256": self.dataset.sha256, "partition_sha256": owners.hexdigest()}
+        return data if self.features is None else data | {"features": self.features}
+
+    @property
+    def trained(self) -> np.ndarray:
+        """The dataset's images that are trained on."""
+        return self.shards.indices if self.only_client is None else self.shards[self.only_client]
 
     @property
     def unseen(self) -> np.ndarray:
-        """The dataset's images that no client trains on."""
+        """The dataset's images that no client trains on: held out, or kept for tests."""
         return np.concatenate([self.held_out.indices, self.test.indices])
 
     @property
@@ -57,8 +65,10 @@ def make_plan(config: Config, dataset: Dataset | None = None) -> Plan:
     """
     config.check()
     dataset = config.task.dataset() if dataset is None else dataset
+    scored = None
     if config.evaluate_samples and config.features is not None:
         networks.check(config.features, config.inception_weights, dataset.images)
+        scored = networks.key(config.features, config.inception_weights, dataset.images)
     if config.clients > len(dataset):
         raise UserError(
             f"--clients {config.clients}: there are only {len(dataset)} examples; each client needs at least one."
@@ -76,6 +86,8 @@ def make_plan(config: Config, dataset: Dataset | None = None) -> Plan:
         layout=flat.layout,
         initial=flat.vector.detach().clone(),
         payload=config.codec.encode_model(flat.vector.detach()).nbytes,
+        only_client=config.only_client,
+        features=scored,
         adapters=getattr(learner, "adapters", None),
     )
 

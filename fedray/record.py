@@ -127,11 +127,12 @@ class Run:
             raise UserError(f"{self.directory} cannot be written: {error.strerror}; choose another --out.") from None
 
     def check_data(self, data: dict[str, str]) -> None:
-        """Raise `UserError` if the images, or who holds which, are not those that the run began with."""
+        """Raise `UserError` if what a `Plan` found is not what the run began with."""
         if any(self.saved.get(name, value) != value for name, value in data.items()):
             raise UserError(
-                f"the images of the run at {self.directory}, or their labels, have changed since it began; its rounds "
-                f"and scores belong to them as they were: put them back, or begin another run."
+                f"the images of the run at {self.directory}, their labels, or what they are compared by (--features), "
+                f"have changed since it began; its rounds and scores belong to them as they were: put them back, or "
+                f"begin another run."
             )
 
     def check_vacant(self) -> None:

@@ -41,20 +41,23 @@ def summary(runs: Mapping[str, str | Path]) -> pd.DataFrame:
 def score_table(runs: Iterable[str | Path]) -> pd.DataFrame:
     """Scores with their intervals, a row for each score of each setting.
 
-    Complete runs whose settings differ in the seed alone are one setting. Columns: run (the first one's directory),
-    score, value (the mean), std, over (what std was taken over: seeds where there are several, else resamples of one
-    run's samples), n (samples a run drew), note.
+    Complete runs whose settings differ in the seed alone are one setting; a seed counts once. Columns: run (the first
+    one's directory), score, value (the mean), std, over (what std was taken over: seeds where there are several, else
+    resamples of one run's samples), n (samples a run drew), note.
 
     Raises:
         UserError: a run is not complete.
     """
-    settings: dict[str, list[Run]] = {}
+    settings: dict[str, dict[int, Run]] = {}
     for directory in runs:
         run = Run.open(directory)
-        depends_on = {name: value for name, value in run.saved["config"].items() if name not in (*PLACEMENT, "seed")}
-        settings.setdefault(json.dumps(depends_on, sort_keys=True), []).append(run)
+        config = run.saved["config"]
+        depends_on = {name: value for name, value in config.items() if name not in (*PLACEMENT, "seed")}
+        depends_on["images"] = run.saved.get("images_sha256")
+        settings.setdefault(json.dumps(depends_on, sort_keys=True), {}).setdefault(config["seed"], run)
     rows = []
-    for same in settings.values():
+    for seeds in settings.values():
+        same = list(seeds.values())
         results = [_result(run)["scores"] for run in same]
         for name, first in results[0].items():
             values = pd.Series([result[name]["value"] for result in results if name in result])

@@ -18,6 +18,7 @@ from fedray.evaluation import sample
 from fedray.federation import fit
 from fedray.pools import LocalPool
 from fedray.record import Run
+from fedray.worker import Weights
 
 TRAIN = "train --preset digits --clients 4 --rounds 2 --local-epochs 1 --evaluate-samples 8 --sampling-steps 5"
 
@@ -79,15 +80,15 @@ def test_stopped_here_and_resumed_there(ray, toy_config, tmp_path):
 def test_samples_do_not_depend_on_the_pool(ray, toy_config):
     config = toy_config(eval_batch_size=3)
     model = torch.linspace(0, 1, 16)
-    here = sample(LocalPool(config), model, 10, config, seed=4)[1]
+    here = sample(LocalPool(config), Weights(model.numpy()), 10, config, seed=4)[1]
     pool = actors.RayPool.start(toy_config(eval_batch_size=3, actors=2))
     try:
-        there = sample(pool, model, 10, config, seed=4)[1]
+        there = sample(pool, Weights(model.numpy()), 10, config, seed=4)[1]
     finally:
         pool.close()
     assert here.shape == (10, 1, 2, 2)
     assert np.array_equal(here, there)
-    assert not np.array_equal(here, sample(LocalPool(config), model, 10, config, seed=5)[1])
+    assert not np.array_equal(here, sample(LocalPool(config), Weights(model.numpy()), 10, config, seed=5)[1])
 
 
 @pytest.mark.slow

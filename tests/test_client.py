@@ -17,7 +17,7 @@ from fedray.pools import LocalPool
 from fedray.presets import PRESETS
 from fedray.record import Run
 from fedray.seeds import generator, number
-from fedray.worker import Worker, do
+from fedray.worker import Weights, Worker, do
 
 NONE = np.array([], int)  # held-out examples
 
@@ -122,7 +122,7 @@ def test_gradients_are_clipped_to_their_norm(toy_config, monkeypatch):
     config = toy_config(max_grad_norm=0.01)
     worker = Worker(config, torch.device("cpu"), "test")
     model = worker.learner.flat.vector.detach().numpy().copy()
-    client_update(worker, model, TrainJob(0, 3, worker.dataset.labels.nonzero()[0], NONE))
+    client_update(worker, Weights(model), TrainJob(0, 3, worker.dataset.labels.nonzero()[0], NONE))
     assert norms
     assert max(norms) == pytest.approx(0.01, rel=1e-3)
 
@@ -136,7 +136,7 @@ def test_a_job_leaves_threads_and_the_global_generator_alone(toy_config):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        row, _ = do(worker, client_update, model, TrainJob(0, 0, worker.dataset.labels.nonzero()[0], NONE))
+        row, _ = do(worker, client_update, Weights(model), TrainJob(0, 0, worker.dataset.labels.nonzero()[0], NONE))
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

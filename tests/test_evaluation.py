@@ -1,5 +1,6 @@
 """Evaluation as jobs of a pool: references, rows, a user's own features and metrics, and `fedray evaluate`."""
 
+import json
 import os
 import re
 import shutil
@@ -28,6 +29,7 @@ from fedray.pools import LocalPool
 from fedray.record import Run
 from fedray.scores import networks
 from fedray.scores.frechet import frechet_distance, gaussian
+from fedray.worker import Weights
 
 FACES = Path(__file__).parents[2] / "shared/data/faces"
 SHORT = "--rounds 2 --local-steps 2 --sampling-steps 2 --actors 0 --kid-subset-size 8"
@@ -81,6 +83,13 @@ def test_a_reference_is_of_its_images_form_and_network(short, tmp_path):
     before = key(features=mine)
     (tmp_path / "mine.py").write_text("def half(images): return images.flatten(1)[:, :8] / 3\n")
     assert key(features=mine) != before
+    weight = f"float(open('{tmp_path}/w').read())"
+    (tmp_path / "mine.py").write_text(f"def half(images): return images.flatten(1)[:, :8] / {weight}\n")
+    keys = []
+    for weight in ("2", "3"):  # what it loads counts too
+        (tmp_path / "w").write_text(weight)
+        keys.append(key(features=mine)["features"])
+    assert keys[0] != keys[1]
 
 
 def test_a_reference_that_is_damaged_or_anothers_is_named(short, tmp_path):
@@ -114,9 +123,17 @@ def test_two_processes_make_a_reference_once(short, tmp_path):
 
 
 def test_too_few_images_to_score_against(short):
-    few = fedray.Dataset(digits().images[:5])
-    with pytest.raises(UserError, match="5 images of this dataset cannot be scored against: it needs more than k = 5"):
-        open_reference(short, few, LocalPool(short))
+    one = fedray.Dataset(digits().images[:1])
+    with pytest.raises(UserError, match="the 1 images of this dataset cannot be scored against: .* at least two"):
+        open_reference(short, one, LocalPool(short, one))
+
+
+def test_a_reference_differs_with_the_images(short):
+    first, other = fedray.Dataset(digits().images[:100]), fedray.Dataset(digits().images[100:200])
+    turned = fedray.Dataset(digits().images[:100].transpose(0, 1, 3, 2))
+    keys = [open_reference(short, one, LocalPool(short, one)).key["images"] for one in (first, other, turned, first)]
+    assert len(set(keys)) == 3
+    assert keys[0] == keys[3]
 
 
 # Runs
@@ -129,7 +146,7 @@ def test_scores_do_not_depend_on_the_pool(ray, short):
         config = replace(short, actors=actors, eval_batch_size=16)
         pool = LocalPool(config) if actors == 0 else RayPool.start(config, plan.dataset)
         against = open_reference(config, plan.dataset, pool)
-        found.append(evaluate(pool, plan.initial, 70, config, plan.dataset, against, {}))
+        found.append(evaluate(pool, Weights(plan.initial.numpy()), 70, config, plan.dataset, against, {}))
         if actors:
             pool.close()
     assert found[0].scores == found[1].scores == found[2].scores
@@ -175,6 +192,12 @@ def test_a_metric_of_ones_own_is_in_the_rows(ray, short, tmp_path, actors):
     assert run.result["scores"]["brightness"]["value"] > 0
     with pytest.raises(RunError, match="the metric 'broken' failed: ZeroDivisionError"):
         fedray.run(short, tmp_path / "broken", metrics={"broken": lambda samples, reference: 1 / 0})
+    for name, wrong, message in (
+        ("endless", lambda samples, reference: float("nan"), "'endless' gave nan, which is no finite number"),
+        ("fd[digits]", lambda samples, reference: 1.0, "has the name of a score that fedray measures"),
+    ):
+        with pytest.raises(RunError, match=message):
+            fedray.run(short, tmp_path / "broken", resume=True, metrics={name: wrong})
     whole = fedray.run(short, tmp_path / "broken", resume=True, metrics={"fine": lambda samples, reference: 1.0})
     assert whole.result["scores"]["fine"] == {"value": 1.0, "n": 70}
 
@@ -196,6 +219,12 @@ def test_features_of_ones_own(short, tmp_path):
     config = replace(short, features="inspect:getsource")
     with pytest.raises(UserError, match="--features inspect:getsource cannot take images of 1×8×8"):
         make_plan(config)
+
+
+def test_a_client_alone_copies_only_what_it_has(short):
+    plan = make_plan(replace(short, held_out_share=0.1, only_client=1))
+    assert np.array_equal(plan.trained, plan.shards[1])
+    assert len(make_plan(replace(short, held_out_share=0.1)).trained) == len(plan.shards.indices)
 
 
 def test_copies_are_looked_for_where_images_were_held_out(short, tmp_path):
@@ -379,15 +408,62 @@ def test_evaluate_a_folder_of_images(tmp_path, capsys, spoil, message):
         ("{run} --features {run}/nothing.pt", "no TorchScript module could be loaded"),
         ("{run} --inception-weights x", "--inception-weights is given, but the features are digits"),
         ("{run} --kid-subset-size 1", "--kid-subset-size 1: it must be at least 2"),
+        ("{run} --features {tmp}/broken.py:f", "--features {tmp}/broken.py:f: name 'nothing' is not defined"),
+        ("{run} --features :f", "--features :f: "),
+        ("{run} --resolution 8", "which is scored against its own data"),
         ("{run}/model --features digits", "say what to score against, with --dataset-name"),
         ("{run}/model --dataset-name digits", "say what to measure on"),
     ],
 )
 def test_mistakes_get_one_clear_message(run, tmp_path, capsys, flags, message):
+    (tmp_path / "broken.py").write_text("nothing()\n")
     assert main(["evaluate", *flags.format(run=run, tmp=tmp_path).split()]) == 2
     printed = capsys.readouterr().err.strip()
-    assert message.format(cwd=Path.cwd()) in printed
+    assert message.format(cwd=Path.cwd(), tmp=tmp_path) in printed
     assert len(printed.splitlines()) == 1
+
+
+def test_a_folder_is_scored_in_no_order_of_its_sub_folders(tmp_path, capsys):
+    data = digits()
+    for label in range(10):
+        (tmp_path / "real" / str(label)).mkdir(parents=True)
+        for index, image in enumerate(data.images[data.labels == label][:30]):
+            Image.fromarray(image[0]).save(tmp_path / "real" / str(label) / f"{index}.png")
+    flags = ["--dataset-name", "digits", "--features", "digits", "--kid-subset-size", "30"]
+    assert main(["evaluate", str(tmp_path / "real"), *flags]) == 0
+    printed = capsys.readouterr().out
+    assert float(value(printed, "fd[digits]@64")) < 60  # of one or two classes it would be hundreds
+    assert main(["evaluate", str(tmp_path / "real"), *flags, "--samples", "64"]) == 0
+    assert float(value(capsys.readouterr().out, "fd[digits]")) < 60
+
+
+def test_a_reference_of_another_size_or_mode_is_resized_only_when_asked(tmp_path, capsys):
+    for name, mode, size in (("drawn", "L", 8), ("large", "L", 16), ("colour", "RGB", 8)):
+        (tmp_path / name).mkdir()
+        for index, image in enumerate(digits().images[:8]):
+            Image.fromarray(image[0]).resize((size, size)).convert(mode).save(tmp_path / name / f"{index}.png")
+    for name, message in (("large", "16×16 in 1"), ("colour", "8×8 in 3")):
+        flags = f"--features digits --kid-subset-size 4 --dataset-name imagefolder --train-data-dir {tmp_path}/{name}"
+        command = ["evaluate", str(tmp_path / "drawn"), *flags.split()]
+        assert main(command) == 2
+        assert f"{message}; to resize (or convert) it, say --resolution 8" in capsys.readouterr().err
+        assert main([*command, "--resolution", "16"]) == 2
+        assert "--resolution 16: " in capsys.readouterr().err
+        assert main([*command, "--resolution", "8"]) == 0
+
+
+def test_pipelines_that_cannot_be_scored_are_named(run, tmp_path, capsys):
+    for index, (change, message) in enumerate([
+        ({"num_class_embeds": 10}, "draws given classes"),
+        ({"sample_size": None}, "draws images of size None"),
+        ({"sample_size": [8, 16]}, "draws images of size"),
+    ]):  # fmt: skip
+        shutil.copytree(run / "model", tmp_path / str(index))
+        path = tmp_path / str(index) / "unet/config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        flags = ["--dataset-name", "digits", "--features", "digits", "--samples", "4"]
+        assert main(["evaluate", str(tmp_path / str(index)), *flags]) == 2
+        assert message in capsys.readouterr().err or "num_class_embeds" in change
 
 
 def test_changed_images_are_not_scored_as_if_they_were_the_runs(tmp_path, capsys):

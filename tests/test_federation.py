@@ -21,7 +21,7 @@ from fedray.pools import LocalPool
 from fedray.presets import PRESETS
 from fedray.record import Run, grid
 from fedray.rules import FedAvg
-from fedray.worker import Worker
+from fedray.worker import Weights, Worker
 
 
 def train(config, out, resume=False, rounds=None):
@@ -47,7 +47,7 @@ def test_a_round_is_the_weighted_mean_of_what_clients_train(toy_config, tmp_path
     for client in range(4):
         worker = Worker(config, torch.device("cpu"), "test")
         _, (payload, *_) = client_update(
-            worker, plan.initial.numpy(), TrainJob(0, client, plan.shards[client], plan.held_out[client])
+            worker, Weights(plan.initial.numpy()), TrainJob(0, client, plan.shards[client], plan.held_out[client])
         )
         trained.append(payload.astype(np.float64))
     expected = np.average(trained, axis=0, weights=plan.shards.sizes)
@@ -190,7 +190,7 @@ def test_the_others_are_averaged_as_if_the_failed_were_not_there(toy_config, tmp
     plan = make_plan(config)
     worker = Worker(config, torch.device("cpu"), "test")
     jobs = [TrainJob(0, client, plan.shards[client], plan.held_out[client]) for client in (1, 3)]
-    trained = [client_update(worker, plan.initial.numpy(), job)[1][0] for job in jobs]
+    trained = [client_update(worker, Weights(plan.initial.numpy()), job)[1][0] for job in jobs]
     weights = load_file(tmp_path / "run/checkpoints/round-000001.safetensors")["weight"]
     assert np.abs(weights.flatten().numpy() - np.mean(trained, axis=0, dtype=np.float64)).max() < 1e-6
 

@@ -7,6 +7,7 @@ import torch
 from fedray.choices import RunError, UserError
 from fedray.client import TrainJob, client_update
 from fedray.pools import LocalPool, Reply, in_order
+from fedray.worker import Weights
 
 
 def replies(order):
@@ -57,7 +58,7 @@ def ray_pool(ray):
 
 def map_toy(pool, config, clients, drawn):
     model = torch.zeros(config.task.size).numpy()
-    return pool.map(client_update, model, jobs_of(config, clients, drawn), lambda done: None)
+    return pool.map(client_update, Weights(model), jobs_of(config, clients, drawn), lambda done: None)
 
 
 @pytest.mark.parametrize("first", ["failing", "slow"])
@@ -84,7 +85,7 @@ def test_a_dead_actor_is_a_named_error(ray_pool, toy_config, ray):
     def kill_one(done):
         ray.kill(pool.actors[0])
 
-    answers = pool.map(client_update, torch.zeros(16).numpy(), jobs_of(config, 4, []), kill_one)
+    answers = pool.map(client_update, Weights(torch.zeros(16).numpy()), jobs_of(config, 4, []), kill_one)
     with pytest.raises(RunError, match="the client actor doing client [01] in round 1 died: its process ended"):
         list(answers)
     assert time.monotonic() - started < 30
@@ -110,7 +111,7 @@ def test_progress_counts_steps(ray_pool, toy_config):
     config = toy_config(actors=1, slow=(0,), local_epochs=1)
     seen = []
     model = torch.zeros(16).numpy()
-    list(ray_pool(config).map(client_update, model, jobs_of(config, 1, []), seen.append))
+    list(ray_pool(config).map(client_update, Weights(model), jobs_of(config, 1, []), seen.append))
     assert seen
     assert seen == sorted(seen)
     assert 0 < max(seen) <= config.steps(8)

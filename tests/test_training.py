@@ -14,15 +14,16 @@ from tensorboardX.proto.event_pb2 import Event
 from fedray.choices import UserError
 from fedray.cli import main
 from fedray.client import TrainJob, client_update, lr_schedule
-from fedray.config import LR_SCHEDULERS, PRESETS
+from fedray.config import LR_SCHEDULERS
 from fedray.federation import fit
 from fedray.local_only import run_local_only
 from fedray.plan import make_plan
 from fedray.pools import LocalPool
+from fedray.presets import PRESETS
 from fedray.record import Run
 from fedray.seeds import generator
 from fedray.tasks.ddpm import DDPM
-from fedray.worker import Worker
+from fedray.worker import Weights, Worker
 
 NONE = np.array([], int)
 DIGITS = replace(
@@ -40,7 +41,7 @@ def train(config, out, resume=False, rounds=None):
 def trained_vector(config, examples=64):
     worker = Worker(config, torch.device("cpu"), "test")
     model = worker.learner.flat.vector.detach().numpy().copy()
-    row, trained = client_update(worker, model, TrainJob(0, 0, np.arange(examples), NONE))
+    row, trained = client_update(worker, Weights(model), TrainJob(0, 0, np.arange(examples), NONE))
     return row, trained.payload
 
 
@@ -131,7 +132,9 @@ def test_random_flips_mirror_half_of_the_images(monkeypatch):
 
     monkeypatch.setattr(worker.learner, "loss", loss)
     before = worker.dataset.images.copy()
-    client_update(worker, worker.learner.flat.vector.detach().numpy().copy(), TrainJob(0, 0, np.arange(64), NONE))
+    client_update(
+        worker, Weights(worker.learner.flat.vector.detach().numpy().copy()), TrainJob(0, 0, np.arange(64), NONE)
+    )
     originals = {image.tobytes() for image in before[:64]}
     mirrored = {image[..., ::-1].tobytes() for image in before[:64]} - originals
     shown = [image.numpy().tobytes() for images in seen for image in images]
@@ -157,7 +160,7 @@ def test_one_clients_average_is_taken_at_every_step(tmp_path):
     model, memory, ema = plan.initial.numpy(), None, plan.initial.numpy()
     for number in range(2):
         job = TrainJob(number, 0, plan.shards[0], NONE, memory, ema)
-        _, (model, memory, ema) = client_update(worker, model, job)
+        _, (model, memory, ema) = client_update(worker, Weights(model), job)
     weights = torch.nn.Parameter(plan.initial.clone())
     theirs = EMAModel([weights], decay=0.75, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
     for vector in vectors:
@@ -246,7 +249,7 @@ def test_a_client_alone_is_plain_training_on_its_part(toy_config, tmp_path):
         model, memory, ema = plan.initial.numpy(), None, plan.initial.numpy()
         for number in range(3):
             job = TrainJob(number, client, plan.shards[client], NONE, memory, ema)
-            _, (model, memory, ema) = client_update(worker, model, job)
+            _, (model, memory, ema) = client_update(worker, Weights(model), job)
         state = run.state(plan.layout)
         assert np.array_equal(state.vector.numpy(), model)
         assert np.array_equal(state.ema.numpy(), ema)

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 import fedray
-from fedray import data, images
+from fedray import data, images, partition_report
 from fedray.choices import UserError
 from fedray.cli import main
 from fedray.data import digits
@@ -62,8 +62,10 @@ def test_missing_values_lose_no_example_and_stop_no_run(photos, tmp_path):
     city = ["x", None, "y", "x", "y", None, "x", "x", "y", "y", "x", "y"]
     metadata(photos, age=age, city=city, test=[True, False] * 6)
     dataset = data.image_folder(photos, FORM)
-    assert dataset.column("age").tolist() == ["" if one is None else str(one) for one in age]
+    np.testing.assert_array_equal(dataset.column("age"), np.array(age, float))
     assert dataset.column("city").tolist() == [one or "" for one in city]
+    oldest = ByAttribute("age").split(dataset, 3, generator(0, "partition"))
+    assert [set(dataset.column("age")[oldest[client]]) - {30.0} for client in range(2)] == [{10.0}, {20.0, 10.0}]
     for column in ("age", "city"):
         for partition in (Dirichlet(0.5, column), ByAttribute(column)):
             shards = partition.split(dataset, 3, generator(0, "partition"))
@@ -85,7 +87,7 @@ def test_lists_among_the_columns_are_left_out(photos):
     names = sorted(path.relative_to(photos).as_posix() for path in photos.rglob("*.png"))
     lines = [json.dumps({"file_name": name, "box": [1, 2], "more": {"a": 1}, "mood": "calm"}) for name in names]
     (photos / "metadata.jsonl").write_text("\n".join(lines))
-    assert set(data.image_folder(photos, FORM).columns) == {"folder", "mood"}
+    assert set(data.image_folder(photos, FORM).columns) == {"folder", "file_name", "mood"}
 
 
 def test_metadata_lies_beside_its_images(photos):
@@ -220,8 +222,23 @@ def test_a_run_whose_data_changed_is_not_resumed(photos, tmp_path, capsys, chang
         metadata(photos, label=list(range(12))[::-1])
     before = (tmp_path / "run/rounds.jsonl").read_text()
     assert main(["train", "--resume", str(tmp_path / "run")]) == 2
-    assert re.search("the images of the run at .*, or their labels, have changed", capsys.readouterr().err)
+    assert re.search("the images of the run at .*, their labels, or .* have changed", capsys.readouterr().err)
     assert (tmp_path / "run/rounds.jsonl").read_text() == before
+
+
+def test_the_report_counts_the_values_of_a_column_that_has_many(tmp_path):
+    identity = np.repeat(np.arange(100), 3)
+    dataset = data.Dataset(np.zeros((300, 1, 2, 2), np.uint8), None, {"identity": identity})
+    shards = fedray.ByFolder().split(dataset, 4, generator(0, "partition"))
+    table, _ = partition_report.make(dataset, {"train": shards})
+    assert table["different values of identity"].tolist() == [25] * 4
+
+
+def test_a_relative_cache(photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FEDRAY_CACHE", "here")
+    assert main([*SMALL.split(), "--train-data-dir", str(photos), "--out", str(tmp_path / "run")]) == 0
+    assert len(list((tmp_path / "here").glob("*/images.npy"))) == 1
 
 
 def test_a_run_is_not_put_among_its_images(photos, capsys):
@@ -238,7 +255,7 @@ from pathlib import Path
 import numpy as np
 from fedray import DDPM
 from fedray.client import TrainJob, client_update
-from fedray.worker import Worker
+from fedray.worker import Weights, Worker
 from fedray.presets import PRESETS
 from fedray.data import Source
 
@@ -246,7 +263,7 @@ task = DDPM("imagefolder", sys.argv[1])
 config = replace(PRESETS["digits"], task=task, local_epochs=None, local_steps=20, keep_optimizer=False)
 worker = Worker(config, torch.device("cpu"), "test", Source(Path(sys.argv[2]), sys.argv[3]), sys.argv[3])
 model = worker.learner.flat.vector.detach().numpy().copy()
-client_update(worker, model, TrainJob(0, 0, np.arange(int(sys.argv[4])), np.array([], int)))
+client_update(worker, Weights(model), TrainJob(0, 0, np.arange(int(sys.argv[4])), np.array([], int)))
 # Not the file's pages: those are one copy for the node, whoever has mapped them.
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("RssAnon")))
 """
@@ -326,6 +343,8 @@ def test_clients_alone_side_by_side_are_the_same_runs(ray, toy_config, tmp_path)
     for wrong, message in (({"only_client": 1}, "--only-client and --local-only"), ({}, "holds another run")):
         with pytest.raises(UserError, match=message):
             fedray.run_local_only(replace(config, **wrong), tmp_path / "here/client-0000")
+    with pytest.raises(UserError, match="--learning-rate is 0.5 now, but was 0.1"):
+        fedray.run_local_only(replace(config, learning_rate=0.5), tmp_path / "here")
 
 
 def test_a_client_alone_that_fails_stops_the_others(toy_config, tmp_path):

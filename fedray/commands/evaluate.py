@@ -4,6 +4,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 import tyro
 
 from fedray.actors import open_pool
@@ -11,14 +13,15 @@ from fedray.choices import UserError
 from fedray.commands.sample import Draw, model_of
 from fedray.commands.terminal import print_scores, progress
 from fedray.config import Config
-from fedray.evaluation import evaluate, judge, look_for_copies, open_reference
+from fedray.evaluation import evaluate, features_of, judge, look_for_copies, open_reference
 from fedray.images import form_of
 from fedray.plan import Plan, make_plan
 from fedray.record import Run
 from fedray.scores import networks
 from fedray.scores.nearest import LOOKED_AT
+from fedray.seeds import generator
 from fedray.tasks.images import Images
-from fedray.tasks.pretrained import Pretrained
+from fedray.tasks.pretrained import Pretrained, load
 from fedray.worker import Weights
 
 
@@ -46,9 +49,14 @@ class Evaluate(Draw):
     """Folder of those images."""
     crop: int | None = None
     """Side of the central square that is kept of each of those images."""
+    resolution: int | None = None
+    """Resize those images to this, the size of what is scored; without it they must have it already."""
 
     def settings(self, base: Config) -> Config:
         config = super().settings(base)
+        # A run's own weights are for its own features.
+        if self.features is not None and self.features not in networks.INCEPTION and self.inception_weights is None:
+            config = replace(config, inception_weights=None)
         given = {name: getattr(self, name) for name in ("features", "inception_weights", "kid_subset_size")}
         config = replace(config, **{name: value for name, value in given.items() if value is not None})
         if config.features is None:
@@ -56,10 +64,24 @@ class Evaluate(Draw):
         config.check()
         return config
 
-    def against(self, **form: int) -> dict[str, Any]:
-        """The images to score against, in the form of those that are scored."""
+    def against(self, resolution: int, channels: int) -> dict[str, Any]:
+        """The images to score against, in the form of those that are scored.
+
+        Raises:
+            UserError: they have another size or mode. To resize them moves scores, so it must be asked for.
+        """
         if self.dataset_name is None:
             raise UserError(f"{self.target}: say what to score against, with --dataset-name (and --train-data-dir).")
+        if self.resolution not in (None, resolution):
+            raise UserError(f"--resolution {self.resolution}: {self.target} is {resolution}×{resolution}; give that.")
+        if self.dataset_name == "imagefolder" and self.train_data_dir and self.resolution is None:
+            found = form_of(Path(self.train_data_dir))
+            if found != (resolution, channels):
+                raise UserError(
+                    f"{self.target} is {resolution}×{resolution} in {channels} channels, and {self.train_data_dir} "
+                    f"{found[0]}×{found[0]} in {found[1]}; to resize (or convert) it, say --resolution {resolution}."
+                )
+        form = {"resolution": resolution, "channels": channels}
         return {
             "dataset_name": self.dataset_name, "train_data_dir": self.train_data_dir, "crop": self.crop
         } | form  # fmt: skip
@@ -80,10 +102,10 @@ def main(arguments: list[str]) -> None:
 
 def _evaluate_run(asked: Evaluate) -> None:
     run = Run.open(asked.target)
-    if asked.dataset_name or asked.train_data_dir or asked.crop:
+    if asked.dataset_name or asked.train_data_dir or asked.crop or asked.resolution:
         raise UserError(
             f"{asked.target} is a run, which is scored against its own data; leave out --dataset-name, "
-            f"--train-data-dir and --crop."
+            f"--train-data-dir, --crop and --resolution."
         )
     config = asked.settings(run.config)
     n = config.evaluate_samples if asked.samples is None else asked.samples
@@ -95,8 +117,8 @@ def _evaluate_run(asked: Evaluate) -> None:
 
 
 def _evaluate_pipeline(asked: Evaluate) -> None:
-    unet = Pretrained(pipeline=str(asked.target)).load().unet.config
-    reference = asked.against(resolution=unet.sample_size, channels=unet.in_channels)
+    unet = load(str(asked.target.absolute())).unet.config
+    reference = asked.against(unet.sample_size, unet.in_channels)
     task = Pretrained(pipeline=str(asked.target.absolute()), **reference)
     n = asked.samples or 2048
     config = asked.settings(Config(task=task, clients=1, local_steps=1, evaluate_samples=n))
@@ -110,26 +132,28 @@ def _evaluate_model(asked: Evaluate, config: Config, plan: Plan, model: Weights,
         against = open_reference(config, plan.dataset, pool, show)
         found = evaluate(pool, model, n, config, plan.dataset, against, {}, LOOKED_AT, asked.seed, show=show)
         if len(plan.unseen):
-            share, _, _ = look_for_copies(pool, found.images, plan.shards.indices, plan.unseen, show)
+            share, _, _ = look_for_copies(pool, found.images, plan.trained, plan.unseen, show)
             found.scores["copies"] = share.to_json()
     print_scores(f"{asked.target}: {n} samples, {config.sampler}-{config.sampling_steps}", found)
 
 
 def _evaluate_folder(asked: Evaluate) -> None:
     resolution, channels = form_of(asked.target)
-    real = Images(**asked.against(resolution=resolution, channels=channels))
+    real = Images(**asked.against(resolution, channels))
     folder = Images("imagefolder", str(asked.target), resolution=resolution, channels=channels)
-    base = asked.settings(Config(task=real, local_steps=1))
-    assert base.features is not None
-    found = []
-    for task in (real, folder):
-        config, dataset = replace(base, task=task), task.dataset()
-        networks.check(base.features, base.inception_weights, dataset.images)
-        with open_pool(config, dataset) as pool, progress(1) as (_, show):
-            found.append((dataset, open_reference(config, dataset, pool, show)))
-    (against, reference), (drawn, judged) = found
+    config = asked.settings(Config(task=real, local_steps=1))
+    assert config.features is not None
+    dataset, drawn = real.dataset(), folder.dataset()
     n = asked.samples or len(drawn)
     if n > len(drawn):
         raise UserError(f"--samples {n}: {asked.target} has {len(drawn)} images.")
-    evaluation = judge(judged.features[:n], drawn.images, n, base, against, reference, {})
-    print_scores(f"{asked.target}: {n} images", evaluation)
+    networks.check(config.features, config.inception_weights, drawn.images)
+    with open_pool(config, dataset) as pool, progress(1) as (_, show):
+        against = open_reference(config, dataset, pool, show)
+    with open_pool(replace(config, task=folder), drawn) as pool, progress(1) as (_, show):
+        features = np.concatenate(list(features_of(config, len(drawn), pool, show)))
+    # In an order of its own: some of them, and the groups of intervals, should not be one sub-folder each.
+    order = torch.randperm(len(drawn), generator=generator(0, "folder"))[:n].numpy()
+    found = judge(features[order], drawn.images, n, config, dataset, against, {})
+    kind = "grey" if channels == 1 else "RGB"
+    print_scores(f"{asked.target}: {n} images, {resolution}×{resolution} {kind}, against {len(dataset)}", found)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -68,7 +69,8 @@ def print_table(runs: dict[str, Path], mean: bool = False) -> None:
     """Print complete runs side by side; with `mean`, a row per run and their mean."""
 
     frame = summary(runs)
-    if mean:
+    if mean:  # what fits: the losses and the first score
+        frame = frame[[name for name in frame if "loss" in str(name) or name == _first_score(frame)]]
         frame.loc["mean"] = frame.mean()
     else:
         frame = frame.T
@@ -76,6 +78,10 @@ def print_table(runs: dict[str, Path], mean: bool = False) -> None:
     for name, values in frame.iterrows():
         table.add_row(escape(str(name)), *map(_number, values))
     Console().print(table)
+
+
+def _first_score(frame: pd.DataFrame) -> str | None:
+    return next((str(name) for name in frame if "[" in str(name) or "fid" in str(name)), None)
 
 
 def _number(value: float) -> str:

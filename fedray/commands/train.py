@@ -19,6 +19,7 @@ from fedray.local_only import run_local_only
 from fedray.plan import make_plan, steps_planned
 from fedray.presets import PRESETS
 from fedray.record import Run
+from fedray.results import summary
 from fedray.tasks.ddpm import DDPM
 from fedray.tasks.lora import LoRA
 
@@ -92,7 +93,10 @@ def _main(arguments: list[str], command: str, task: type, first_preset: str, wha
     if asked.local_only:
         with progress(config.rounds, alone=True) as (on_row, show):
             runs = run_local_only(config, out, on_row=on_row, show=show, dataset=dataset)
-        print_table({run.directory.name: run.directory for run in runs}, mean=True)
+        directories = {run.directory.name: run.directory for run in runs}
+        summary(directories).to_csv(out / "summary.csv", index_label="run")
+        print_table(directories, mean=True)
+        print(f"table     {out / 'summary.csv'}")
         print(f"runs      {out}")
         return
     with progress(config.rounds) as (on_row, show):

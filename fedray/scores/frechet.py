@@ -1,5 +1,6 @@
 """The Fréchet distance between two sets of features."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,8 +18,8 @@ class Gaussian:
     factor: Tensor
 
 
-def gaussian(features: np.ndarray) -> Gaussian:
-    """Fit a Gaussian, with the unbiased covariance, to features [n, d] (which may be memory-mapped).
+def gaussian(features: np.ndarray, chosen: np.ndarray | None = None) -> Gaussian:
+    """Fit a Gaussian, with the unbiased covariance, to features [n, d] (which may be memory-mapped), or some of them.
 
     The factor is the R of the QR decomposition of the centred features over √(n − 1), taken over them in parts: the
     same covariance and norms, and no n × d matrix in memory.
@@ -26,14 +27,14 @@ def gaussian(features: np.ndarray) -> Gaussian:
     Raises:
         ValueError: fewer than two samples, or features that are not finite.
     """
-    n, d = features.shape
+    n, d = len(features) if chosen is None else len(chosen), features.shape[1]
     if n < 2:
         raise ValueError(f"a Fréchet distance needs at least two images on each side, not {n}")
-    mean = sum((part.sum(0) for part in _parts(features)), torch.zeros(d, dtype=torch.float64)) / n
+    mean = sum((part.sum(0) for part in _parts(features, chosen)), torch.zeros(d, dtype=torch.float64)) / n
     if not torch.isfinite(mean).all():
         raise ValueError("the features are not finite")
     factor = torch.zeros(0, d, dtype=torch.float64)
-    for part in _parts(features):
+    for part in _parts(features, chosen):
         factor = torch.cat([factor, (part - mean) / (n - 1) ** 0.5])
         if len(factor) > d:
             factor = torch.linalg.qr(factor, mode="r").R
@@ -51,6 +52,8 @@ def frechet_distance(x: Gaussian, y: Gaussian) -> float:
     return max(0.0, squared.item())
 
 
-def _parts(features: np.ndarray):
-    for start in range(0, len(features), ROWS):
-        yield torch.from_numpy(np.asarray(features[start : start + ROWS], np.float64))
+def _parts(features: np.ndarray, chosen: np.ndarray | None) -> Iterator[Tensor]:
+    """The features, or those chosen, some rows at a time."""
+    for start in range(0, len(features) if chosen is None else len(chosen), ROWS):
+        rows = slice(start, start + ROWS)
+        yield torch.from_numpy(np.asarray(features[rows if chosen is None else chosen[rows]], np.float64))

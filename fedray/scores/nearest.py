@@ -35,7 +35,7 @@ def nearest(images: np.ndarray, dataset: np.ndarray, trained: np.ndarray, mirror
 
 
 def copies(drawn: np.ndarray, real: np.ndarray) -> tuple[float, float]:
-    """The share of drawn images that are nearer to a training image than real ones are, and the threshold.
+    """The share of drawn images that are at least as near to a training image as few real ones are, and the threshold.
 
     The threshold leaves 5 % of real images that were not trained on below it: a model that draws new images has
     about 5 % there, and one that copies has more.
@@ -45,7 +45,7 @@ def copies(drawn: np.ndarray, real: np.ndarray) -> tuple[float, float]:
             training image.
     """
     threshold = float(np.quantile(real, EXPECTED))
-    return float((drawn < threshold).mean()), threshold
+    return float((drawn <= threshold).mean()), threshold
 
 
 def _rows(images: np.ndarray) -> Tensor:

@@ -10,11 +10,10 @@ MODULE:FUNCTION, FILE.py:FUNCTION   a Python function
 import hashlib
 import importlib
 import importlib.util
-import inspect
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -33,6 +32,7 @@ Network = Callable[[Tensor], Tensor]  # uint8 [n, c, h, w] to [n, d]
 
 INCEPTION = {"inception": 2048, "inception-768": 768, "inception-192": 192, "inception-64": 64}
 NAMES = ("digits", *INCEPTION)
+PATCHING = threading.Lock()
 CLIP = "clip:"
 
 
@@ -55,7 +55,7 @@ def load(name: str, weights: str | None, device: torch.device) -> Network:
     elif _is_file(name):
         network = _torchscript(Path(name), device)
     else:
-        network = _function(name)[0]
+        network = _function(name)
 
     @torch.no_grad()
     def features(images: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def check(name: str, weights: str | None, images: np.ndarray) -> None:
         raise UserError(f"--inception-weights is given, but the features are {name} (--features inception).")
     network = load(name, weights, torch.device("cpu"))
     try:
-        network(torch.from_numpy(images[:2].copy()))
+        network(_first(images))
     except Exception as error:  # it may be anybody's
         shape = "×".join(map(str, images.shape[1:]))
         raise UserError(f"--features {name} cannot take images of {shape}: {reason(error)}.") from None
@@ -89,20 +89,22 @@ def absolute(name: str) -> str:
     return str(Path(file).absolute()) + colon + function if file.endswith((".py", ".pt", ".pth", ".ts")) else name
 
 
-def key(name: str, weights: str | None) -> str:
-    """Names the network and its weights: features with the same key can be compared."""
+def key(name: str, weights: str | None, images: np.ndarray) -> str:
+    """Names the network and its weights: features with the same key can be compared.
+
+    Of somebody else's network, by what it makes of the first two of `images`: its weights may lie anywhere.
+    """
     if name == "digits":
         content = digits.WEIGHTS.read_bytes()
     elif name in INCEPTION:
         content = _weights(weights).read_bytes()
-    elif name.startswith(CLIP):
-        state = _Clip(name, torch.device("cpu")).model.state_dict()
-        content = b"".join(tensor.numpy().tobytes() for tensor in state.values())
-    elif _is_file(name):
-        content = Path(name).read_bytes()
     else:
-        content = inspect.getsource(_function(name)[1]).encode()
+        content = load(name, weights, torch.device("cpu"))(_first(images)).numpy().tobytes()
     return f"{name} {hashlib.sha256(content).hexdigest()}"
+
+
+def _first(images: np.ndarray) -> Tensor:
+    return torch.from_numpy(images[:2].copy())
 
 
 def named(metric: str, name: str) -> str:
@@ -179,7 +181,8 @@ def _inception(d: int, path: Path, device: torch.device) -> Network:
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
         # pytorch-fid takes its weights from the hub; here the file that was found, or named, stands for it.
-        with mock.patch.object(inception, "load_state_dict_from_url", return_value=state):
+        # One at a time: threads that patch and restore over each other would leave the patch in place.
+        with PATCHING, mock.patch.object(inception, "load_state_dict_from_url", return_value=state):
             block = inception.InceptionV3.BLOCK_INDEX_BY_DIM[d]
             model = inception.InceptionV3([block]).to(device).eval()
     except Exception as error:  # torch has no common error for damaged files
@@ -199,8 +202,8 @@ def _torchscript(path: Path, device: torch.device) -> Network:
         raise UserError(f"--features {path}: no TorchScript module could be loaded ({reason(error)}).") from None
 
 
-def _function(name: str) -> tuple[Network, ModuleType]:
-    """A Python function by name, and its module."""
+def _function(name: str) -> Network:
+    """A Python function by name."""
     home, colon, function = name.rpartition(":")
     if not colon:
         check_name("feature network", name, NAMES)
@@ -213,7 +216,6 @@ def _function(name: str) -> tuple[Network, ModuleType]:
             spec.loader.exec_module(module)
         else:
             module = importlib.import_module(home)
-        found = getattr(module, function)
-    except (ImportError, AttributeError, OSError, SyntaxError) as error:
-        raise UserError(f"--features {name}: {error}.") from None
-    return found, module
+        return getattr(module, function)
+    except Exception as error:  # it is anybody's code
+        raise UserError(f"--features {name}: {reason(error)}.") from None

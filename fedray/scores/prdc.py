@@ -22,10 +22,15 @@ class Manifold:
 
 def manifold(features: np.ndarray) -> Manifold:
     """Raises ValueError for k features or fewer."""
+    check_count(len(features), "real")
     real = as_tensor(np.asarray(features, np.float32))
-    if len(real) <= NEIGHBOURS:
-        raise ValueError(f"it needs more than k = {NEIGHBOURS} real images, not {len(real)}")
     return Manifold(real, _radii(distances(real, real)))
+
+
+def check_count(n: int, kind: str) -> None:
+    """Raise ValueError for k images or fewer."""
+    if n <= NEIGHBOURS:
+        raise ValueError(f"it needs more than k = {NEIGHBOURS} {kind} images, not {n}")
 
 
 def distances(x: Tensor, y: Tensor) -> Tensor:
@@ -49,8 +54,7 @@ def prdc(real_drawn: Tensor, drawn_drawn: Tensor, radii: Tensor) -> dict[str, fl
         ValueError: k drawn images or fewer.
     """
     n = len(drawn_drawn)
-    if n <= NEIGHBOURS:
-        raise ValueError(f"it needs more than k = {NEIGHBOURS} drawn images, not {n}")
+    check_count(n, "drawn")
     inside_real = real_drawn < radii[:, None]
     inside_drawn = real_drawn < _radii(drawn_drawn)[None, :]
     return {

@@ -13,7 +13,7 @@ import torch
 from fedray import cache
 from fedray.choices import UserError
 from fedray.scores.frechet import Gaussian, frechet_distance, gaussian
-from fedray.scores.prdc import Manifold, manifold
+from fedray.scores.prdc import NEIGHBOURS, Manifold, check_count, manifold
 from fedray.seeds import generator
 from fedray.vector import as_tensor
 
@@ -34,8 +34,15 @@ class Reference:
     key: Any
 
     @cached_property
+    def drawn(self) -> torch.Tensor:
+        """The features of at most 10,000 of the images."""
+        return as_tensor(_drawn(self.features))
+
+    @property
     def manifold(self) -> Manifold:
-        return Manifold(as_tensor(_drawn(self.features)), self.radii)
+        """Raises ValueError where there are too few images."""
+        check_count(len(self.features), "real")
+        return Manifold(self.drawn, self.radii)
 
     def floor(self, n: int) -> tuple[float, int]:
         """The Fréchet distance of real against real: n drawn images (at most half) against the rest, and that n."""
@@ -43,7 +50,7 @@ class Reference:
         order = torch.randperm(len(self.features), generator=generator(0, "real against real")).numpy()
 
         def make(aside: Path) -> None:
-            some, rest = (gaussian(self.features[part]) for part in np.split(order, [n]))
+            some, rest = (gaussian(self.features, part) for part in np.split(order, [n]))
             (aside / "floor.json").write_text(json.dumps(frechet_distance(some, rest)))
 
         place = cache.kept("real against real", ["floor", VERSION, self.key, n], make)
@@ -69,10 +76,9 @@ def reference(what: str, n: int, key: Any, features: Callable[[], Iterable[np.nd
         assert kept is not None
         assert row == n
         kept.flush()
-        fitted, real = gaussian(kept), manifold(_drawn(kept))
-        np.savez(
-            aside / "statistics.npz", mean=fitted.mean.numpy(), factor=fitted.factor.numpy(), radii=real.radii.numpy()
-        )
+        fitted = gaussian(kept)
+        radii = manifold(_drawn(kept)).radii.numpy() if n > NEIGHBOURS else np.zeros(0, np.float32)
+        np.savez(aside / "statistics.npz", mean=fitted.mean.numpy(), factor=fitted.factor.numpy(), radii=radii)
         (aside / "key.json").write_text(json.dumps(key))
 
     place = cache.kept(what, ["reference", VERSION, key], make)

@@ -19,6 +19,7 @@ from fedray.seeds import generator
 
 PAPERS = 64  # samples in the paper's FID (Chen 2024, section 3.1)
 RESAMPLES = 10
+SHARES = ("precision", "recall", "density", "coverage")
 
 
 @dataclass(frozen=True)
@@ -57,70 +58,103 @@ def score(
         intervals: work out standard deviations over resamples (the jackknife over ten groups of images).
     """
     n, d = features.shape
-    scores: dict[str, Score] = {}
-    refused: dict[str, str] = {}
-    fd = named("fd", name)
     if d != reference.features.shape[1]:
         raise ValueError(f"the features have {d} dimensions, and the reference's {reference.features.shape[1]}")
-
-    def spread(statistic: Callable[[np.ndarray], dict[str, float]], n: int) -> dict[str, dict[str, Any]]:
-        if not intervals or n < 2 * RESAMPLES:
-            return {}
-        deviations = jackknife(statistic, n)
-        return {metric: {"std": std, "over": f"{RESAMPLES} resamples"} for metric, std in deviations.items()}
-
-    def frechet(metric: str, drawn: np.ndarray) -> None:
-        def distance(chosen: np.ndarray) -> dict[str, float]:
-            return {metric: frechet_distance(gaussian(drawn[chosen]), reference.gaussian)}
-
-        biased = f"biased: n is below the {d} dimensions" if len(drawn) < d else None
-        value = distance(np.arange(len(drawn)))[metric]
-        scores[metric] = Score(value, len(drawn), note=biased, **spread(distance, len(drawn)).get(metric, {}))
-
-    try:
-        frechet(fd, features)
-        floor, count = reference.floor(n)
-        scores[f"{fd}/real"] = Score(
-            floor, count, note=f"{count} real against the other {len(reference.features) - count}"
-        )
-        if n > PAPERS:
-            frechet(f"{fd}@{PAPERS}", features[:PAPERS])
-    except ValueError as error:
-        refused[fd] = str(error)
-    try:
-        mean, std = kernel_distance(features, reference.features, subset_size, generator(0, "kid"))
-        scores[named("kid", name)] = Score(mean, n, std, f"{SUBSETS} subsets of {subset_size}")
-    except ValueError as error:
-        refused[named("kid", name)] = str(error)
-    try:
-        drawn = torch.from_numpy(np.asarray(features[:DRAWN], np.float32))
-        to_real, to_drawn = distances(reference.manifold.features, drawn), distances(drawn, drawn)
-
-        def shares(chosen: np.ndarray) -> dict[str, float]:
-            return prdc(to_real[:, chosen], to_drawn[chosen][:, chosen], reference.radii)
-
-        spreads = spread(shares, len(drawn))
-        for metric, value in shares(np.arange(len(drawn))).items():
-            scores[named(metric, name)] = Score(value, len(drawn), **spreads.get(metric, {}))
-    except ValueError as error:
-        for metric in ("precision", "recall", "density", "coverage"):
-            refused[named(metric, name)] = str(error)
+    drawn = np.asarray(features, np.float32)
+    fd = named("fd", name)
+    measured: list[tuple[list[str], Callable[[], dict[str, Score]]]] = [
+        ([fd], lambda: {fd: _frechet(drawn, reference, intervals)}),
+        ([f"{fd}/real"], lambda: {f"{fd}/real": _floor(n, reference)}),
+        ([named("kid", name)], lambda: {named("kid", name): _kernel(drawn, reference, subset_size)}),
+        ([named(share, name) for share in SHARES], lambda: _shares(drawn[:DRAWN], reference, name, intervals)),
+    ]
+    if n > PAPERS:
+        few = f"{fd}@{PAPERS}"
+        measured.append(([few], lambda: {few: _frechet(drawn[:PAPERS], reference, intervals)}))
     if name == "digits":
-        of_digits = torch.from_numpy(np.asarray(features, np.float32))
-        scores[named("sure", name)] = _share(digits.sure(of_digits))
-        wanted = [digits.digit_in(prompt) for prompt in prompts]
-        if wanted and None not in wanted:
-            scores[named("accuracy", name)] = _share(digits.classes(of_digits) == torch.tensor(wanted))
+        measured.append(([named("sure", name)], lambda: _digits(torch.from_numpy(drawn), prompts)))
     if name.startswith(CLIP):
-        unit = F.normalize(torch.from_numpy(np.asarray(features, np.float32)))
-        real = F.normalize(reference.manifold.features)
-        scores["clip-image"] = Score((unit @ real.T).mean().item(), n)
-        if prompts:
-            different = list(dict.fromkeys(prompts))
-            texts = F.normalize(clip_texts(name, different))[[different.index(prompt) for prompt in prompts]]
-            alike = (unit * texts).sum(1)
-            scores["clip-text"] = Score(alike.mean().item(), n, alike.std().item() / n**0.5, f"{n} images")
+        measured.append((["clip-image"], lambda: _clip(torch.from_numpy(drawn), reference, name, prompts)))
+    scores: dict[str, Score] = {}
+    refused: dict[str, str] = {}
+    finite = bool(np.isfinite(drawn).all())
+    for names, measure in measured:
+        try:
+            if not finite:
+                raise ValueError("features of some images are not finite")
+            scores |= measure()
+        except ValueError as error:
+            refused |= dict.fromkeys(names, str(error))
     return scores, refused
+
+
+def _frechet(drawn: np.ndarray, reference: Reference, intervals: bool) -> Score:
+    def distance(chosen: np.ndarray) -> dict[str, float]:
+        return {"fd": frechet_distance(gaussian(drawn, chosen), reference.gaussian)}
+
+    n = len(drawn)
+    spread = _spread(distance, n) if intervals else {}
+    note = _bias(n, len(reference.features), drawn.shape[1])
+    return Score(distance(np.arange(n))["fd"], n, note=note, **spread.get("fd", {}))
+
+
+def _floor(n: int, reference: Reference) -> Score:
+    floor, count = reference.floor(n)
+    against = len(reference.features) - count
+    biased = _bias(count, against, reference.features.shape[1])
+    return Score(floor, count, note=f"{count} real against the other {against}" + (f"; {biased}" if biased else ""))
+
+
+def _bias(n: int, real: int, d: int) -> str | None:
+    """What to say of a Fréchet distance of so few images that a covariance of d dimensions cannot be told."""
+    if n < d:
+        return f"biased: n is below the {d} dimensions"
+    return f"biased: there are only {real} real images for {d} dimensions" if real < d else None
+
+
+def _kernel(drawn: np.ndarray, reference: Reference, subset_size: int) -> Score:
+    mean, std = kernel_distance(drawn, reference.features, subset_size, generator(0, "kid"))
+    return Score(mean, len(drawn), std, f"{SUBSETS} subsets of {subset_size}")
+
+
+def _shares(drawn: np.ndarray, reference: Reference, name: str, intervals: bool) -> dict[str, Score]:
+    real, found = reference.manifold, torch.from_numpy(drawn)
+    to_real, to_drawn = distances(real.features, found), distances(found, found)
+
+    def shares(chosen: np.ndarray) -> dict[str, float]:
+        return prdc(to_real[:, chosen], to_drawn[chosen][:, chosen], real.radii)
+
+    n = len(drawn)
+    values = shares(np.arange(n))
+    spread = _spread(shares, n) if intervals else {}
+    return {named(share, name): Score(value, n, **spread.get(share, {})) for share, value in values.items()}
+
+
+def _digits(features: Tensor, prompts: Sequence[str]) -> dict[str, Score]:
+    scores = {named("sure", "digits"): _share(digits.sure(features))}
+    wanted = [digits.digit_in(prompt) for prompt in prompts]
+    if wanted and None not in wanted:
+        scores[named("accuracy", "digits")] = _share(digits.classes(features) == torch.tensor(wanted))
+    return scores
+
+
+def _clip(features: Tensor, reference: Reference, name: str, prompts: Sequence[str]) -> dict[str, Score]:
+    unit, n = F.normalize(features), len(features)
+    scores = {"clip-image": Score((unit @ F.normalize(reference.drawn).T).mean().item(), n)}
+    if prompts:
+        different = list(dict.fromkeys(prompts))
+        texts = F.normalize(clip_texts(name, different))[[different.index(prompt) for prompt in prompts]]
+        alike = (unit * texts).sum(1)
+        scores["clip-text"] = Score(alike.mean().item(), n, alike.std().item() / n**0.5, f"{n} images")
+    return scores
+
+
+def _spread(statistic: Callable[[np.ndarray], dict[str, float]], n: int) -> dict[str, dict[str, Any]]:
+    """By score, its standard deviation and what that is over; nothing for too few images."""
+    if n < 2 * RESAMPLES:
+        return {}
+    deviations = jackknife(statistic, n)
+    return {name: {"std": std, "over": f"{RESAMPLES} resamples"} for name, std in deviations.items()}
 
 
 def _share(right: Tensor) -> Score:
