@@ -60,9 +60,9 @@ def main(asked: Question) -> None:
         grids[f"{sampler}-{steps}"] = fedray.grid(torch.from_numpy(found.images[:32]), columns=4)
     table = pd.DataFrame(rows).set_index("sampler")
     table.to_csv(asked.run / "samplers.csv")
-    shown = Table("sampler", *(name.replace("[", r"\[") for name in table.columns))
-    for name, values in table.iterrows():
-        shown.add_row(str(name), *(f"{value:.3g}" for value in values))
+    shown = Table("", *map(str, table.index))
+    for name, values in table.T.iterrows():
+        shown.add_row(str(name).replace("[", r"\["), *(f"{value:.3g}" for value in values))
     Console().print(shown)
     figure, axes = plt.subplots(1, len(grids), figsize=(2.2 * len(grids), 4.8), layout="constrained")
     for axis, (name, grid) in zip(axes, grids.items(), strict=True):
