@@ -2,7 +2,8 @@
 
 The small Stable Diffusion that ships with fedray knows the digits 0 to 5. Four clients have 32 images each of one digit
 that it has never seen: 6, 7, 8, 9. They fine-tune it together by LoRA (federated), pool their images (centralised, with
-as many steps one after the other), or train alone. Then each model is asked for all four digits, and a classifier says
+as many steps one after the other: of as large batches, or of batches four times as large and so as many images as the
+federation sees), or train alone. Then each model is asked for all four digits, and a classifier says
 which digit came out: the prompt accuracy. An untrained adapter is the base itself.
 
     python experiments/lora_digits.py --seeds 0 1 2     the question, with its spread
@@ -52,9 +53,11 @@ def settings(out: Path, seed: int, rounds: int) -> dict[str, fedray.Config]:
     """The runs of one seed, by name."""
     task = replace(PRESET.task, train_data_dir=str(photos(out, seed)))
     federated = replace(PRESET, task=task, seed=seed, rounds=rounds)
+    alone = replace(federated, clients=1, partition=fedray.IID())
     return {
         "federated": federated,
-        "centralised": replace(federated, clients=1, partition=fedray.IID()),
+        "centralised": alone,
+        "centralised, same images": replace(alone, train_batch_size=4 * federated.train_batch_size),
         "alone": federated,
     }
 
@@ -101,7 +104,7 @@ def main(
             for name, config in configs.items():
                 if demo and name != "federated":
                     continue
-                runs = train(config, out / f"{name}-{seed}", name)
+                runs = train(config, out / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}", name)
                 mean = fedray.summary({str(run): run for run in runs}).mean()
                 rows.append({"run": name, "seed": seed} | {str(what): value for what, value in mean.items()})
     table = pd.DataFrame(rows)

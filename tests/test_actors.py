@@ -31,6 +31,7 @@ def train(out, flags):
 PLAIN = "--no-keep-optimizer --no-use-ema"
 
 
+@pytest.mark.slow
 def test_two_actors_are_one_process(ray, tmp_path):
     assert train(tmp_path / "2", f"{PLAIN} --actors 2") == train(tmp_path / "0", f"{PLAIN} --actors 0")
 

@@ -73,7 +73,7 @@ def test_the_lora_experiments_in_short(tmp_path):
     printed = python(ROOT / "experiments/lora_digits.py", "--rounds", 1, "--out", tmp_path / "runs", cwd=tmp_path)
     assert "gain in accuracy over" in printed.replace("\n", " ")
     table = pd.read_csv(tmp_path / "runs/summary.csv").set_index("run")
-    assert list(table.index) == ["base", "federated", "centralised", "alone"]
+    assert list(table.index) == ["base", "federated", "centralised", "centralised, same images", "alone"]
     assert table.loc["federated", "sequential steps"] == table.loc["centralised", "sequential steps"] == 8
     assert table.loc["base", "accuracy[digits]"] < 0.1
     assert Image.open(tmp_path / "runs/federated-0/validation.png").width > 500

@@ -86,7 +86,7 @@ def test_the_run_directory_is_whole(toy_config, tmp_path):
     names.remove(events)
     assert names == {
         "config.json", "rounds.jsonl", "result.json", "checkpoints/round-000003.safetensors",
-        "samples/round-000003.png", "samples.png", "model/network.pt", "partition.csv", "partition.png",
+        "samples/round-000003.png", "samples.png", "model/network.pt", "model/README.md", "partition.csv", "partition.png",
     }  # fmt: skip
     saved = json.loads((tmp_path / "run/config.json").read_text())
     assert saved["config"]["partition"] == "by-label"
@@ -301,7 +301,7 @@ def test_configurations_of_others_are_refused_by_name():
 def test_a_users_own_rule_and_partition_are_objects(toy_config, tmp_path):
     @dataclass(frozen=True)
     class FirstOnly:
-        def step(self, state, updates):
+        def step(self, state, updates, adapters, rng):
             return FedAvg().step(state, list(updates)[:1])
 
     @dataclass(frozen=True)

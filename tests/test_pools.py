@@ -61,7 +61,7 @@ def map_toy(pool, config, clients, drawn):
     return pool.map(client_update, Weights(model), jobs_of(config, clients, drawn), lambda done: None)
 
 
-@pytest.mark.parametrize("first", ["failing", "slow"])
+@pytest.mark.parametrize("first", ["failing", pytest.param("slow", marks=pytest.mark.slow)])
 def test_the_window_is_bounded_and_does_not_block(ray_pool, toy_config, first):
     """Client 0 fails first, or is far slower than all others: all 12 are answered, few at a time."""
     config = toy_config(actors=2, labels=12, **{first: (0,)})

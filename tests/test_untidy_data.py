@@ -191,6 +191,7 @@ def test_celeba_lists_that_are_cut_short(tmp_path, name, text, message):
 # What a run is held to
 
 
+@pytest.mark.slow
 def test_actors_need_the_images_no_more(ray, photos, tmp_path):
     task = fedray.DDPM("imagefolder", str(photos), resolution=8, block_out_channels=(8,), attention=(False,))
     config = fedray.Config(
@@ -332,6 +333,7 @@ def test_curves_are_on_disk_while_the_run_goes_on(toy_config, tmp_path):
 # Clients alone
 
 
+@pytest.mark.slow
 def test_clients_alone_side_by_side_are_the_same_runs(ray, toy_config, tmp_path):
     config = toy_config(keep_optimizer=True)
     rows = []
