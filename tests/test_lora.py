@@ -380,8 +380,12 @@ np.save(out, (images * 255).round().astype(np.uint8).transpose(0, 3, 1, 2))
 
 @pytest.mark.parametrize(
     ("rule", "alpha"),
-    [(FedAvg(), None), pytest.param(FFA(), 4.0, marks=pytest.mark.slow), pytest.param(Flora(), None, marks=pytest.mark.slow)],
-)  # fmt: skip
+    [
+        (FedAvg(), None),
+        pytest.param(FFA(), 4.0, marks=pytest.mark.slow),
+        pytest.param(Flora(), None, marks=pytest.mark.slow),
+    ],
+)
 def test_what_is_saved_diffusers_loads_alone_and_draws_the_same(config, tmp_path, rule, alpha):
     config = replace(config, rule=rule, learning_rate=3e-2, task=replace(config.task, lora_alpha=alpha))
     run = train(config, tmp_path / "run")
