@@ -244,8 +244,15 @@ class Config:
             raise UserError(
                 f"--rule {short(self.rule, RULES)} is for adapters (fedray finetune), not for whole models."
             )
-        if isinstance(self.rule, Flora) and (self.use_ema or self.keep_optimizer):
-            raise UserError("--rule flora starts new adapters every round: leave out --use-ema and --keep-optimizer.")
+        if isinstance(self.rule, (SVD, Flora)) and (self.use_ema or self.keep_optimizer):
+            raise UserError(
+                f"--rule {short(self.rule, RULES)} makes new factors every round, to which an average or an optimizer "
+                f"of the old ones does not fit: say --no-use-ema and --no-keep-optimizer."
+            )
+        if isinstance(self.rule, Flora) and isinstance(self.task, LoRA) and self.task.base_dtype != "float32":
+            raise UserError(
+                f"--rule flora needs --base-dtype float32: {self.task.base_dtype} would round most of a change away."
+            )
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary that JSON can hold, with the short forms of what was chosen by name."""

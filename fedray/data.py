@@ -101,17 +101,19 @@ def digits() -> Dataset:
     return Dataset(images[:, None], loaded.target.astype(np.int64))
 
 
-def image_folder(directory: Path, form: Form, skip_unreadable: bool = False) -> Dataset:
+def image_folder(
+    directory: Path, form: Form, skip_unreadable: bool = False, flag: str = "--train-data-dir "
+) -> Dataset:
     """All images below a directory, in Hugging Face's `imagefolder` form.
 
     The column "folder" is where an image lies, relative to the directory; folders are the labels, unless
     metadata.csv or metadata.jsonl (with a column file_name, relative to where it lies) has a column "label". Other
-    columns are kept.
+    columns are kept. `flag` is what named the directory, for messages.
 
     Raises:
         UserError: there is no such directory, no image in it, an image cannot be read, or metadata does not fit.
     """
-    paths = images_below(directory)
+    paths = images_below(directory, flag)
     names = [path.relative_to(directory).as_posix() for path in paths]
     folders = [path.parent.relative_to(directory).as_posix() for path in paths]
     columns = {"folder": np.array(folders, dtype=object), "file_name": np.array(names, dtype=object)}

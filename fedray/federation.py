@@ -263,7 +263,7 @@ def fit(
             state = ServerState(0, plan.initial, plan.initial if config.use_ema else None)
         if resume:
             row = run.recover(state.round)
-        elif prompts_of(config, plan.dataset):
+        if state.round == 0 and prompts_of(config, plan.dataset):
             draw_prompts(state, config, plan, pool, run, show)
         while row is not None or state.round < config.rounds:
             if row is None:

@@ -14,6 +14,7 @@ from fedray.lora import Adapters
 from fedray.partition import Shards, hold_out
 from fedray.scores import networks
 from fedray.seeds import generator
+from fedray.tasks.lora import LoRA
 from fedray.vector import Layout
 from fedray.worker import build
 
@@ -30,6 +31,7 @@ class Plan:
     initial: torch.Tensor  # [d], the weights it starts from
     payload: int  # bytes per client and direction
     only_client: int | None
+    fingerprint: dict[str, str]  # of what else the task learns from
     features: str | None  # names the network that scores are measured on, and its weights
     adapters: Adapters | None  # what the vector means, where it is not a whole model
 
@@ -40,6 +42,7 @@ class Plan:
         for shards in self.parts.values():
             owners.update(shards.offsets.tobytes() + shards.indices.tobytes())
         data = {"images_sha256": self.dataset.sha256, "partition_sha256": owners.hexdigest()}
+        data |= self.fingerprint
         return data if self.features is None else data | {"features": self.features}
 
     @property
@@ -87,6 +90,7 @@ def make_plan(config: Config, dataset: Dataset | None = None) -> Plan:
         initial=flat.vector.detach().clone(),
         payload=config.codec.encode_model(flat.vector.detach()).nbytes,
         only_client=config.only_client,
+        fingerprint=config.task.fingerprint(dataset) if isinstance(config.task, LoRA) else {},
         features=scored,
         adapters=getattr(learner, "adapters", None),
     )

@@ -22,6 +22,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -130,9 +131,9 @@ class Run:
         """Raise `UserError` if what a `Plan` found is not what the run began with."""
         if any(self.saved.get(name, value) != value for name, value in data.items()):
             raise UserError(
-                f"the images of the run at {self.directory}, their labels, or what they are compared by (--features), "
-                f"have changed since it began; its rounds and scores belong to them as they were: put them back, or "
-                f"begin another run."
+                f"the images of the run at {self.directory}, their labels or captions, the base it fine-tunes, or what "
+                f"scores compare them by, have changed since it began; its rounds belong to them as they were: put "
+                f"them back, or begin another run."
             )
 
     def check_vacant(self) -> None:
@@ -243,7 +244,14 @@ class Run:
             "weights' SHA-256": result["vector_sha256"],
             "command": f"`{shlex.join(self.saved.get('command', []))}`",
         }
-        front = ["---", "library_name: diffusers", *([f"base_model: {base}"] if base else []), "tags: [fedray]", "---"]
+        named = base and (Path(base).name if Path(base).exists() else base)
+        front = [
+            "---",
+            "library_name: diffusers",
+            *([f"base_model: {named}"] if named else []),
+            "tags: [fedray]",
+            "---",
+        ]
         lines = [f"| {name} | {fact} |" for name, fact in facts.items() if fact]
         text = [*front, "", "# A model trained by federated averaging", "", "| | |", "|---|---|", *lines, ""]
         (self.directory / "model" / "README.md").write_text("\n".join(text))
@@ -283,7 +291,8 @@ class Run:
             axis.imshow(np.asarray(Image.open(strip)))
             width = axis.get_xlim()[1] / len(prompts)
             axis.set_xticks(
-                [(index + 0.5) * width for index in range(len(prompts))], prompts if axis is axes[0] else []
+                [(index + 0.5) * width for index in range(len(prompts))],
+                [textwrap.shorten(prompt, 28) for prompt in prompts] if axis is axes[0] else [],
             )
             axis.xaxis.tick_top()
             axis.set_yticks([])

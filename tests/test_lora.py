@@ -13,7 +13,7 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fedray
@@ -343,17 +343,137 @@ def test_class_images_add_their_loss(config, photos, tmp_path):
     shutil.copytree(photos / prompt(6), tmp_path / "class")
     dataset = config.task.dataset()
     losses = {}
-    for weight in (None, 0.0, 1.0, 2.0):
-        extra = {} if weight is None else dict(
-            class_data_dir=str(tmp_path / "class"), class_prompt="the digit", prior_loss_weight=weight
-        )  # fmt: skip
+    for weight in (0.0, 1.0, 2.0):
+        extra = dict(class_data_dir=str(tmp_path / "class"), class_prompt="the digit", prior_loss_weight=weight)
         learner = build(replace(config, task=replace(config.task, **extra)), torch.device("cpu"))
         learner.prepare(dataset, np.arange(3), False)
         batch = fedray.client.batch_of(dataset, np.arange(3))
-        with torch.no_grad():
-            losses[weight] = learner.loss(batch, torch.Generator().manual_seed(0)).item()
+        losses[weight] = learner.loss(batch, torch.Generator().manual_seed(0)).item()
     assert losses[2.0] - losses[0.0] == pytest.approx(2 * (losses[1.0] - losses[0.0]), rel=1e-4)
     assert losses[1.0] > losses[0.0] > 0
+
+
+def learner_of(config, folder=PIPELINE, **task):
+    """A learner that has encoded the first six examples, both sides of them."""
+    config = replace(config, task=replace(config.task, pretrained_model_name_or_path=str(folder), **task))
+    dataset = config.task.dataset()
+    learner = build(config, torch.device("cpu"))
+    learner.prepare(dataset, np.arange(6), True)
+    return learner, dataset
+
+
+@pytest.mark.parametrize(("kind", "gamma", "offset"), [("v_prediction", 5.0, 0.1), ("epsilon", 5.0, 0.0)])
+def test_the_loss_by_hand(config, tmp_path, kind, gamma, offset):
+    """v-prediction, min-SNR weights and noise offset, by their formulas, in the order of diffusers' script."""
+    shutil.copytree(PIPELINE, tmp_path / "pipeline")
+    path = tmp_path / "pipeline/scheduler/scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": kind}))
+    learner, dataset = learner_of(config, tmp_path / "pipeline", snr_gamma=gamma, noise_offset=offset)
+    batch = fedray.client.batch_of(dataset, np.arange(3))
+    with torch.no_grad():
+        found = learner.loss(batch, torch.Generator().manual_seed(3)).item()
+    rng = torch.Generator().manual_seed(3)
+    parts = [learner._latents[index, False] for index in range(3)]
+    mean, deviation = (torch.stack(part) for part in zip(*parts, strict=True))
+    latents = (mean + deviation * torch.randn(mean.shape, generator=rng)) * learner.scaling_factor
+    noise = torch.randn(latents.shape, generator=rng)
+    if offset:
+        noise = noise + offset * torch.randn((3, 4, 1, 1), generator=rng)
+    timesteps = torch.randint(1000, (3,), generator=rng)
+    alpha = learner.scheduler.alphas_cumprod[timesteps].double()
+    a, s = alpha.sqrt()[:, None, None, None], (1 - alpha).sqrt()[:, None, None, None]
+    embeddings = torch.stack([learner._embeddings[caption] for caption in batch["prompts"]])
+    with torch.no_grad():
+        predicted = learner.unet((a * latents + s * noise).float(), timesteps, embeddings).sample
+    target = a * noise - s * latents if kind == "v_prediction" else noise
+    snr = alpha / (1 - alpha)
+    weight = snr.clamp(max=gamma) / (snr + 1 if kind == "v_prediction" else snr)
+    expected = (weight * (predicted - target).square().mean((1, 2, 3))).mean()
+    assert found == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_mirror_images_dropout_and_empty_prompts_change_the_loss(config):
+    learner, dataset = learner_of(config)
+    plain, turned = learner._latents[0, False][0], learner._latents[0, True][0]
+    assert not torch.allclose(plain, turned, atol=0.1)
+    batch = fedray.client.batch_of(dataset, np.arange(4))
+
+    def loss(learner, batch, grad=True):
+        torch.manual_seed(0)
+        with torch.set_grad_enabled(grad):
+            return learner.loss(batch, torch.Generator().manual_seed(1)).item()
+
+    usual = loss(learner, batch)
+    mirrored = fedray.client.batch_of(dataset, np.arange(4), torch.ones(4, dtype=torch.bool))
+    assert loss(learner, mirrored) != pytest.approx(usual, rel=1e-3)
+    dropping, _ = learner_of(config, lora_dropout=0.5)
+    empty, _ = learner_of(config, proportion_empty_prompts=1.0)
+    for other in (dropping, learner):  # an untrained B is 0, and drops nothing
+        for b, _ in other.adapters.factors(other.flat.vector.detach()):
+            b.fill_(0.05)
+    usual = loss(learner, batch)
+    assert loss(dropping, batch) != pytest.approx(usual, rel=1e-3)
+    assert loss(dropping, batch, grad=False) == pytest.approx(usual, rel=1e-5)  # held-out losses drop nothing
+    nothing = fedray.client.batch_of(dataset, np.arange(4)) | {"prompts": [""] * 4}
+    assert loss(empty, batch) == loss(empty, nothing)
+    assert loss(empty, batch, grad=False) != loss(empty, nothing, grad=False)
+
+
+def test_what_is_kept_of_images_is_bounded(config, monkeypatch):
+    learner, dataset = learner_of(config)
+    assert len(learner._latents) == 12
+    monkeypatch.setattr("fedray.tasks.lora.KEPT", 0)
+    learner.prepare(dataset, np.arange(6, 8), False)
+    assert len(learner._latents) == 2
+    assert len(learner._embeddings) <= 3
+
+
+def test_held_out_losses_are_without_class_images(config, photos, tmp_path):
+    shutil.copytree(photos / prompt(6), tmp_path / "class")
+    extra = dict(class_data_dir=str(tmp_path / "class"), class_prompt="the digit", prior_loss_weight=10.0)
+    found = []
+    for changes in ({}, extra):
+        some = replace(config, task=replace(config.task, **changes), held_out_share=0.25, rounds=1, learning_rate=1e-9)
+        found.append(train(some, tmp_path / f"run-{len(found)}").rows[0]["held_out"]["global"])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("change", ["captions", "class images", "base"])
+def test_a_run_is_held_to_its_captions_class_images_and_base(config, photos, tmp_path, change):
+    for name, source in (("photos", photos), ("class", photos / prompt(6)), ("pipeline", PIPELINE)):
+        shutil.copytree(source, tmp_path / name)
+    task = replace(
+        config.task, train_data_dir=str(tmp_path / "photos"), class_data_dir=str(tmp_path / "class"),
+        class_prompt="the digit", pretrained_model_name_or_path=str(tmp_path / "pipeline"),
+    )  # fmt: skip
+    config = replace(config, task=task)
+    rounds = fit(config, LocalPool(config), tmp_path / "run")
+    next(rounds)
+    rounds.close()
+    if change == "captions":
+        for path in (tmp_path / "photos").rglob("*.png"):
+            path.with_suffix(".txt").write_text("another")
+    elif change == "class images":
+        (tmp_path / "class/0.png").unlink()
+    else:
+        path = tmp_path / "pipeline/unet/diffusion_pytorch_model.safetensors"
+        save_file({name: tensor + 0.01 for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    with pytest.raises(fedray.UserError, match="have changed since it began"):
+        train(config, tmp_path / "run", resume=True)
+
+
+def test_a_folder_of_the_fp16_variant_alone(config, tmp_path):
+    pipeline = tmp_path / "pipeline"
+    shutil.copytree(PIPELINE, pipeline)
+    for part in ("unet", "vae", "text_encoder"):
+        (path,) = (pipeline / part).glob("*.safetensors")
+        save_file(
+            {k: v.half() for k, v in load_file(path).items()}, path.with_suffix(".fp16.safetensors"), {"format": "pt"}
+        )
+        path.unlink()
+    task = replace(config.task, pretrained_model_name_or_path=str(pipeline), base_dtype="float16")
+    row = train(replace(config, task=task, rounds=1), tmp_path / "run").rows[0]
+    assert np.isfinite(row["loss"])
 
 
 # What is saved
@@ -408,7 +528,7 @@ def test_what_is_saved_diffusers_loads_alone_and_draws_the_same(config, tmp_path
     untrained = learner.sample(2, torch.Generator().manual_seed(5), "dpmsolver++", 4).numpy().astype(int)
     assert np.abs(ours - untrained).max() > 3  # not the adapter from before training
     card = (run.directory / "model/README.md").read_text()
-    assert f"base_model: {PIPELINE}" in card
+    assert "base_model: digits_pipeline" in card
     assert run.result["vector_sha256"] in card
 
 
@@ -496,6 +616,23 @@ def pipeline_without(part, folder):
     shutil.rmtree(folder / part)
 
 
+def truncated(part, folder):
+    shutil.copytree(PIPELINE, folder)
+    (path,) = (folder / part).glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def weightless(part, folder):
+    shutil.copytree(PIPELINE, folder)
+    (path,) = (folder / part).glob("*.safetensors")
+    path.unlink()
+
+
+def listed(root, column, value):
+    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.png"))
+    return "\n".join([f"file_name,{column}", *(f"{name},{value}" for name in names)])
+
+
 def pipeline_of(kind, folder):
     shutil.copytree(PIPELINE, folder)
     index = json.loads((folder / "model_index.json").read_text())
@@ -516,7 +653,16 @@ def pipeline_of(kind, folder):
         (None, "--clients 5", "by-folder has only 4 to deal"),
         (None, "--resolution 18", "--resolution 18: it must be a multiple of 4"),
         (None, "--base-dtype float8", "there is no dtype of the base 'float8'"),
-        (None, "--rule flora --keep-optimizer", "leave out --use-ema and --keep-optimizer"),
+        (None, "--rule flora --keep-optimizer", "say --no-use-ema and --no-keep-optimizer"),
+        (None, "--rule svd --no-keep-optimizer --use-ema", "say --no-use-ema and --no-keep-optimizer"),
+        (None, "--rule flora --no-keep-optimizer --base-dtype bfloat16", "--rule flora needs --base-dtype float32"),
+        (None, "--snr-gamma -5", "--snr-gamma -5.0: it must be above 0"),
+        (None, "--noise-offset nan", "--noise-offset nan: it must not be negative"),
+        (None, "--class-data-dir {tmp}/none --class-prompt x", "--class-data-dir {tmp}/none does not exist"),
+        (None, "--caption-column words", "has no column 'words' of captions, but nothing"),
+        (lambda folder: truncated("unet", folder), "", "is damaged, or not all of it was fetched"),
+        (lambda folder: truncated("vae", folder), "", "is damaged, or not all of it was fetched"),
+        (lambda folder: weightless("unet", folder), "", "unet has no weights"),
         (None, "--class-prompt x", "--class-data-dir and --class-prompt go together"),
         (None, "--preset digits", "there is no preset 'digits'; did you mean 'digits-lora'?"),
         (None, "--sampling-steps 2000", "between 1 and the 1000 steps of training"),
@@ -530,13 +676,22 @@ def test_mistakes_get_one_clear_message(photos, tmp_path, capsys, spoil, flags, 
     command = f"finetune {preset} --train-data-dir {photos} --actors 0 --out {tmp_path}/run {chosen} {flags}"
     assert main(command.format(tmp=tmp_path, photos=photos).split()) == 2
     printed = capsys.readouterr().err.strip()
-    assert message in printed
+    assert message.format(tmp=tmp_path) in printed
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
+        (lambda root: (root / "metadata.csv").write_text(listed(root, "caption", "a")), "has no column 'text' of capt"),
+        (
+            lambda root: (root / "metadata.csv").write_text(listed(root, "text", "")),
+            "16 images have no caption",
+        ),
+        (
+            lambda root: [path.with_suffix(".txt").write_bytes(b"\xe9t\xe9") for path in root.rglob("*.png")],
+            "is no text in UTF-8",
+        ),
         (lambda root: (root / "the digit six/0.txt").write_text("six"), "0.txt is absent: where some images"),
         (
             lambda root: (root / "metadata.csv").write_text("file_name,text\nthe digit six/0.png,a\n"),

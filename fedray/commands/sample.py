@@ -1,5 +1,6 @@
 """fedray sample: images from a run's model; and what it has in common with fedray evaluate."""
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -78,8 +79,12 @@ def main(arguments: list[str]) -> None:
     adapts = isinstance(config.task, LoRA)
     if not adapts and (asked.prompt or asked.strength != 1):
         raise UserError(f"--prompt and --strength are for fine-tuned models; {asked.run} is a run of `fedray train`.")
+    if not 0 <= asked.strength < math.inf:
+        raise UserError(f"--strength {asked.strength}: it must not be negative.")
     model = model_of(asked.run, config, asked.strength)
-    prompts = asked.prompt or (prompts_of(config, config.task.dataset()) if adapts else ())
+    prompts = asked.prompt
+    if not prompts and isinstance(config.task, LoRA):
+        prompts = config.task.validation_prompt or prompts_of(config, config.task.dataset())
     with open_pool(config) as pool, progress(config.rounds) as (_, show):
         _, images = sample(pool, model, asked.num_images, config, asked.seed, show, prompts=prompts)
     out.parent.mkdir(parents=True, exist_ok=True)

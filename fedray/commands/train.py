@@ -16,6 +16,7 @@ from fedray.choices import RunError, UserError, check_name
 from fedray.commands.terminal import print_table, program, progress
 from fedray.config import Config
 from fedray.local_only import run_local_only
+from fedray.lora_rules import Flora
 from fedray.plan import make_plan, steps_planned
 from fedray.presets import PRESETS
 from fedray.record import Run
@@ -118,6 +119,9 @@ def _print_plan(config: Config) -> None:
     steps = steps_planned(config, plan)
     sizes = plan.shards.sizes
     actors = {None: "as many as fit", 0: "none (this process)"}.get(config.actors, config.actors)
+    # The base's change goes down to every client of every round but the first.
+    changes = plan.adapters is not None and isinstance(config.rule, Flora)
+    base = 4 * plan.adapters.base_size * sum(map(len, steps[1:])) if changes and plan.adapters else 0
     table = Table("what", "value", title="dry run: nothing is trained")
     for name, value in {
         "clients": f"{config.clients}, of which {config.cohort_size} take part in a round",
@@ -127,7 +131,8 @@ def _print_plan(config: Config) -> None:
         "parameters": f"{plan.layout.size:,}",
         "steps": f"{sum(map(sum, steps)):,} in all; {sum(map(max, steps)):,} one after the other",
         "bytes": f"{plan.payload:,} per client, round and direction",
-        "bytes in all": f"{plan.payload * sum(map(len, steps)) / 1e6:,.1f} MB down and as many up",
+        "bytes in all": f"{(plan.payload * sum(map(len, steps)) + base) / 1e6:,.1f} MB down, "
+        f"{plan.payload * sum(map(len, steps)) / 1e6:,.1f} up",
     }.items():
         table.add_row(name, value)
     Console().print(table)

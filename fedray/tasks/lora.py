@@ -1,6 +1,8 @@
 """Task `lora`: adapters on a frozen Stable Diffusion (Hu et al. 2021, arXiv:2106.09685; Chen 2024, section 2.3)."""
 
+import hashlib
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
+import diffusers
 import numpy as np
 import torch
 import transformers
@@ -99,8 +102,13 @@ class LoRA(Images):
         check_name("dtype of the base", self.base_dtype, DTYPES)
         if self.rank < 1:
             raise UserError(f"--rank {self.rank}: it must be at least 1.")
-        if self.lora_alpha is not None and self.lora_alpha <= 0:
-            raise UserError(f"--lora-alpha {self.lora_alpha}: it must be above 0.")
+        for name in ("lora_alpha", "snr_gamma"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"--{name.replace('_', '-')} {value}: it must be above 0.")
+        for name in ("noise_offset", "prior_loss_weight", "guidance_scale"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: it must not be negative.")
         if not 0 <= self.lora_dropout < 1:
             raise UserError(f"--lora-dropout {self.lora_dropout}: it must be at least 0 and below 1.")
         if not 0 <= self.proportion_empty_prompts <= 1:
@@ -110,7 +118,12 @@ class LoRA(Images):
         folder = pipeline_folder(self.pretrained_model_name_or_path)
         if self.resolution % _factor(folder):
             raise UserError(f"--resolution {self.resolution}: it must be a multiple of {_factor(folder)} for this VAE.")
-        trained = DDPMScheduler.load_config(folder, subfolder="scheduler")["num_train_timesteps"]
+        scheduler = DDPMScheduler.load_config(folder, subfolder="scheduler")
+        if scheduler.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"):
+            raise UserError(
+                f"{folder} predicts {scheduler['prediction_type']}; only epsilon and v_prediction are known."
+            )
+        trained = scheduler["num_train_timesteps"]
         if not 1 <= steps <= trained:
             raise UserError(f"--sampling-steps {steps}: it must be between 1 and the {trained} steps of training.")
         _check_targets(folder, self.target_modules)
@@ -119,18 +132,40 @@ class LoRA(Images):
         """The images, with a column "caption"."""
         dataset = super().dataset()
         columns = dataset.columns
+        source = self.train_data_dir or self.dataset_name
         if self.instance_prompt is not None:
             captions = [self.instance_prompt] * len(dataset)
         elif self.caption_column in columns:
-            captions = list(columns[self.caption_column])
-        elif "file_name" in columns:
-            captions = self._captions_of_files(columns["file_name"])
-        else:
+            captions = ["" if value != value else str(value).strip() for value in columns[self.caption_column]]
+        elif "file_name" not in columns or set(columns) > {"folder", "file_name"} or self.caption_column != "text":
+            known = ", ".join(name for name in columns if name not in ("folder", "file_name")) or "nothing"
             raise UserError(
-                f"--dataset-name {self.dataset_name} has no column {self.caption_column!r} of captions "
-                f"(--caption-column), and there is no --instance-prompt."
+                f"{source} has no column {self.caption_column!r} of captions, but {known}: name it with "
+                f"--caption-column, or give one --instance-prompt."
+            )
+        else:
+            captions = self._captions_of_files(columns["file_name"])
+        if not all(captions):
+            names = columns.get("file_name", np.arange(len(dataset)))
+            raise UserError(
+                f"{source}: {captions.count('')} images have no caption, the first of them {names[captions.index('')]}."
             )
         return dataset.with_column("caption", np.array(captions, dtype=object))
+
+    def class_images(self) -> Dataset | None:
+        """The images for prior preservation, where there are any."""
+        if self.class_data_dir is None:
+            return None
+        form = Form(self.resolution, 3, self.crop)
+        return image_folder(Path(self.class_data_dir), form, self.skip_unreadable, flag="--class-data-dir ")
+
+    def fingerprint(self, dataset: Dataset) -> dict[str, str]:
+        """What a resumed run must find again, beside its images: captions, class images, and the base's weights."""
+        captions = "\n".join(dataset.columns["caption"]).encode()
+        extra = self.class_images()
+        found = {"captions_sha256": hashlib.sha256(captions).hexdigest()}
+        found |= {"class_images_sha256": extra.sha256} if extra is not None else {}
+        return found | {"base_sha256": _base_sha256(pipeline_folder(self.pretrained_model_name_or_path))}
 
     def _captions_of_files(self, names: np.ndarray) -> list[str]:
         """From a text file beside each image, else from its folder's name."""
@@ -141,7 +176,11 @@ class LoRA(Images):
             if not all(there):
                 absent = beside[there.index(False)]
                 raise UserError(f"{absent} is absent: where some images have a caption in a text file, all must.")
-            return [path.read_text().strip() for path in beside]
+            try:
+                return [path.read_text(encoding="utf-8").strip() for path in beside]
+            except UnicodeDecodeError as error:
+                bad = next(path for path in beside if not _is_utf8(path))
+                raise UserError(f"{bad} is no text in UTF-8 ({reason(error)}).") from None
         folders = [(root / name).parent.name for name in names]
         return [re.sub(r"[_\W]+", " ", folder).strip() for folder in folders]
 
@@ -162,7 +201,9 @@ class LoRALearner:
         self.folder = pipeline_folder(task.pretrained_model_name_or_path)
         self.scheduler = DDPMScheduler.from_pretrained(self.folder, subfolder="scheduler")
         self.alphas_cumprod = self.scheduler.alphas_cumprod.to(device)
-        unet = UNet2DConditionModel.from_pretrained(_base(self.folder, task.base_dtype), torch_dtype=self.dtype)
+        self.scaling_factor = AutoencoderKL.load_config(self.folder, subfolder="vae").get("scaling_factor", 0.18215)
+        base = _base(self.folder, task.base_dtype)
+        unet = UNet2DConditionModel.from_pretrained(base, torch_dtype=self.dtype, variant=_variant(base))
         self.unet = unet.requires_grad_(False).to(device)
         alpha: Any = task.rank if task.lora_alpha is None else task.lora_alpha
         self.unet.add_adapter(
@@ -184,7 +225,7 @@ class LoRALearner:
         self._encoders: tuple[AutoencoderKL, CLIPTextModel, CLIPTokenizer] | None = None
         self._latents: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}  # mean and deviation, [4, h / 8, w / 8]
         self._embeddings: dict[str, Tensor] = {}  # [tokens, width]
-        self._class_images: Dataset | None = None
+        self._class_images = task.class_images()
 
     # What training needs of images and captions, computed once
 
@@ -194,20 +235,16 @@ class LoRALearner:
         sides = (False, True) if mirrored else (False,)
         wanted = [(int(index), side) for index in indices for side in sides]
         captions = {"", *(str(dataset.columns["caption"][index]) for index in indices)}
-        if self.task.class_data_dir is not None and self._class_images is None:
-            form = Form(self.task.resolution, 3, self.task.crop)
-            self._class_images = image_folder(Path(self.task.class_data_dir), form, self.task.skip_unreadable)
+        if self._class_images is not None and self.task.class_prompt is not None:
             wanted += [(-1 - index, False) for index in range(len(self._class_images))]
-        if self.task.class_prompt is not None:
             captions.add(self.task.class_prompt)
+        held = sum(2 * mean.nbytes for mean, _ in self._latents.values())
+        if held + sum(embedding.nbytes for embedding in self._embeddings.values()) > KEPT:
+            self._latents, self._embeddings = {}, {}
         missing = [key for key in wanted if key not in self._latents]
         unknown = sorted(caption for caption in captions if caption not in self._embeddings)
         if missing or unknown:
             vae, text_encoder, tokenizer = self._encode_with()
-            held = sum(mean.nbytes * 2 for mean, _ in self._latents.values())
-            if held > KEPT:
-                self._latents = {key: value for key, value in self._latents.items() if key[0] < 0}
-                missing = [key for key in wanted if key not in self._latents]
             for index, side in missing:  # one at a time: a batch's other images would change the bits
                 source = dataset.images[index] if index >= 0 else self._of_the_class(-1 - index)
                 pixels = torch.from_numpy(source[..., ::-1].copy() if side else source.copy())[None]
@@ -224,8 +261,9 @@ class LoRALearner:
     def _encode_with(self) -> tuple[AutoencoderKL, CLIPTextModel, CLIPTokenizer]:
         if self._encoders is None:
             transformers.utils.logging.disable_progress_bar()
-            vae = AutoencoderKL.from_pretrained(self.folder, subfolder="vae", torch_dtype=self.dtype)
-            text_encoder = CLIPTextModel.from_pretrained(self.folder / "text_encoder", dtype=self.dtype)
+            vae_folder, text_folder = self.folder / "vae", self.folder / "text_encoder"
+            vae = AutoencoderKL.from_pretrained(vae_folder, torch_dtype=self.dtype, variant=_variant(vae_folder))
+            text_encoder = CLIPTextModel.from_pretrained(text_folder, dtype=self.dtype, variant=_variant(text_folder))
             tokenizer = CLIPTokenizer.from_pretrained(self.folder / "tokenizer")
             self._encoders = (vae.to(self.device).eval(), text_encoder.eval().to(self.device), tokenizer)
         return self._encoders
@@ -235,7 +273,7 @@ class LoRALearner:
     def loss(self, batch: Batch, rng: torch.Generator) -> Tensor:
         """As the DDPM's, in the VAE's latent space, given the caption (Rombach et al. 2022, equation 3).
 
-        With class images, as many of them are drawn as the batch has examples, and their loss is added
+        In training with class images, as many of them are drawn as the batch has examples, and their loss is added
         (prior preservation, Ruiz et al. 2023, equation 2).
         """
         keys = list(zip(batch["index"].tolist(), batch["mirrored"].tolist(), strict=True))
@@ -243,13 +281,13 @@ class LoRALearner:
         if self.task.proportion_empty_prompts and torch.is_grad_enabled():
             left_out = torch.rand(n, generator=rng) < self.task.proportion_empty_prompts
             captions = ["" if empty else caption for empty, caption in zip(left_out.tolist(), captions, strict=True)]
-        if self._class_images is not None and self.task.class_prompt is not None:
+        if self._class_images is not None and self.task.class_prompt is not None and torch.is_grad_enabled():
             drawn = torch.randint(len(self._class_images), (n,), generator=rng)
             keys += [(-1 - index, False) for index in drawn.tolist()]
             captions += [self.task.class_prompt] * n
         self.unet.train(torch.is_grad_enabled())  # dropout, in training only
         mean, deviation = (torch.stack(parts) for parts in zip(*(self._latents[key] for key in keys), strict=True))
-        latents = (mean + deviation * self._normal(mean.shape, rng)) * self._scaling_factor()
+        latents = (mean + deviation * self._normal(mean.shape, rng)) * self.scaling_factor
         noise = self._normal(latents.shape, rng)
         if self.task.noise_offset:
             noise = noise + self.task.noise_offset * self._normal((*latents.shape[:2], 1, 1), rng)
@@ -269,9 +307,6 @@ class LoRALearner:
 
     def _normal(self, shape: Sequence[int], rng: torch.Generator) -> Tensor:
         return torch.randn(tuple(shape), generator=rng).to(self.device)
-
-    def _scaling_factor(self) -> float:
-        return AutoencoderKL.load_config(self.folder, subfolder="vae").get("scaling_factor", 0.18215)
 
     @torch.no_grad()
     def sample(self, n: int, rng: torch.Generator, sampler: str, steps: int) -> Tensor:
@@ -308,7 +343,10 @@ class LoRALearner:
         if self.adapters.base_has_changed:
             self.unet.fuse_lora()
             self.unet.unload_lora()
-            self.pipeline("ddpm").save_pretrained(directory)
+            whole = self.pipeline("ddpm")
+            kind = json.loads((self.folder / "model_index.json").read_text())["scheduler"][1]
+            whole.scheduler = getattr(diffusers, kind).from_pretrained(self.folder, subfolder="scheduler")
+            whole.save_pretrained(directory)
             return
         weights = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.unet))
         StableDiffusionPipeline.save_lora_weights(
@@ -341,6 +379,11 @@ def pipeline_folder(name: str) -> Path:
     for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
         if not (folder / part).is_dir():
             raise UserError(f"{flag} {name}: the pipeline has no {part}.")
+        if part in ("unet", "vae", "text_encoder"):
+            _check_weights(folder / part)
+    for config in ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"):
+        if not (folder / config).is_file():
+            raise UserError(f"{flag} {name}: the pipeline has no {config}.")
     return folder
 
 
@@ -352,9 +395,56 @@ def _factor(folder: Path) -> int:
     return 2 ** (len(vae["block_out_channels"]) - 1 + len(unet["block_out_channels"]) - 1)
 
 
+def _check_weights(folder: Path) -> None:
+    """Raise `UserError` for a part of a pipeline without weights, or with damaged ones."""
+    files = _weights(folder)
+    if not files:
+        raise UserError(f"{folder} has no weights (.safetensors or .bin).")
+    for path in files:
+        if path.suffix == ".safetensors":
+            try:
+                with safe_open(path, framework="pt"):
+                    pass
+            except Exception as error:  # safetensors has one, and the file system others
+                raise UserError(f"{path} is damaged, or not all of it was fetched ({reason(error)}).") from None
+
+
+def _weights(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
+
+
+def _variant(folder: Path) -> str | None:
+    """fp16, where a part of a pipeline has only such files."""
+    files = _weights(folder)
+    return "fp16" if files and all(".fp16" in path.name for path in files) else None
+
+
+def _base_sha256(folder: Path) -> str:
+    """Of the weights of all parts of a pipeline."""
+    files = [path for part in ("unet", "vae", "text_encoder") for path in _weights(folder / part)]
+    hashes = [_file_sha256(path, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
+
+
+@cache
+def _file_sha256(path: Path, size: int, changed: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 @cache
 def _check_targets(folder: Path, targets: tuple[str, ...]) -> None:
     """Raise `UserError` for target modules that match nothing, or layers without weights."""
+    if not targets:
+        raise UserError("--target-modules is empty: name layers of the U-Net, as to_q to_k to_v to_out.0.")
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder, subfolder="unet"))
     linear = {name for name, module in unet.named_modules() if isinstance(module, torch.nn.Linear)}
@@ -366,16 +456,15 @@ def _check_targets(folder: Path, targets: tuple[str, ...]) -> None:
 def _base(folder: Path, dtype: str) -> Path:
     """A folder with the U-Net in this dtype: then all processes map the one file. Converted once, where it is not."""
     unet = folder / "unet"
-    files = sorted(unet.glob("*.safetensors"))
     stored = set()
-    for path in files:
+    for path in sorted(unet.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             stored |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
     if stored == {{"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[dtype]}:
         return unet
 
     def make(aside: Path) -> None:
-        loaded = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=DTYPES[dtype])
+        loaded = UNet2DConditionModel.from_pretrained(unet, torch_dtype=DTYPES[dtype], variant=_variant(unet))
         loaded.save_pretrained(aside)
 
     stamp = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(unet.iterdir())]
@@ -386,8 +475,6 @@ def _embed(caption: str, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, 
     """The caption's embedding [tokens, width], as Stable Diffusion's pipeline makes it."""
     tokens = tokenizer(
         caption, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-    ).input_ids
-    mask = None
-    if getattr(text_encoder.config, "use_attention_mask", False):
-        mask = (tokens != tokenizer.pad_token_id).long().to(device)
-    return text_encoder(tokens.to(device), attention_mask=mask)[0][0].float()
+    ).to(device)
+    mask = tokens.attention_mask if getattr(text_encoder.config, "use_attention_mask", False) else None
+    return text_encoder(tokens.input_ids, attention_mask=mask)[0][0].float()
