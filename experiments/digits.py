@@ -105,4 +105,7 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    try:
+        tyro.cli(main)
+    except fedray.UserError as error:
+        raise SystemExit(f"digits.py: {error}") from None

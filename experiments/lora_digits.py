@@ -137,4 +137,7 @@ def _with_spread(mean: float, std: float) -> str:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    try:
+        tyro.cli(main)
+    except fedray.UserError as error:
+        raise SystemExit(f"lora_digits.py: {error}") from None

@@ -69,4 +69,7 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    try:
+        tyro.cli(main)
+    except fedray.UserError as error:
+        raise SystemExit(f"lora_rules.py: {error}") from None
