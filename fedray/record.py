@@ -18,7 +18,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import shlex
 import shutil
 import subprocess
 import sys
@@ -43,6 +42,7 @@ from fedray import vector
 from fedray.choices import UserError
 from fedray.client import Memory
 from fedray.config import Config
+from fedray.model_card import model_card
 from fedray.rules import ServerState
 from fedray.vector import Layout
 from fedray.worker import Row
@@ -231,30 +231,7 @@ class Run:
 
     def write_card(self, config: Config, result: Row) -> None:
         """model/README.md: what the model was made of and how, for those who get it without the run."""
-        base = getattr(config.task, "pretrained_model_name_or_path", None)
-        data = getattr(config.task, "train_data_dir", None) or getattr(config.task, "dataset_name", config.task.name)
-        facts = {
-            "base": Path(base).name if base else None,
-            "data": f"{Path(str(data)).name}, {result['examples']:,} images among {config.clients} clients",
-            "partition": config.to_json()["partition"],
-            "rounds": f"{result['rounds']}, aggregated by {config.to_json()['rule']}",
-            "local training": f"{config.local_steps} steps" if config.local_steps else f"{config.local_epochs} epochs",
-            "sent": f"{result['bytes_down']:,} bytes down, {result['bytes_up']:,} up",
-            **{name: f"{score['value']:.4g} (n = {score['n']})" for name, score in result["scores"].items()},
-            "weights' SHA-256": result["vector_sha256"],
-            "command": f"`{shlex.join(self.saved.get('command', []))}`",
-        }
-        named = base and (Path(base).name if Path(base).exists() else base)
-        front = [
-            "---",
-            "library_name: diffusers",
-            *([f"base_model: {named}"] if named else []),
-            "tags: [fedray]",
-            "---",
-        ]
-        lines = [f"| {name} | {fact} |" for name, fact in facts.items() if fact]
-        text = [*front, "", "# A model trained by federated averaging", "", "| | |", "|---|---|", *lines, ""]
-        (self.directory / "model" / "README.md").write_text("\n".join(text))
+        (self.directory / "model/README.md").write_text(model_card(config, result, self.saved.get("command", [])))
 
     def finish(self, result: Row) -> None:
         _write(self.directory / "result.json", _json(result))

@@ -37,7 +37,7 @@ def test_a_network_and_dataset_of_ones_own(tmp_path, actors):
     run = Run.open(tmp_path / "run")
     assert run.result["rounds"] == 2
     assert run.rows[1]["loss"] < run.rows[0]["loss"]
-    assert {path.name for path in (run.directory / "model").iterdir()} == {"velocity.pt"}
+    assert {path.name for path in (run.directory / "model").iterdir()} == {"velocity.pt", "README.md"}
 
 
 @pytest.mark.slow

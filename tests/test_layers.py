@@ -11,10 +11,18 @@ PACKAGE = Path(fedray.__file__).parent
 ORDER = [
     *("choices", "seeds", "vector", "cache", "images"),
     *("data", "partition", "partition_report", "cohort", "codecs", "rules", "lora", "lora_rules"),
-    *("tasks", "tasks.images", "tasks.ddpm", "tasks.pretrained", "tasks.lora", "tasks.embedded"),
+    *(
+        "tasks",
+        "tasks.images",
+        "tasks.ddpm",
+        "tasks.pretrained",
+        "tasks.stable_diffusion",
+        "tasks.lora",
+        "tasks.embedded",
+    ),
     *("scores", "scores.frechet", "scores.kid", "scores.prdc", "scores.nearest", "scores.digits"),
     *("scores.networks", "scores.reference", "scores.scoring"),
-    *("config", "presets", "worker", "client", "drawing", "record"),
+    *("config", "model_card", "presets", "worker", "client", "drawing", "record"),
     *("plan", "pools", "evaluation", "federation", "results"),
     *("actors", "local_only"),
     *(

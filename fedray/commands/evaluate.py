@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from fedray.record import Run
 from fedray.scores import networks
 from fedray.scores.nearest import LOOKED_AT
 from fedray.seeds import generator
+from fedray.tasks import Task
 from fedray.tasks.images import Images
 from fedray.tasks.pretrained import Pretrained, load
 from fedray.worker import Weights
@@ -141,7 +142,7 @@ def _evaluate_folder(asked: Evaluate) -> None:
     resolution, channels = form_of(asked.target)
     real = Images(**asked.against(resolution, channels))
     folder = Images("imagefolder", str(asked.target), resolution=resolution, channels=channels)
-    config = asked.settings(Config(task=real, local_steps=1))
+    config = asked.settings(Config(task=cast(Task, real), local_steps=1))
     assert config.features is not None
     dataset, drawn = real.dataset(), folder.dataset()
     n = asked.samples or len(drawn)
@@ -150,7 +151,7 @@ def _evaluate_folder(asked: Evaluate) -> None:
     networks.check(config.features, config.inception_weights, drawn.images)
     with open_pool(config, dataset) as pool, progress(1) as (_, show):
         against = open_reference(config, dataset, pool, show)
-    with open_pool(replace(config, task=folder), drawn) as pool, progress(1) as (_, show):
+    with open_pool(replace(config, task=cast(Task, folder)), drawn) as pool, progress(1) as (_, show):
         features = np.concatenate(list(features_of(config, len(drawn), pool, show)))
     # In an order of its own: some of them, and the groups of intervals, should not be one sub-folder each.
     order = torch.randperm(len(drawn), generator=generator(0, "folder"))[:n].numpy()

@@ -5,13 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import torch
-
 from fedray import data
 from fedray.choices import UserError, check_name
 from fedray.data import Dataset
 from fedray.images import Form
-from fedray.tasks import Learner
 
 DATASETS = ("digits", "imagefolder", "celeba")
 
@@ -76,6 +73,3 @@ class Images:
             return data.hugging_face(self.dataset_name, form, self.skip_unreadable)
         source = data.celeba if self.dataset_name == "celeba" else data.image_folder
         return source(Path(self.train_data_dir), form, self.skip_unreadable)
-
-    def build(self, device: torch.device) -> Learner:
-        raise NotImplementedError("images by themselves are only scored")

@@ -3,10 +3,8 @@
 import hashlib
 import json
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -15,26 +13,33 @@ import numpy as np
 import torch
 import transformers
 import tyro
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from safetensors import safe_open
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from fedray import cache as node_cache
-from fedray.choices import UserError, check_name, reason
+from fedray.choices import UserError, check_name
 from fedray.data import Dataset, image_folder
 from fedray.images import Form
 from fedray.lora import adapters
 from fedray.tasks import Batch
+from fedray.tasks.captions import captions_of
 from fedray.tasks.ddpm import SAMPLERS, weighted_loss
 from fedray.tasks.images import Images
+from fedray.tasks.stable_diffusion import (
+    DTYPES,
+    base_sha256,
+    check_targets,
+    embed,
+    pipeline_folder,
+    resolution_factor,
+    unet_folder,
+    variant,
+)
 from fedray.vector import FlatParameters
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SUPPORTED = ("StableDiffusionPipeline",)
 KEPT = 4_000_000_000  # bytes of latents that a process keeps
 
 
@@ -116,8 +121,10 @@ class LoRA(Images):
         if (self.class_data_dir is None) != (self.class_prompt is None):
             raise UserError("--class-data-dir and --class-prompt go together: give both, or neither.")
         folder = pipeline_folder(self.pretrained_model_name_or_path)
-        if self.resolution % _factor(folder):
-            raise UserError(f"--resolution {self.resolution}: it must be a multiple of {_factor(folder)} for this VAE.")
+        if self.resolution % resolution_factor(folder):
+            raise UserError(
+                f"--resolution {self.resolution}: it must be a multiple of {resolution_factor(folder)} for this VAE."
+            )
         scheduler = DDPMScheduler.load_config(folder, subfolder="scheduler")
         if scheduler.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"):
             raise UserError(
@@ -126,30 +133,13 @@ class LoRA(Images):
         trained = scheduler["num_train_timesteps"]
         if not 1 <= steps <= trained:
             raise UserError(f"--sampling-steps {steps}: it must be between 1 and the {trained} steps of training.")
-        _check_targets(folder, self.target_modules)
+        check_targets(folder, self.target_modules)
 
     def dataset(self) -> Dataset:
         """The images, with a column "caption"."""
         dataset = super().dataset()
-        columns = dataset.columns
         source = self.train_data_dir or self.dataset_name
-        if self.instance_prompt is not None:
-            captions = [self.instance_prompt] * len(dataset)
-        elif self.caption_column in columns:
-            captions = ["" if value != value else str(value).strip() for value in columns[self.caption_column]]
-        elif "file_name" not in columns or set(columns) > {"folder", "file_name"} or self.caption_column != "text":
-            known = ", ".join(name for name in columns if name not in ("folder", "file_name")) or "nothing"
-            raise UserError(
-                f"{source} has no column {self.caption_column!r} of captions, but {known}: name it with "
-                f"--caption-column, or give one --instance-prompt."
-            )
-        else:
-            captions = self._captions_of_files(columns["file_name"])
-        if not all(captions):
-            names = columns.get("file_name", np.arange(len(dataset)))
-            raise UserError(
-                f"{source}: {captions.count('')} images have no caption, the first of them {names[captions.index('')]}."
-            )
+        captions = captions_of(dataset, source, self.caption_column, self.instance_prompt)
         return dataset.with_column("caption", np.array(captions, dtype=object))
 
     def class_images(self) -> Dataset | None:
@@ -165,24 +155,7 @@ class LoRA(Images):
         extra = self.class_images()
         found = {"captions_sha256": hashlib.sha256(captions).hexdigest()}
         found |= {"class_images_sha256": extra.sha256} if extra is not None else {}
-        return found | {"base_sha256": _base_sha256(pipeline_folder(self.pretrained_model_name_or_path))}
-
-    def _captions_of_files(self, names: np.ndarray) -> list[str]:
-        """From a text file beside each image, else from its folder's name."""
-        root = Path(self.train_data_dir or "")
-        beside = [(root / name).with_suffix(".txt") for name in names]
-        there = [path.is_file() for path in beside]
-        if any(there):
-            if not all(there):
-                absent = beside[there.index(False)]
-                raise UserError(f"{absent} is absent: where some images have a caption in a text file, all must.")
-            try:
-                return [path.read_text(encoding="utf-8").strip() for path in beside]
-            except UnicodeDecodeError as error:
-                bad = next(path for path in beside if not _is_utf8(path))
-                raise UserError(f"{bad} is no text in UTF-8 ({reason(error)}).") from None
-        folders = [(root / name).parent.name for name in names]
-        return [re.sub(r"[_\W]+", " ", folder).strip() for folder in folders]
+        return found | {"base_sha256": base_sha256(pipeline_folder(self.pretrained_model_name_or_path))}
 
     def prompts(self, dataset: Dataset) -> tuple[str, ...]:
         """What samples are drawn for: the validation prompts, else the captions, each once."""
@@ -202,8 +175,8 @@ class LoRALearner:
         self.scheduler = DDPMScheduler.from_pretrained(self.folder, subfolder="scheduler")
         self.alphas_cumprod = self.scheduler.alphas_cumprod.to(device)
         self.scaling_factor = AutoencoderKL.load_config(self.folder, subfolder="vae").get("scaling_factor", 0.18215)
-        base = _base(self.folder, task.base_dtype)
-        unet = UNet2DConditionModel.from_pretrained(base, torch_dtype=self.dtype, variant=_variant(base))
+        base = unet_folder(self.folder, task.base_dtype)
+        unet = UNet2DConditionModel.from_pretrained(base, torch_dtype=self.dtype, variant=variant(base))
         self.unet = unet.requires_grad_(False).to(device)
         alpha: Any = task.rank if task.lora_alpha is None else task.lora_alpha
         self.unet.add_adapter(
@@ -251,7 +224,7 @@ class LoRALearner:
                 found = vae.encode((pixels.to(self.device).float() / 127.5 - 1).to(self.dtype)).latent_dist
                 self._latents[index, side] = (found.mean[0].float(), found.std[0].float())
             for caption in unknown:
-                self._embeddings[caption] = _embed(caption, text_encoder, tokenizer, self.device)
+                self._embeddings[caption] = embed(caption, text_encoder, tokenizer, self.device)
         self._encoders = None
 
     def _of_the_class(self, index: int) -> np.ndarray:
@@ -262,8 +235,8 @@ class LoRALearner:
         if self._encoders is None:
             transformers.utils.logging.disable_progress_bar()
             vae_folder, text_folder = self.folder / "vae", self.folder / "text_encoder"
-            vae = AutoencoderKL.from_pretrained(vae_folder, torch_dtype=self.dtype, variant=_variant(vae_folder))
-            text_encoder = CLIPTextModel.from_pretrained(text_folder, dtype=self.dtype, variant=_variant(text_folder))
+            vae = AutoencoderKL.from_pretrained(vae_folder, torch_dtype=self.dtype, variant=variant(vae_folder))
+            text_encoder = CLIPTextModel.from_pretrained(text_folder, dtype=self.dtype, variant=variant(text_folder))
             tokenizer = CLIPTokenizer.from_pretrained(self.folder / "tokenizer")
             self._encoders = (vae.to(self.device).eval(), text_encoder.eval().to(self.device), tokenizer)
         return self._encoders
@@ -354,127 +327,3 @@ class LoRALearner:
             unet_lora_layers={name: weight.contiguous().cpu().clone() for name, weight in weights.items()},
             unet_lora_adapter_metadata=self.unet.peft_config["default"].to_dict(),
         )
-
-
-@cache
-def pipeline_folder(name: str) -> Path:
-    """The folder of a pipeline by path or hub name (then downloaded). Raises `UserError` if it is not of the kind."""
-    flag = "--pretrained-model-name-or-path"
-    if not name:
-        raise UserError(f"{flag} is not given: name the folder, or the hub name, of a Stable Diffusion pipeline.")
-    folder = Path(name)
-    if not folder.is_dir():
-        try:
-            folder = Path(DiffusionPipeline.download(name, safety_checker=None))
-        except Exception as error:  # the hub has dozens
-            raise UserError(f"{flag} {name}: no such folder, and the hub has none ({reason(error)}).") from None
-    if not (folder / "model_index.json").is_file():
-        raise UserError(f"{flag} {name} is no pipeline: it has no model_index.json.")
-    try:
-        kind = json.loads((folder / "model_index.json").read_text())["_class_name"]
-    except (ValueError, KeyError):
-        raise UserError(f"{flag} {name}: its model_index.json is damaged.") from None
-    if kind not in SUPPORTED:
-        raise UserError(f"{flag} {name} is a {kind}, which is not supported yet; take a {SUPPORTED[0]} (1.x or 2.x).")
-    for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
-        if not (folder / part).is_dir():
-            raise UserError(f"{flag} {name}: the pipeline has no {part}.")
-        if part in ("unet", "vae", "text_encoder"):
-            _check_weights(folder / part)
-    for config in ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"):
-        if not (folder / config).is_file():
-            raise UserError(f"{flag} {name}: the pipeline has no {config}.")
-    return folder
-
-
-@cache
-def _factor(folder: Path) -> int:
-    """Pixels of an image per side of a latent, times what the U-Net needs."""
-    vae = AutoencoderKL.load_config(folder, subfolder="vae")
-    unet = UNet2DConditionModel.load_config(folder, subfolder="unet")
-    return 2 ** (len(vae["block_out_channels"]) - 1 + len(unet["block_out_channels"]) - 1)
-
-
-def _check_weights(folder: Path) -> None:
-    """Raise `UserError` for a part of a pipeline without weights, or with damaged ones."""
-    files = _weights(folder)
-    if not files:
-        raise UserError(f"{folder} has no weights (.safetensors or .bin).")
-    for path in files:
-        if path.suffix == ".safetensors":
-            try:
-                with safe_open(path, framework="pt"):
-                    pass
-            except Exception as error:  # safetensors has one, and the file system others
-                raise UserError(f"{path} is damaged, or not all of it was fetched ({reason(error)}).") from None
-
-
-def _weights(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
-
-
-def _variant(folder: Path) -> str | None:
-    """fp16, where a part of a pipeline has only such files."""
-    files = _weights(folder)
-    return "fp16" if files and all(".fp16" in path.name for path in files) else None
-
-
-def _base_sha256(folder: Path) -> str:
-    """Of the weights of all parts of a pipeline."""
-    files = [path for part in ("unet", "vae", "text_encoder") for path in _weights(folder / part)]
-    hashes = [_file_sha256(path, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
-
-
-@cache
-def _file_sha256(path: Path, size: int, changed: int) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _is_utf8(path: Path) -> bool:
-    try:
-        path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-@cache
-def _check_targets(folder: Path, targets: tuple[str, ...]) -> None:
-    """Raise `UserError` for target modules that match nothing, or layers without weights."""
-    if not targets:
-        raise UserError("--target-modules is empty: name layers of the U-Net, as to_q to_k to_v to_out.0.")
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder, subfolder="unet"))
-    linear = {name for name, module in unet.named_modules() if isinstance(module, torch.nn.Linear)}
-    for target in targets:
-        if not any(name == target or name.endswith("." + target) for name in linear):
-            raise UserError(f"--target-modules {target}: no linear layer of the U-Net has a name that ends so.")
-
-
-def _base(folder: Path, dtype: str) -> Path:
-    """A folder with the U-Net in this dtype: then all processes map the one file. Converted once, where it is not."""
-    unet = folder / "unet"
-    stored = set()
-    for path in sorted(unet.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            stored |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
-    if stored == {{"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[dtype]}:
-        return unet
-
-    def make(aside: Path) -> None:
-        loaded = UNet2DConditionModel.from_pretrained(unet, torch_dtype=DTYPES[dtype], variant=_variant(unet))
-        loaded.save_pretrained(aside)
-
-    stamp = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(unet.iterdir())]
-    return node_cache.kept("converting the U-Net", ["base", str(folder.resolve()), stamp, dtype], make)
-
-
-def _embed(caption: str, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, device: torch.device) -> Tensor:
-    """The caption's embedding [tokens, width], as Stable Diffusion's pipeline makes it."""
-    tokens = tokenizer(
-        caption, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-    ).to(device)
-    mask = tokens.attention_mask if getattr(text_encoder.config, "use_attention_mask", False) else None
-    return text_encoder(tokens.input_ids, attention_mask=mask)[0][0].float()

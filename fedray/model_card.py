@@ -1,0 +1,29 @@
+"""What a model was made of and how, in the form of a Hugging Face model card."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from fedray.config import Config
+
+
+def model_card(config: Config, result: dict[str, Any], command: list[str]) -> str:
+    """Markdown, from a run's settings, its result and the command that began it."""
+    settings = config.to_json()
+    base = getattr(config.task, "pretrained_model_name_or_path", None)
+    base = Path(base).name if base and Path(base).exists() else base  # a path of this machine says nothing elsewhere
+    data = getattr(config.task, "train_data_dir", None) or getattr(config.task, "dataset_name", config.task.name)
+    facts = {
+        "base": base,
+        "data": f"{Path(str(data)).name}, {result['examples']:,} images among {config.clients} clients",
+        "partition": settings["partition"],
+        "rounds": f"{result['rounds']}, aggregated by {settings['rule']}",
+        "local training": f"{config.local_steps} steps" if config.local_steps else f"{config.local_epochs} epochs",
+        "sent": f"{result['bytes_down']:,} bytes down, {result['bytes_up']:,} up",
+        **{name: f"{score['value']:.4g} (n = {score['n']})" for name, score in result["scores"].items()},
+        "weights' SHA-256": result["vector_sha256"],
+        "command": f"`{shlex.join(command)}`",
+    }
+    front = ["---", "library_name: diffusers", *([f"base_model: {base}"] if base else []), "tags: [fedray]", "---"]
+    lines = [f"| {name} | {fact} |" for name, fact in facts.items() if fact]
+    return "\n".join([*front, "", "# A model trained by federated averaging", "", "| | |", "|---|---|", *lines, ""])
