@@ -767,7 +767,6 @@ import torch
 task = replace(PRESETS["digits-lora"].task, pretrained_model_name_or_path=sys.argv[1], base_dtype=sys.argv[2])
 learner = build(replace(PRESETS["digits-lora"], task=task), torch.device("cpu"))
 total = sum(p.sum().item() for p in learner.unet.parameters())  # touch every page
-rollup = dict(line.split(":") for line in open("/proc/self/smaps_rollup") if ":" in line)
 print("ready", flush=True)
 sys.stdin.readline()
 rollup = dict(line.split(":", 1) for line in open("/proc/self/smaps_rollup").read().splitlines()[1:])
@@ -787,7 +786,7 @@ def test_two_actors_share_one_base(tmp_path, dtype, monkeypatch):
     size = 1024 * sum(p.numel() for p in unet.parameters()) * (4 if dtype == "float32" else 2) // 1024
     unet.save_pretrained(tmp_path / "pipeline/unet")
     del unet
-    private = {}
+    shared, private = {}, {}
     for name, folder in (("small", PIPELINE), ("large", tmp_path / "pipeline")):
         command = [sys.executable, "-c", BASE_MEMORY, str(folder), dtype]
         running = [
@@ -798,9 +797,12 @@ def test_two_actors_share_one_base(tmp_path, dtype, monkeypatch):
         for process in running:
             process.stdin.write("\n")
             process.stdin.flush()
-        private[name] = [int(process.communicate()[0].split()[1]) * 1024 for process in running]
+        found = [process.communicate()[0].split() for process in running]
+        shared[name] = sum(int(pss) * 1024 for pss, _ in found)
+        private[name] = max(int(dirty) * 1024 for _, dirty in found)
     assert size > 50e6
-    assert max(private["large"]) - min(private["small"]) < 0.35 * size
+    assert shared["large"] - shared["small"] < 1.6 * size  # in both processes together the base is once, not twice
+    assert private["large"] - private["small"] < 0.5 * size
 
 
 @pytest.mark.slow

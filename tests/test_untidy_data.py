@@ -223,7 +223,7 @@ def test_a_run_whose_data_changed_is_not_resumed(photos, tmp_path, capsys, chang
         metadata(photos, label=list(range(12))[::-1])
     before = (tmp_path / "run/rounds.jsonl").read_text()
     assert main(["train", "--resume", str(tmp_path / "run")]) == 2
-    assert re.search("the images of the run at .*, their labels, or .* have changed", capsys.readouterr().err)
+    assert re.search("the images of the run at .*, their labels or captions, .* have changed", capsys.readouterr().err)
     assert (tmp_path / "run/rounds.jsonl").read_text() == before
 
 
