@@ -11,30 +11,15 @@ PACKAGE = Path(fedray.__file__).parent
 ORDER = [
     *("choices", "seeds", "vector", "cache", "images"),
     *("data", "partition", "partition_report", "cohort", "codecs", "rules", "lora", "lora_rules"),
-    *(
-        "tasks",
-        "tasks.images",
-        "tasks.ddpm",
-        "tasks.pretrained",
-        "tasks.stable_diffusion",
-        "tasks.lora",
-        "tasks.embedded",
-    ),
+    *("tasks", "tasks.images", "tasks.ddpm", "tasks.pretrained"),
+    *("tasks.captions", "tasks.stable_diffusion", "tasks.lora", "tasks.embedded"),
     *("scores", "scores.frechet", "scores.kid", "scores.prdc", "scores.nearest", "scores.digits"),
     *("scores.networks", "scores.reference", "scores.scoring"),
     *("config", "model_card", "presets", "worker", "client", "drawing", "record"),
     *("plan", "pools", "evaluation", "federation", "results"),
     *("actors", "local_only"),
-    *(
-        "commands",
-        "commands.terminal",
-        "commands.train",
-        "commands.finetune",
-        "commands.sample",
-        "commands.evaluate",
-        "cli",
-        "__main__",
-    ),
+    *("commands", "commands.terminal", "commands.train", "commands.finetune", "commands.sample", "commands.evaluate"),
+    *("cli", "__main__"),
 ]
 FILES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
