@@ -14,6 +14,7 @@ from typing import Any
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # before Ray is imported
 
+import numpy as np
 import ray
 import torch
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayError
@@ -27,7 +28,7 @@ from fedray.federation import fit
 from fedray.plan import make_plan
 from fedray.pools import LocalPool, Pool, Progress, Reply
 from fedray.record import Run, environment
-from fedray.worker import Row, Work, Worker, do
+from fedray.worker import Row, Weights, Work, Worker, do
 
 NAMESPACE = "fedray"
 TOKEN = secrets.token_hex(32)  # of a private Ray; Ray reads it once per process
@@ -48,8 +49,8 @@ class ClientActor:
         self.worker = Worker(config, device, f"actor {index}", source, sha256)
 
     @ray.method(num_returns=2)
-    def do(self, work: Work, shared: Any, job: Any) -> tuple[dict[str, Any], Any]:
-        return do(self.worker, work, shared, job)
+    def do(self, work: Work, shared: Any, base: np.ndarray | None, job: Any) -> tuple[dict[str, Any], Any]:
+        return do(self.worker, work, shared if base is None else shared._replace(base=base), job)
 
     @ray.method(concurrency_group="progress")
     def steps_done(self) -> int:
@@ -68,6 +69,7 @@ class RayPool:
         self.actors = actors
         self.window = 2 * len(actors)
         self.timeout = timeout
+        self._base: tuple[np.ndarray, Any] | None = None  # a base's change that has been sent, and where it is
 
     @classmethod
     def start(cls, config: Config, dataset: Dataset | None = None) -> "RayPool":
@@ -99,7 +101,7 @@ class RayPool:
         return [RayPool([actor], self.timeout) for actor in self.actors]
 
     def map(self, work: Work, shared: Any, jobs: Iterable[Any], progress: Progress) -> Iterator[Reply]:
-        shared_ref = ray.put(shared)
+        shared_ref, base_ref = self._send(shared)
         queue = enumerate(jobs)
         idle = list(self.actors)
         running: dict[Any, _Running] = {}
@@ -114,7 +116,7 @@ class RayPool:
                 index, job = item
                 drawn = index + 1
                 actor = idle.pop()
-                row, payload = actor.do.remote(work, shared_ref, job)
+                row, payload = actor.do.remote(work, shared_ref, base_ref, job)
                 running[row] = _Running(index, job, payload, actor, time.monotonic() + self.timeout)
             if not running:
                 return
@@ -134,6 +136,15 @@ class RayPool:
             if time.monotonic() > looked + POLL:
                 progress(self._steps_done() - begin)
                 looked = time.monotonic()
+
+    def _send(self, shared: Any) -> tuple[Any, Any]:
+        """Put what jobs share into the object store; a base's change apart, once for all maps until it changes."""
+        if not isinstance(shared, Weights) or shared.base is None:
+            return ray.put(shared), None
+        # The array that was sent is held, so another at its address is the same.
+        if self._base is None or self._base[0].ctypes.data != shared.base.ctypes.data:
+            self._base = (shared.base, ray.put(shared.base))
+        return ray.put(shared._replace(base=None)), self._base[1]
 
     def _steps_done(self) -> int:
         counts = [actor.steps_done.remote() for actor in self.actors]

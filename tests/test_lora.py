@@ -281,6 +281,26 @@ def test_stopped_and_resumed_and_on_actors_it_is_the_same_run(ray, config, tmp_p
     assert train(moved, tmp_path / "run", resume=True).result["vector_sha256"] == whole
 
 
+@pytest.mark.slow
+def test_floras_change_of_the_base_is_sent_once_a_round(ray, config, tmp_path, monkeypatch):
+    """To training, validation, prompts and samples alike."""
+    from fedray import actors
+
+    config = replace(config, rule=Flora(), rounds=3, actors=2, held_out_share=0.25, evaluate_samples=4)
+    size, put, sent = make_plan(config).adapters.base_size, ray.put, []
+    monkeypatch.setattr(actors.ray, "put", lambda value: [sent.append(value), put(value)][1])
+    pool = actors.RayPool.start(config)
+    try:
+        rows = list(fit(config, pool, tmp_path / "run"))
+    finally:
+        pool.close()
+    assert [row["bytes_down"] for row in rows[1:]] == [4 * (rows[0]["bytes_down"] // 4 + 4 * size)] * 2
+    bases = [value for value in sent if isinstance(value, np.ndarray) and value.size == size]
+    assert len(bases) == 3  # after each of the three rounds
+    assert all(getattr(value, "base", None) is None for value in sent if not isinstance(value, np.ndarray))
+    assert len(sent) > 9
+
+
 def test_a_client_alone_is_plain_peft_training(config, tmp_path):
     """One client, one round, against a loop written with diffusers and peft alone."""
     config = replace(config, clients=1, partition=fedray.IID(), rounds=1, local_steps=3)

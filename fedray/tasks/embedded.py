@@ -24,7 +24,7 @@ from fedray.seeds import generator, number
 PIPELINE = Path(__file__).with_name("digits_pipeline")
 SEEN = (0, 1, 2, 3, 4, 5)  # the classes that the pipeline was trained on
 HELD_OUT = (6, 7, 8, 9)
-PROMPT_TOKENS = 16  # one per letter, and two for the start and the end
+PROMPT_TOKENS = 32  # one per letter, and two for the start and the end: 30 letters
 EMPTY_PROMPTS = 0.1  # the share of training prompts that are empty, for classifier-free guidance
 
 
