@@ -1,11 +1,11 @@
-"""The command line: fedray train, finetune, sample and evaluate."""
+"""The command line: fedray train, finetune, sample, evaluate, sweep and report."""
 
 import importlib
 import sys
 
 import fedray
 
-COMMANDS = ("train", "finetune", "sample", "evaluate")
+COMMANDS = ("train", "finetune", "sample", "evaluate", "sweep", "report")
 USAGE = """fedray simulates federated training of diffusion models on Ray.
 
   fedray train [--preset digits] [--clients 4] [--rounds 20] …   train, and write a run directory
@@ -13,6 +13,8 @@ USAGE = """fedray simulates federated training of diffusion models on Ray.
   fedray finetune --pretrained-model-name-or-path SD …           fine-tune Stable Diffusion by LoRA
   fedray sample RUN [--num-images 64] [--out FILE]               draw images from a run's model
   fedray evaluate RUN|PIPELINE|FOLDER [--features inception] …   score a model, or images
+  fedray sweep experiments/figure2.py [--smoke] [--resume] …     train many runs that differ, and compare them
+  fedray report RUN|SWEEP… [--open]                              make one page of them, to look at
   fedray --version
 
 Each command has its own --help.

@@ -1,6 +1,7 @@
 """A run is its configuration: one frozen dataclass, and the presets."""
 
 import dataclasses
+import hashlib
 import json
 import math
 from dataclasses import dataclass, field, replace
@@ -262,6 +263,11 @@ class Config:
             values[name] = short(values[name], menu)
         return values
 
+    @property
+    def sha256(self) -> str:
+        """Of everything that the result depends on: the same for two runs that only compute in other places."""
+        return sha256_of(self.to_json())
+
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Config":
         """The inverse of `to_json`, for fedray's own tasks, partitions, codecs and rules.
@@ -288,6 +294,12 @@ class Config:
             return cls(task=TASKS[name](**lists), **values)
         except TypeError as error:
             raise UserError(f"this run is of another version of fedray: its task does not fit ({error}).") from None
+
+
+def sha256_of(values: dict[str, Any]) -> str:
+    """`Config.sha256` of what `to_json` gave, as it was saved with a run."""
+    matters = {name: value for name, value in values.items() if name not in PLACEMENT}
+    return hashlib.sha256(json.dumps(matters, sort_keys=True, default=str).encode()).hexdigest()
 
 
 _MENUS: dict[str, dict[str, type]] = {"partition": PARTITIONS, "rule": RULES, "codec": CODECS}

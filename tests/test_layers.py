@@ -16,9 +16,10 @@ ORDER = [
     *("scores", "scores.frechet", "scores.kid", "scores.prdc", "scores.nearest", "scores.digits"),
     *("scores.networks", "scores.reference", "scores.scoring"),
     *("config", "model_card", "presets", "worker", "client", "drawing", "record"),
-    *("plan", "pools", "evaluation", "federation", "results"),
-    *("actors", "local_only"),
+    *("plan", "pools", "evaluation", "federation", "results", "report"),
+    *("actors", "local_only", "sweep"),
     *("commands", "commands.terminal", "commands.train", "commands.finetune", "commands.sample", "commands.evaluate"),
+    *("commands.sweep", "commands.report"),
     *("cli", "__main__"),
 ]
 FILES = {
