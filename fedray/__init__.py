@@ -9,7 +9,7 @@ from importlib.metadata import version
 __version__ = version("fedray")
 
 _HOME = {
-    "Config": "config", "PRESETS": "presets", "RunError": "choices", "UserError": "choices",
+    "Config": "config", "PRESETS": "presets", "SMOKE": "presets", "RunError": "choices", "UserError": "choices",
     "Dataset": "data", "FlatParameters": "vector", "DDPM": "tasks.ddpm", "Run": "record",
     "IID": "partition", "Quantity": "partition", "ByLabel": "partition", "ByAttribute": "partition",
     "ByFolder": "partition", "Dirichlet": "partition", "Shards": "partition", "run_local_only": "local_only",

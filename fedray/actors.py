@@ -44,8 +44,7 @@ class ClientActor:
 
     def __init__(self, config: Config, index: int, source: Source | None, sha256: str | None) -> None:
         device = torch.device("cuda" if config.gpus_per_actor else "cpu")
-        if 0 < config.gpus_per_actor < 1:  # the fraction that Ray counts is bookkeeping only
-            torch.cuda.set_per_process_memory_fraction(config.gpus_per_actor)
+        keep_to_fraction(config)
         self.worker = Worker(config, device, f"actor {index}", source, sha256)
 
     @ray.method(num_returns=2)
@@ -55,6 +54,12 @@ class ClientActor:
     @ray.method(concurrency_group="progress")
     def steps_done(self) -> int:
         return self.worker.steps_done
+
+
+def keep_to_fraction(config: Config) -> None:
+    """Hold this process to its share of a GPU's memory: the fraction that Ray counts is bookkeeping only."""
+    if 0 < config.gpus_per_actor < 1:
+        torch.cuda.set_per_process_memory_fraction(config.gpus_per_actor)
 
 
 class RayPool:
@@ -90,7 +95,7 @@ class RayPool:
             pool.close()
             raise RunError(
                 f"{count} client actors did not start in {START_TIMEOUT:.0f} s. They need {_need(config, count)}; "
-                f"free now: {_resources(ray.available_resources())}."
+                f"free now: {describe(ray.available_resources())}."
             ) from None
         except RayError as error:
             pool.close()
@@ -207,6 +212,15 @@ def count_actors(config: Config) -> int:
     Raises:
         UserError: the cluster has no GPU, or is too small.
     """
+    return min(config.actors or count_slots(config), config.cohort_size)
+
+
+def count_slots(config: Config) -> int:
+    """How many client actors fit into the cluster.
+
+    Raises:
+        UserError: fewer than asked for, or none.
+    """
     have = ray.cluster_resources()
     gpus, cpus = have.get("GPU", 0), have.get("CPU", 0)
     if config.gpus_per_actor and not gpus:
@@ -216,13 +230,13 @@ def count_actors(config: Config) -> int:
     if config.gpus_per_actor >= 1:
         fit_gpu = gpus // config.gpus_per_actor
     slots = int(min(fit_cpu, fit_gpu))
-    wanted = config.actors or max(1, slots)
+    wanted = config.actors or 1
     if wanted > slots:
         raise UserError(
-            f"--actors {wanted} needs {_need(config, wanted)}, and there are {_resources(have)}: at most {slots} "
+            f"--actors {wanted} needs {_need(config, wanted)}, and there are {describe(have)}: at most {slots} "
             f"fit. Ask for fewer, or lower --cpus-per-actor or --gpus-per-actor."
         )
-    return min(wanted, config.cohort_size)
+    return slots
 
 
 def _need(config: Config, count: int) -> str:
@@ -230,7 +244,8 @@ def _need(config: Config, count: int) -> str:
     return f"{count * config.cpus_per_actor:g} CPUs{gpus}"
 
 
-def _resources(have: dict[str, float]) -> str:
+def describe(have: Mapping[str, float]) -> str:
+    """CPUs and GPUs, in words."""
     return f"{have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs"
 
 

@@ -259,7 +259,7 @@ class Config:
         """A dictionary that JSON can hold, with the short forms of what was chosen by name."""
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         values["task"] = {"name": self.task.name, **dataclasses.asdict(self.task)}  # type: ignore[call-overload]
-        for name, menu in _MENUS.items():
+        for name, menu in MENUS.items():
             values[name] = short(values[name], menu)
         return values
 
@@ -287,7 +287,7 @@ class Config:
         unknown = [key for key in values if key not in {item.name for item in dataclasses.fields(cls)}]
         if unknown:
             raise UserError(f"this run is of another version of fedray: it has a setting {unknown[0]!r}.")
-        for key, menu in _MENUS.items():
+        for key, menu in MENUS.items():
             values[key] = pick(key, values[key], menu)
         lists = {key: tuple(value) if isinstance(value, list) else value for key, value in task.items()}
         try:
@@ -302,7 +302,7 @@ def sha256_of(values: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(matters, sort_keys=True, default=str).encode()).hexdigest()
 
 
-_MENUS: dict[str, dict[str, type]] = {"partition": PARTITIONS, "rule": RULES, "codec": CODECS}
+MENUS: dict[str, dict[str, type]] = {"partition": PARTITIONS, "rule": RULES, "codec": CODECS}
 
 
 def flag(name: str) -> str:

@@ -8,6 +8,9 @@ from fedray.tasks.ddpm import DDPM
 from fedray.tasks.embedded import PIPELINE
 from fedray.tasks.lora import LoRA
 
+# With these, the preset "digits" takes seconds: for trying out, and for tests.
+SMOKE = {"rounds": 2, "test_share": 0.9, "evaluate_samples": 32, "sampling_steps": 4, "kid_subset_size": 16}
+
 PRESETS = {
     # A size at which a laptop draws recognisable digits in minutes: 159,697 parameters.
     "digits": Config(

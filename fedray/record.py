@@ -47,6 +47,11 @@ from fedray.rules import ServerState
 from fedray.vector import Layout
 from fedray.worker import Row
 
+# Of a sweep: how its record's name ends; and, in the directory of a run that is not complete, a line that says why.
+RECORD = ".sweep.json"
+FAILED = "failed.txt"
+STOPPED = "stopped.txt"
+
 
 class Run:
     """A run directory, to read from and, by the run itself, to write to."""
@@ -120,10 +125,10 @@ class Run:
     def create(self, config: Config, data: dict[str, str], provenance: dict[str, Any]) -> None:
         """Begin a run here. Raises `UserError` if the directory holds anything, or cannot be written."""
         self.check_vacant()
-        text = _json({"config": config.to_json(), **data, **provenance})
+        text = as_json({"config": config.to_json(), **data, **provenance})
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            _write(self.directory / "config.json", text)
+            write(self.directory / "config.json", text)
         except OSError as error:
             raise UserError(f"{self.directory} cannot be written: {error.strerror}; choose another --out.") from None
 
@@ -234,7 +239,7 @@ class Run:
         (self.directory / "model/README.md").write_text(model_card(config, result, self.saved.get("command", [])))
 
     def finish(self, result: Row) -> None:
-        _write(self.directory / "result.json", _json(result))
+        write(self.directory / "result.json", as_json(result))
 
     def draw(self, name: str, images: np.ndarray, rounds: int, columns: int = 8) -> None:
         """Save a grid of images as NAME/round-….png, and the latest as NAME.png."""
@@ -330,11 +335,11 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is damaged at line {error.lineno}: {error.msg}.") from None
 
 
-def _json(values: dict[str, Any]) -> str:
+def as_json(values: dict[str, Any]) -> str:
     return json.dumps(values, indent=2, default=str) + "\n"  # str: what a user's own task is configured with
 
 
-def _write(path: Path, text: str) -> None:
+def write(path: Path, text: str) -> None:
     """Write a file: complete or not at all."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:

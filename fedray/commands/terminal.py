@@ -80,6 +80,14 @@ def print_table(runs: dict[str, Path], mean: bool = False) -> None:
     Console().print(table)
 
 
+def print_frame(frame: pd.DataFrame) -> None:
+    """Print a table of text, with its index."""
+    table = Table(escape(str(frame.index.name)), *(escape(str(name)) for name in frame.columns))
+    for name, values in frame.iterrows():
+        table.add_row(escape(str(name)), *map(escape, values))
+    Console().print(table)
+
+
 def _first_score(frame: pd.DataFrame) -> str | None:
     return next((str(name) for name in frame if "[" in str(name) or "fid" in str(name)), None)
 

@@ -3,16 +3,15 @@
 import argparse
 import sys
 import time
-from dataclasses import dataclass, field, make_dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
 from fedray.actors import run
 from fedray.choices import RunError, UserError, check_name
+from fedray.commands.settings import ask
 from fedray.commands.terminal import print_table, program, progress
 from fedray.config import Config
 from fedray.local_only import run_local_only
@@ -63,22 +62,7 @@ def _main(arguments: list[str], command: str, task: type, first_preset: str, wha
     else:
         check_name("preset", known.preset, presets)
         base = PRESETS[known.preset]
-    # Given on the command line, local steps replace the base's local epochs, and the other way round.
-    blank = replace(base, local_epochs=None, local_steps=None)
-    fields: list[Any] = [
-        ("preset", Annotated[str, tyro.conf.arg(help=f"Settings to start from: {', '.join(presets)}.")], known.preset),
-        ("task", tyro.conf.OmitArgPrefixes[task], field(default=base.task)),  # type: ignore[misc, valid-type]
-        ("config", tyro.conf.OmitArgPrefixes[Config], field(default=blank)),
-    ]
-    asked: Any = tyro.cli(
-        make_dataclass("Asked", fields, bases=(Command,), frozen=True),
-        args=arguments,
-        prog=f"fedray {command}",
-        description=what,
-    )
-    config = replace(asked.config, task=asked.task)
-    if config.local_epochs is None and config.local_steps is None:
-        config = replace(config, local_epochs=base.local_epochs, local_steps=base.local_steps)
+    asked, config = ask(Command, base, arguments, command, what, {"preset": (known.preset, presets)})
     if asked.resume and asked.out:
         raise UserError("--out and --resume are both given; a resumed run stays in its directory.")
     if asked.resume and any(argument.split("=")[0] == "--preset" for argument in arguments):

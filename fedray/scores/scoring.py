@@ -22,6 +22,11 @@ RESAMPLES = 10
 SHARES = ("precision", "recall", "density", "coverage")
 
 
+def higher_is_better(score: str) -> bool:
+    """Whether more of a score is better, by its name: shares and similarities; not distances, losses or copies."""
+    return score.split("[")[0] in (*SHARES, "sure", "accuracy", "clip-text", "clip-image")
+
+
 @dataclass(frozen=True)
 class Score:
     """A number, the count of drawn images it was measured on, its standard deviation and over what that was taken."""

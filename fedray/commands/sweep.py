@@ -1,0 +1,174 @@
+"""fedray sweep: the runs that an experiment's file asks for, side by side, and their table."""
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated
+
+import tyro
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from fedray.choices import RunError, UserError, check_name, reason
+from fedray.commands.settings import ask
+from fedray.commands.terminal import print_frame, program
+from fedray.config import Config, flag
+from fedray.presets import PRESETS
+from fedray.record import RECORD
+from fedray.results import finals, load, scores_of, write
+from fedray.sweep import News, Sweep, changed, images_planned, sweep
+from fedray.tables import by_setting, cells, to_latex, to_markdown
+
+
+@dataclass(frozen=True)
+class Command:
+    experiment: Annotated[Path, tyro.conf.Positional]
+    """A Python file with BASE (a Config), SPACE (values by the name of a setting) and, for --smoke, SMOKE."""
+    smoke: bool = False
+    """Try it out: in seconds, with the changes that the file's SMOKE says."""
+    resume: bool = False
+    """Go on with the sweep in OUT: complete trials are kept, others continue from their last round."""
+    again: bool = False
+    """Run anew what OUT has already."""
+    asha: str | None = None
+    """Stop trials early that are behind in this score after as many images trained (needs --evaluate-every)."""
+    out: Path | None = None
+    """Directory of the sweep, which several may share; by default runs/NAME."""
+
+
+def main(arguments: list[str]) -> None:
+    """Parse and run."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("experiment", nargs="?", type=Path)
+    first.add_argument("--smoke", action="store_true")
+    first.add_argument("--preset")
+    known, _ = first.parse_known_args(arguments)
+    base, space, question = PRESETS["digits"], {}, ""
+    if known.experiment is not None and known.experiment.suffix == ".py":
+        module = _load(known.experiment)
+        base, space, question = module.BASE, dict(module.SPACE), module.__doc__ or ""
+        if known.preset is not None:
+            check_name("preset", known.preset, PRESETS)
+            base = PRESETS[known.preset]
+        for name, value in (getattr(module, "SMOKE", {}) if known.smoke else {}).items():
+            if name in space:
+                space[name] = value
+            else:
+                base = changed(base, name, value)
+    asked, config = ask(
+        Command, base, arguments, "sweep", "Train many runs that differ, and compare them.",
+        {"preset": (known.preset, list(PRESETS))},
+    )  # fmt: skip
+    if not space:
+        raise UserError(f"{asked.experiment} is not a Python file; name an experiment, as experiments/figure2.py.")
+    for name in space:
+        if any(argument.split("=")[0] == flag(name.removeprefix("task.")) for argument in arguments):
+            raise UserError(f"{flag(name)} is what {asked.experiment} varies; change its SPACE.")
+    name = asked.experiment.stem
+    out = asked.out or Path("runs") / (f"{name}-smoke" if asked.smoke else name)
+    with _progress(len(config.task.dataset())) as on_news:
+        try:
+            done = sweep(
+                config, space, out, name=name, question=question, resume=asked.resume, again=asked.again,
+                asha=asked.asha, on_news=on_news,
+            )  # fmt: skip
+        except (KeyboardInterrupt, RunError):
+            if (out / f"{name}{RECORD}").exists():
+                print(f"\nGo on with: {program()} sweep {asked.experiment} --resume --out {out}", file=sys.stderr)
+            raise
+
+    _show(out, done, name)
+    print(f"sweep     {out}\nnext      {program()} report {out}")
+    if done.missing:
+        told = "\n".join(f"  {trial}: {why}" for trial, why in done.missing.items())
+        raise RunError(f"{len(done.missing)} of {len(done.missing) + len(done.runs)} trials are missing:\n{told}")
+
+
+def _load(path: Path) -> ModuleType:
+    """Run an experiment's file. Raises `UserError` if it is not one."""
+    if not path.is_file():
+        raise UserError(f"there is no file {path}; name an experiment, as experiments/figure2.py.")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.absolute().parent))
+    try:
+        spec.loader.exec_module(module)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path} does not run: {type(error).__name__}: {reason(error)}.") from error
+    for name, kind in (("BASE", Config), ("SPACE", dict)):
+        if not isinstance(getattr(module, name, None), kind):
+            raise UserError(f"{path} is not an experiment: it must have {name}, a {kind.__name__}.")
+    return module
+
+
+def _show(out: Path, done: Sweep, name: str) -> None:
+    """Write results.parquet and .csv of all runs in OUT and the table of this sweep's; print it."""
+    rounds = load(out).rounds
+    if rounds.empty:
+        return
+    write(rounds, out)
+    rounds = rounds[rounds["run"].isin([run.directory.name for run in done.runs])]
+    if rounds.empty:
+        return
+    asked = json.loads((out / f"{name}{RECORD}").read_text())
+    varied = [setting for setting in asked["varied"] if setting != "seed"] or ["clients"]
+    scores = [*scores_of(finals(rounds)), "loss", "total.sequential_steps", "total.bytes"]
+    table = by_setting(rounds, varied, scores)
+    names = [".".join(map(str, column)).removesuffix(".mean") for column in table.columns.to_flat_index()]
+    flat = table.set_axis(names, axis=1)
+    flat.to_csv(out / f"{name}.csv")
+    text = cells(table)
+    (out / f"{name}.md").write_text(to_markdown(text) + "\n")
+    (out / f"{name}.tex").write_text(to_latex(text))
+    print_frame(text[[score for score in scores if "@" not in score and "/" not in score][:4]])
+
+
+@contextmanager
+def _progress(examples: int) -> Iterator[Callable[[News], None]]:
+    """A line per trial that runs, and one for the whole with the time left, by the images that trials train on."""
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, transient=True) as bar:
+        whole = bar.add_task("starting", total=None)
+        latest: dict[str, News] = {}
+        lines: dict[str, TaskID] = {}
+
+        def on_news(news: News) -> None:
+            name, rounds = news.trial.directory.name, news.trial.config.rounds
+            latest[name] = news
+            if news.outcome == "running":
+                lines[name] = lines.get(name) or bar.add_task(name, total=rounds)
+                bar.update(lines[name], completed=news.rounds, description=f"{name}  round {news.rounds}/{rounds}")
+            elif name in lines:
+                bar.remove_task(lines.pop(name))
+            if news.outcome not in ("running", "waiting"):
+                bar.console.print(f"{news.outcome:9} {name}  {news.rounds} of {rounds} rounds", highlight=False)
+            work = {name: images_planned(news.trial.config, examples) for name, news in latest.items()}
+            over = [news for news in latest.values() if news.outcome not in ("running", "waiting")]
+            done = sum(
+                work[name] * (1 if news in over else news.rounds / news.trial.config.rounds)
+                for name, news in latest.items()
+            )
+            text = f"{len(over)} of {len(latest)} trials"
+            bar.update(whole, total=sum(work.values()), completed=done, description=text)
+
+        yield on_news

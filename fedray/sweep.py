@@ -1,0 +1,384 @@
+"""Ray Tune: many runs that differ, side by side. A trial is a whole federated run, and its own driver."""
+
+import json
+import logging
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # before Tune is imported: runs log themselves
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+
+import ray
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler
+
+from fedray.actors import START_TIMEOUT, check_apart, connected, count_slots, describe, keep_to_fraction, open_pool
+from fedray.choices import RunError, UserError, check_name, pick
+from fedray.config import MENUS, Config
+from fedray.evaluation import Metric
+from fedray.federation import fit
+from fedray.record import FAILED, RECORD, STOPPED, Run, as_json, environment, write
+from fedray.scores.scoring import higher_is_better
+
+RETRIES = 2  # of a trial that fails; it goes on from its last complete round
+Space = Mapping[str, Sequence[Any] | Callable[[Config], Any]]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a sweep: its configuration, what of it the sweep set, and its directory."""
+
+    config: Config
+    changes: dict[str, Any]
+    directory: Path
+
+
+class Sweep(NamedTuple):
+    """What became of a sweep: its complete runs, and why the others are missing, by the name of their directory."""
+
+    runs: list[Run]
+    missing: dict[str, str]
+
+
+class News(NamedTuple):
+    """What a sweep tells as it goes. `outcome`: waiting, running, complete, failed or stopped."""
+
+    trial: Trial
+    outcome: str
+    rounds: int  # complete ones
+
+
+def sweep(
+    base: Config,
+    space: Space,
+    out: str | Path,
+    *,
+    name: str = "sweep",
+    question: str = "",
+    resume: bool = False,
+    again: bool = False,
+    asha: str | None = None,
+    metrics: Mapping[str, Metric] | None = None,
+    on_news: Callable[[News], None] = lambda news: None,
+) -> Sweep:
+    """Run every combination of a space's values, as many side by side as fit, each in a directory of its own in `out`.
+
+    A directory's name ends in its configuration's hash, and a configuration that `out` already has is not run twice:
+    sweeps may share `out` and so their runs. With `config.actors` None a trial gets a fair share of the machine: if
+    that is no more than one actor, it trains its clients in its own process.
+
+    Args:
+        space: values by the name of a `Config` field, or "task.FIELD"; or a function of the configuration so far,
+            for what follows from the names before it. Seeds are a dimension like others.
+        name, question: what the record `out`/NAME.sweep.json says.
+        resume: go on with a sweep that was stopped: complete trials are kept, others continue from their last round.
+        again: run anew what `out` has already, beside it.
+        asha: a score; trials that are behind in it after as many images trained are stopped early (Li et al. 2020,
+            arXiv:1810.05934). Rounds would compare unequal work.
+
+    Raises:
+        UserError: what was asked for cannot be done; nothing was started.
+        RunError: no trial could start. (A trial that fails is in `missing`.)
+    """
+    out = Path(out).absolute()
+    configs = expand(base, space)
+    for config in configs:
+        try:
+            config.check()
+        except UserError as error:
+            raise UserError(f"the trial {_name(_changes(config, space))}: {error}") from None
+        check_apart(out, config)
+    if asha is not None and base.evaluate_every is None:
+        raise UserError("--asha stops trials by scores along the way: say --evaluate-every.")
+    trials = _directories(configs, list(space), out, name, resume, again)
+    examples = len(base.task.dataset())  # decoded here, with progress, for all trials
+    with connected(base.address):
+        trials = [replace(trial, config=_with_actors(trial, len(trials))) for trial in trials]
+        _record(out, name, question, trials)
+        left = [trial for trial in trials if not _settled(trial)]
+        for trial in trials:
+            rounds = len(Run(trial.directory).rows)
+            on_news(News(trial, "waiting" if trial in left else _outcome(trial), rounds))
+        if left:
+            _tune(left, examples, asha, metrics or {}, on_news)
+    missing = {trial.directory.name: _why(trial) for trial in trials if Run(trial.directory).result is None}
+    return Sweep([Run.open(trial.directory) for trial in trials if trial.directory.name not in missing], missing)
+
+
+def expand(base: Config, space: Space) -> list[Config]:
+    """All combinations, the last name's values fastest; the same configuration counts once.
+
+    Raises:
+        UserError: a name is not a setting, or has no values.
+    """
+    found = [base]
+    for name, values in space.items():
+        if not callable(values) and not len(values):
+            raise UserError(f"the sweep has no values for {name!r}.")
+        found = [changed(config, name, value) for config in found for value in _values(values, config)]
+    once = {config.sha256: config for config in reversed(found)}
+    return [config for config in found if config is once[config.sha256]]
+
+
+def _values(values: Sequence[Any] | Callable[[Config], Any], config: Config) -> Sequence[Any]:
+    return [values(config)] if callable(values) else values
+
+
+def changed(config: Config, name: str, value: Any) -> Config:
+    """The configuration with one setting changed: a field of `Config`, or "task.FIELD".
+
+    A partition, rule or codec may be given by its short form. Raises `UserError`.
+    """
+    names = [item.name for item in fields(Config) if item.name != "task"]
+    names += [f"task.{item.name}" for item in fields(config.task)]  # type: ignore[arg-type]
+    check_name("setting", name, names)
+    if name.startswith("task."):
+        return replace(config, task=replace(config.task, **{name.removeprefix("task."): value}))  # type: ignore[type-var]
+    if name in MENUS and isinstance(value, str):
+        value = pick(name, value, MENUS[name])
+    if name in ("local_epochs", "local_steps") and value is not None:
+        config = replace(config, local_epochs=None, local_steps=None)
+    return replace(config, **{name: value})
+
+
+def _changes(config: Config, names: Iterable[str]) -> dict[str, Any]:
+    """What a configuration has for these names, as JSON has it."""
+    values = config.to_json()
+    flat = values | {f"task.{name}": value for name, value in values["task"].items()}
+    return {name: flat[name] for name in names}
+
+
+def _name(changes: Mapping[str, Any]) -> str:
+    """As a part of a path: `clients-4-seed-0`."""
+    text = "-".join(f"{name.removeprefix('task.')}-{value}" for name, value in changes.items())
+    return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-")[:100] or "base"
+
+
+def _directories(
+    configs: list[Config], names: list[str], out: Path, name: str, resume: bool, again: bool
+) -> list[Trial]:
+    """Where each trial goes: where it was, if `out` has it. Raises `UserError`."""
+    record = out / f"{name}{RECORD}"
+    if resume and again:
+        raise UserError("--resume and --again are both given; give one of them.")
+    if resume and not record.exists():
+        raise UserError(f"there is no sweep {name!r} in {out} to resume; leave --resume out, or name its --out.")
+    if record.exists() and not (resume or again):
+        raise UserError(f"{out} holds this sweep already; go on with it by --resume, or choose another --out.")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is not a directory; choose another --out.")
+    several = [name for name in names if len({str(_changes(config, [name])) for config in configs}) > 1]
+    before = [Path(trial["directory"]) for trial in json.loads(record.read_text())["trials"]] if resume else []
+    trials = []
+    for config in configs:
+        ending = "-" + config.sha256[:8]
+        was = [path.name for path in before if ending in path.name] or sorted(
+            path.name for path in out.glob(f"*{ending}*")
+        )
+        directory = was[0] if was and not again else _name(_changes(config, several)) + ending
+        if again and was:
+            directory += f"-{len(was) + 1}"
+        trials.append(Trial(config, _changes(config, names), out / directory))
+    lost = {path.name for path in before} - {trial.directory.name for trial in trials}
+    if lost:
+        raise UserError(
+            f"the sweep in {out} has a trial {min(lost)}, which is not among those asked for now; a resumed sweep "
+            f"keeps its settings (it may have more values)."
+        )
+    return trials
+
+
+def _record(out: Path, name: str, question: str, trials: list[Trial]) -> None:
+    """Write what is asked, before anything starts. Raises `UserError`."""
+    names = list(trials[0].changes)
+    varied = [name for name in names if len({json.dumps(trial.changes[name], default=str) for trial in trials}) > 1]
+    varied.sort(key=lambda name: name == "seed")  # last
+    asked = {
+        "name": name,
+        "question": question.strip(),
+        **environment(),
+        "varied": varied,
+        "trials": [{"directory": trial.directory.name, "changes": trial.changes} for trial in trials],
+    }
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write(out / f"{name}{RECORD}", as_json(asked))
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror}; choose another --out.") from None
+
+
+def _settled(trial: Trial) -> bool:
+    """Complete, or stopped early: nothing is left to do."""
+    return Run(trial.directory).result is not None or (trial.directory / STOPPED).exists()
+
+
+def _outcome(trial: Trial) -> str:
+    if Run(trial.directory).result is not None:
+        return "complete"
+    return "stopped" if (trial.directory / STOPPED).exists() else "failed"
+
+
+def _why(trial: Trial) -> str:
+    """Why a run is not complete."""
+    for name in (FAILED, STOPPED):
+        if (trial.directory / name).exists():
+            return (trial.directory / name).read_text().strip()
+    return "it was not finished"
+
+
+# Where trials run
+
+
+def _with_actors(trial: Trial, trials: int) -> Config:
+    """The trial's configuration with a number of actors: its share of the cluster, unless it says how many.
+
+    0 is one trial in one process. Raises `UserError` if it does not fit, now or ever.
+    """
+    config = trial.config
+    try:
+        slots = count_slots(config)
+    except UserError as error:
+        raise UserError(f"the trial {trial.directory.name}: {error}") from None
+    if config.actors is None:
+        share = min(config.cohort_size, slots // trials)
+        alone = len([node for node in ray.nodes() if node["Alive"]]) == 1
+        return replace(config, actors=share if share > 1 or not alone else 0)
+    return replace(config, actors=min(config.actors, config.cohort_size))
+
+
+def bundles(config: Config) -> list[dict[str, float]]:
+    """What a trial needs: the driver's bundle (on this node, where the runs are), then one per actor."""
+    here = {f"node:{ray.util.get_node_ip_address()}": 0.001}
+    actor = {"CPU": config.cpus_per_actor, "GPU": config.gpus_per_actor}
+    return [here, *[actor] * config.actors] if config.actors else [here | actor]
+
+
+def _tune(
+    trials: list[Trial],
+    examples: int,
+    asha: str | None,
+    metrics: Mapping[str, Metric],
+    on_news: Callable[[News], None],
+) -> None:
+    by_name = {trial.directory.name: trial for trial in trials}
+    scheduler = None
+    if asha is not None:
+        # One more than a complete run's, or ASHA would end it before its model is saved.
+        most = 1 + max(images_planned(trial.config, examples) for trial in trials)
+        mode = "max" if higher_is_better(asha) else "min"
+        scheduler = ASHAScheduler(time_attr="images", metric=asha, mode=mode, max_t=most, grace_period=most // 16 + 1)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial that fails is told by us
+    train = tune.with_parameters(_train, trials=by_name, provenance=environment(), metrics=metrics)
+    resources = tune.with_resources(
+        train, lambda chosen: tune.PlacementGroupFactory(bundles(by_name[chosen["trial"]].config))
+    )
+    with tempfile.TemporaryDirectory(prefix="fedray-tune-") as scratch:  # all that matters is in the runs
+        watch = _Watch(by_name, on_news)
+        tune.Tuner(
+            resources,
+            param_space={"trial": tune.grid_search(list(by_name))},
+            tune_config=tune.TuneConfig(scheduler=scheduler, reuse_actors=True),
+            run_config=tune.RunConfig(
+                storage_path=scratch,
+                failure_config=tune.FailureConfig(max_failures=RETRIES),
+                callbacks=[watch],
+                verbose=0,
+            ),
+        ).fit()
+    if watch.error is not None:
+        raise watch.error
+
+
+def images_planned(config: Config, examples: int) -> int:
+    """Images that a run trains on at most, with batches counted as full."""
+    share = -(-examples // config.clients)
+    batch = config.train_batch_size * config.gradient_accumulation_steps
+    return config.rounds * config.cohort_size * config.steps(share) * batch
+
+
+def _train(chosen: dict[str, Any], trials: dict[str, Trial], provenance: dict[str, Any], metrics: Any) -> None:
+    """A trial, in its own process: the driver of a run that begins, or goes on from its last round."""
+    trial = trials[chosen["trial"]]
+    config, run = trial.config, Run(trial.directory)
+    keep_to_fraction(config)
+    for name in (FAILED, STOPPED):
+        (run.directory / name).unlink(missing_ok=True)
+    begun = (run.directory / "config.json").exists()
+    if not begun and run.directory.is_dir():
+        for path in run.directory.glob(".config.json.*"):  # of one that was killed as it began
+            path.unlink()
+    try:
+        images = sum(row["images"] for row in run.rows)
+        dataset = config.task.dataset()
+        with open_pool(config, dataset) as pool:
+            rows = fit(
+                config, pool, run.directory, resume=begun, provenance=provenance, metrics=metrics, dataset=dataset
+            )
+            for row in rows:
+                images += row["images"]
+                scores = {name: score["value"] for name, score in row["scores"].items()}
+                tune.report({"round": row["round"], "images": images, "loss": row["loss"]} | scores)
+    except Exception as error:
+        run.directory.mkdir(parents=True, exist_ok=True)
+        kind = "" if isinstance(error, (UserError, RunError)) else f"{type(error).__name__}: "
+        (run.directory / FAILED).write_text(f"{kind}{error}\n")
+        if not isinstance(error, UserError):  # which another try would not mend
+            raise
+
+
+class _Watch(tune.Callback):
+    """Passes on what happens to trials, and ends a sweep in which nothing can start."""
+
+    def __init__(self, trials: dict[str, Trial], on_news: Callable[[News], None]) -> None:
+        self.trials = trials
+        self.on_news = on_news
+        self.moved = time.monotonic()
+        self.error: RunError | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune saves its callbacks, to restore a sweep; we do not restore it so
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        if any(trial.status == "RUNNING" for trial in trials):
+            self.moved = time.monotonic()
+        elif time.monotonic() > self.moved + START_TIMEOUT:
+            waiting = next(trial for trial in trials if not trial.is_finished())
+            need = bundles(self.trials[waiting.config["trial"]].config)
+            total = {name: sum(bundle.get(name, 0) for bundle in need) for name in ("CPU", "GPU")}
+            raise RunError(
+                f"no trial could start in {START_TIMEOUT:.0f} s. One needs {describe(total)}; free now: "
+                f"{describe(ray.available_resources())}."
+            )
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._tell(trial, "running", len(Run(self.trials[trial.config["trial"]].directory).rows))
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        self._tell(trial, "running", result["round"])
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        ours = self.trials[trial.config["trial"]]
+        rounds = (trial.last_result or {}).get("round", 0)
+        if Run(ours.directory).result is None and not (ours.directory / FAILED).exists():
+            (ours.directory / STOPPED).write_text(f"ASHA stopped it after round {rounds}\n")
+        self._tell(trial, _outcome(ours), rounds)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        ours = self.trials[trial.config["trial"]]
+        if not (ours.directory / FAILED).exists():
+            ours.directory.mkdir(exist_ok=True)
+            (ours.directory / FAILED).write_text("its process ended (killed, or out of memory)\n")
+        self._tell(trial, "failed", (trial.last_result or {}).get("round", 0))
+
+    def _tell(self, trial: Any, outcome: str, rounds: int) -> None:
+        self.on_news(News(self.trials[trial.config["trial"]], outcome, rounds))
