@@ -47,6 +47,8 @@ from fedray.rules import ServerState
 from fedray.vector import Layout
 from fedray.worker import Row
 
+PATIENCE = 10.0  # seconds to wait for another process that writes a run
+
 # Of a sweep: how its record's name ends; and, in the directory of a run that is not complete, a line that says why.
 RECORD = ".sweep.json"
 FAILED = "failed.txt"
@@ -153,12 +155,17 @@ class Run:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the directory: two processes must not write the same run."""
+        """Hold the directory: two processes must not write the same run. One that was just killed may need a moment."""
+        deadline = time.monotonic() + PATIENCE
         with open(self.directory / "config.json") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{self.directory} is being written by another process; wait for it.") from None
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise UserError(f"{self.directory} is being written by another process; wait for it.") from None
+                time.sleep(0.1)
             yield
 
     def complete(self, state: ServerState, row: Row, layout: Layout, limit: int) -> None:

@@ -82,3 +82,13 @@ def test_the_lora_experiments_in_short(tmp_path):
     assert list(table.index) == ["fedavg", "ffa", "svd", "flora"]
     assert table.loc["flora", "aggregation error"] < 1e-6 < table.loc["fedavg", "aggregation error"]
     assert table.loc["ffa", "MB up"] < 0.6 * table.loc["fedavg", "MB up"]
+
+
+@pytest.mark.slow
+def test_the_payloads(tmp_path):
+    printed = python(ROOT / "experiments/lora_payload.py", cwd=tmp_path)
+    for oracle in ("454,692,876", "3,188,736", "3,438,083,856", "1,719,041,928", "143 to 1", "539 to 1"):
+        assert oracle in printed
+    printed = python(ROOT / "experiments/lora_payload.py", "--smoke", cwd=tmp_path)
+    (said,) = re.findall(r"LoRA .*?46,592.*?([\d,]+) +│\n", printed)
+    assert f"a round of it: {said} bytes down to a client and {said} up" in printed

@@ -1,6 +1,7 @@
 """The round, the run and its directory, in one process."""
 
 import json
+import threading
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 
-from fedray import federation
+from fedray import federation, record
 from fedray.choices import RunError, UserError
 from fedray.client import TrainJob, client_update
 from fedray.codecs import Float16
@@ -228,13 +229,16 @@ def test_a_resumed_run_keeps_its_settings_but_not_its_placement(toy_config, tmp_
     assert Run.open(tmp_path / "run").result["rounds"] == 3
 
 
-def test_two_processes_cannot_write_one_run(toy_config, tmp_path):
+def test_two_processes_cannot_write_one_run(toy_config, tmp_path, monkeypatch):
     config = toy_config()
     writing = fit(config, LocalPool(config), tmp_path / "run")
     next(writing)
+    monkeypatch.setattr(record, "PATIENCE", 0.2)
     with pytest.raises(UserError, match="being written by another process"):
         train(config, tmp_path / "run", resume=True)
-    writing.close()
+    # One that is about to end is waited for.
+    monkeypatch.setattr(record, "PATIENCE", 30.0)
+    threading.Timer(0.5, writing.close).start()
     train(config, tmp_path / "run", resume=True)
 
 
