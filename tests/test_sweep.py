@@ -7,14 +7,15 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from fedray import sweep as module
 from fedray.choices import RunError, UserError
+from fedray.commands.sweep import load_experiment, main
 from fedray.config import Config
 from fedray.partition import IID, Dirichlet
 from fedray.presets import PRESETS, SMOKE
-from fedray.record import Run
 from fedray.sweep import bundles, changed, expand, images_planned, sweep
 
 ROOT = Path(__file__).parent.parent
@@ -249,7 +250,7 @@ def fedray(*arguments, cwd, **options):
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=500, **options)
 
 
-def test_mistakes_are_told_in_one_line(tmp_path):
+def test_mistakes_are_told_in_one_line(tmp_path, monkeypatch):
     (tmp_path / "broken.py").write_text("BASE = 1 / 0\n")
     (tmp_path / "empty.py").write_text("BASE = 1\n")
     mistakes = {
@@ -261,9 +262,7 @@ def test_mistakes_are_told_in_one_line(tmp_path):
         (FIGURE2, "--resume"): "there is no sweep 'figure2' in",
         (FIGURE2, "--rounds", "0"): "--rounds 0: it must be above 0.",
     }
-    from fedray.commands.sweep import main
-
-    os.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
     for arguments, message in mistakes.items():
         with pytest.raises(UserError, match=message.replace("(", ".").replace("?", ".")):
             main([str(argument) for argument in arguments])
@@ -272,8 +271,6 @@ def test_mistakes_are_told_in_one_line(tmp_path):
 @pytest.mark.slow
 def test_killed_and_resumed_it_ends_in_the_same_table(tmp_path):
     """SIGKILL of the process group in the middle: finished trials are not run again, and the table is the same."""
-    import pandas as pd
-
     flags = ["--rounds", "4", "--address", "local"]
     whole = fedray("sweep", FIGURE2, "--smoke", *flags, "--out", "whole", cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
@@ -312,9 +309,7 @@ SCRIPTS = ("figure2", "figure3", "chosen", "clients_epochs", "same_steps", "data
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_experiments_ask_for_what_they_say(name):
-    from fedray.commands.sweep import _load
-
-    script = _load(ROOT / f"experiments/{name}.py")
+    script = load_experiment(ROOT / f"experiments/{name}.py")
     found = expand(script.BASE, script.SPACE)
     assert f"fedray sweep experiments/{name}.py" in script.__doc__
     assert {config.seed for config in found} == {0, 1, 2}
@@ -332,9 +327,11 @@ def test_experiments_ask_for_what_they_say(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "figure2"])
-def test_experiments_in_short(tmp_path, name):
-    ran = fedray("sweep", ROOT / f"experiments/{name}.py", "--smoke", "--out", tmp_path / "out", cwd=tmp_path)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    runs = [Run(path.parent) for path in (tmp_path / "out").glob("*/result.json")]
-    assert len(runs) == len(list((tmp_path / "out").glob("*/config.json"))) >= 4
-    assert "fd[digits]" in ran.stdout
+def test_experiments_in_short(tmp_path, ray, capsys, name):
+    main([str(ROOT / f"experiments/{name}.py"), "--smoke", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "fd[digits]" in printed
+    asked = json.loads((tmp_path / f"{name}.sweep.json").read_text())
+    assert len(list(tmp_path.glob("*/result.json"))) == len(asked["trials"]) >= 4
+    assert len(pd.read_csv(tmp_path / f"{name}.csv")) == len(asked["trials"]) / 2  # two seeds
+    assert (tmp_path / f"{name}.md").read_text().count("\n") == len(asked["trials"]) / 2 + 2

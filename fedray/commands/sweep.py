@@ -58,13 +58,13 @@ def main(arguments: list[str]) -> None:
     known, _ = first.parse_known_args(arguments)
     base, space, question = PRESETS["digits"], {}, ""
     if known.experiment is not None and known.experiment.suffix == ".py":
-        module = _load(known.experiment)
+        module = load_experiment(known.experiment)
         base, space, question = module.BASE, dict(module.SPACE), module.__doc__ or ""
         if known.preset is not None:
             check_name("preset", known.preset, PRESETS)
             base = PRESETS[known.preset]
         for name, value in (getattr(module, "SMOKE", {}) if known.smoke else {}).items():
-            if name in space:
+            if name in space and not callable(space[name]):
                 space[name] = value
             else:
                 base = changed(base, name, value)
@@ -97,7 +97,7 @@ def main(arguments: list[str]) -> None:
         raise RunError(f"{len(done.missing)} of {len(done.missing) + len(done.runs)} trials are missing:\n{told}")
 
 
-def _load(path: Path) -> ModuleType:
+def load_experiment(path: Path) -> ModuleType:
     """Run an experiment's file. Raises `UserError` if it is not one."""
     if not path.is_file():
         raise UserError(f"there is no file {path}; name an experiment, as experiments/figure2.py.")
