@@ -83,7 +83,7 @@ def load(*places: str | Path) -> Results:
             elif "rounds.jsonl" in names:
                 problems.append(f"{directory} has rounds but no config.json, without which they are not read.")
             elif {FAILED, STOPPED} & set(names):
-                problems.append(_unfinished(directory, 0))
+                problems.append(_unfinished(directory))
             records |= dict.fromkeys(directory / name for name in names if name.endswith(RECORD))
             if TABLE in names:
                 tables.setdefault(directory / TABLE, False)
@@ -215,14 +215,14 @@ def _run(directory: Path, config: dict[str, Any], problems: list[str]) -> list[R
             if row["round"] != number:
                 raise ValueError
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
-            problems.append(f"{path} is damaged at line {number}; the {number - 1} rounds before it are read.")
+            problems.append(f"{path} is damaged at line {number}; the rounds before it are read.")
             break
         rows.append(settings | row)
     finished = (directory / "result.json").exists()
     if not finished:
         problems.append(_unfinished(directory, len(rows), rounds))
     elif len(rows) == len(lines) != rounds:
-        problems.append(f"{path} has {len(rows)} rounds of the {rounds} of a complete run; it is damaged.")
+        problems.append(f"{path} has {len(rows)} of the {rounds} rounds of a complete run; the others are lost.")
     complete = finished and len(rows) == rounds
     run = {"directory": str(directory), "run": directory.resolve().name, "sha256": sha256_of(config)}
     return [run | {"complete": complete} | row for row in rows]
@@ -245,13 +245,14 @@ def _round(row: Row) -> Row:
     return flat
 
 
-def _unfinished(directory: Path, done: int, rounds: int | None = None) -> str:
+def _unfinished(directory: Path, done: int = 0, rounds: int | None = None) -> str:
     """Why a run is not complete."""
-    after = f"after round {done}" + (f" of {rounds}" if rounds else "")
+    after = f" after round {done} of {rounds}" if rounds else ""
     for name, what in ((FAILED, "failed"), (STOPPED, "was stopped early")):
         if (directory / name).is_file():
-            return f"the trial {directory} {what} {after}: {(directory / name).read_text(errors='replace').strip()}"
-    return f"the run {directory} is not complete: it stands {after}."
+            why = (directory / name).read_text(errors="replace").strip().rstrip(".")
+            return f"the trial {directory} {what}{after}: {why}."
+    return f"the run {directory} is not complete: it stands{after}."
 
 
 def _table(path: Path, problems: list[str]) -> list[list[Row]]:

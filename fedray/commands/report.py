@@ -1,0 +1,38 @@
+"""fedray report: one page of runs or sweeps, to look at."""
+
+import webbrowser
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from fedray import report
+from fedray.choices import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Make one page of runs or sweeps: what was asked, the answer, tables, curves and samples. It needs no network."""
+
+    places: tyro.conf.Positional[tuple[Path, ...]]
+    """Directories of runs, of sweeps, or folders that hold such."""
+    out: Path | None = None
+    """The page's file; by default report.html in the first of the directories."""
+    open: bool = False
+    """Show the page in the web browser."""
+
+
+def main(arguments: list[str]) -> None:
+    """Parse and run `fedray report`."""
+    asked = tyro.cli(Report, args=arguments, prog="fedray report")
+    if not asked.places:
+        raise UserError("say what to report on: the directory of a run or of a sweep.")
+    out = asked.out or (asked.places[0] if asked.places[0].is_dir() else asked.places[0].parent) / "report.html"
+    if out.is_dir():
+        raise UserError(f"--out {out} is a directory; give the name of a file in it, such as {out / 'report.html'}.")
+    if asked.places[0].exists() and not out.parent.is_dir():
+        raise UserError(f"--out {out}: the directory {out.parent} does not exist.")
+    report.write(asked.places, out)
+    print(f"report    {out}")
+    if asked.open:
+        webbrowser.open(out.absolute().as_uri())
