@@ -76,7 +76,7 @@ class Run:
     @cached_property
     def saved(self) -> dict[str, Any]:
         """config.json: "config" and the versions that it ran with."""
-        return _read_json(self.directory / "config.json")
+        return read_json(self.directory / "config.json")
 
     @property
     def config(self) -> Config:
@@ -100,7 +100,7 @@ class Run:
     def result(self) -> Row | None:
         """Totals and scores; None while the run is not complete."""
         path = self.directory / "result.json"
-        return _read_json(path) if path.exists() else None
+        return read_json(path) if path.exists() else None
 
     def checkpoint(self) -> Path | None:
         """The checkpoint of the last complete round."""
@@ -335,7 +335,8 @@ def _git_commit() -> str | None:
     return ran.stdout.strip()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises `UserError`."""
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:

@@ -93,7 +93,12 @@ def load(*places: str | Path) -> Results:
     for table, asked in tables.items():
         folder = table.parent.resolve()
         if asked or not any(directory.is_relative_to(folder) for directory in seen):
-            runs += _table(table, problems)
+            try:
+                runs += _table(table, problems)
+            except UserError as error:
+                if asked:
+                    raise
+                problems.append(str(error))
     begun = {run[0]["run"] for run in runs if run}
     for record in records:
         problems += _not_begun(record, begun)
@@ -288,8 +293,9 @@ def _not_begun(record: Path, begun: set[str]) -> list[str]:
 def _mixed(saved: list[dict[str, Any]]) -> list[str]:
     """What the runs should have in common, and have not."""
     problems = []
+    versions = [each["versions"] if isinstance(each.get("versions"), dict) else {} for each in saved]
     for what, values in {
-        "versions of fedray": [each.get("versions", {}).get("fedray") for each in saved],
+        "versions of fedray": [each.get("fedray") for each in versions],
         "git commits of fedray": [each.get("git_commit") for each in saved],
         "sets of images": [each.get("images_sha256") for each in saved],
     }.items():

@@ -25,7 +25,7 @@ from fedray.choices import RunError, UserError, check_name, pick
 from fedray.config import MENUS, Config
 from fedray.evaluation import Metric
 from fedray.federation import fit
-from fedray.record import FAILED, RECORD, STOPPED, Run, as_json, environment, write
+from fedray.record import FAILED, RECORD, STOPPED, Run, as_json, environment, read_json, write
 from fedray.scores.scoring import higher_is_better
 
 RETRIES = 2  # of a trial that fails; it goes on from its last complete round
@@ -96,10 +96,13 @@ def sweep(
         except UserError as error:
             raise UserError(f"the trial {_name(_changes(config, space))}: {error}") from None
         check_apart(out, config)
-    if asha is not None and base.evaluate_every is None:
+    if asha is not None and any(config.evaluate_every is None for config in configs):
         raise UserError("--asha stops trials by scores along the way: say --evaluate-every.")
     trials = _directories(configs, list(space), out, name, resume, again)
-    examples = len(base.task.dataset())  # decoded here, with progress, for all trials
+    dataset = base.task.dataset()  # decoded here, with progress, for all trials
+    for trial in trials:
+        if _settled(trial) and trial.config.task == base.task:
+            Run(trial.directory).check_data({"images_sha256": dataset.sha256})
     with connected(base.address):
         trials = [replace(trial, config=_with_actors(trial, len(trials))) for trial in trials]
         _record(out, name, question, trials)
@@ -108,7 +111,7 @@ def sweep(
             rounds = len(Run(trial.directory).rows)
             on_news(News(trial, "waiting" if trial in left else _outcome(trial), rounds))
         if left:
-            _tune(left, examples, asha, metrics or {}, on_news)
+            _tune(left, len(dataset), asha, metrics or {}, on_news)
     missing = {trial.directory.name: _why(trial) for trial in trials if Run(trial.directory).result is None}
     return Sweep([Run.open(trial.directory) for trial in trials if trial.directory.name not in missing], missing)
 
@@ -176,7 +179,7 @@ def _directories(
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is not a directory; choose another --out.")
     several = [name for name in names if len({str(_changes(config, [name])) for config in configs}) > 1]
-    before = [Path(trial["directory"]) for trial in json.loads(record.read_text())["trials"]] if resume else []
+    before = [Path(trial["directory"]) for trial in read_json(record)["trials"]] if resume else []
     trials = []
     for config in configs:
         ending = "-" + config.sha256[:8]

@@ -149,6 +149,12 @@ def test_what_is_there_is_not_run_again_unless_asked(toy_config, tmp_path, ray):
     assert {path: (path / "result.json").stat().st_mtime_ns for path in times} == times
     with pytest.raises(UserError, match="has a trial seed-0-.*not among those asked for now"):
         sweep(toy_config(rounds=2), {"seed": [0, 1, 2]}, tmp_path, name="first", resume=True)
+    config_json = first.runs[0].directory / "config.json"
+    before = config_json.read_text()
+    config_json.write_text(before.replace(json.loads(before)["images_sha256"], "0" * 64))
+    with pytest.raises(UserError, match="the images of the run at .* have changed since it began"):
+        sweep(toy_config(), {"seed": [0, 1]}, tmp_path, name="third")
+    config_json.write_text(before)
     anew = sweep(toy_config(), {"seed": [0]}, tmp_path, name="first", again=True)
     assert anew.runs[0].directory not in times
     assert anew.runs[0].result["vector_sha256"] == first.runs[0].result["vector_sha256"]
