@@ -25,10 +25,6 @@ class Difference(NamedTuple):
     """The 95 % interval, of Student's t over the seeds that both have; NaN where they share fewer than two."""
     seeds: int
 
-    @property
-    def clear(self) -> bool:
-        return self.low > 0 or self.high < 0
-
     def __str__(self) -> str:
         interval = "" if math.isnan(self.low) else f" ({number(self.low)} to {number(self.high)})"
         return f"{number(self.value)}{interval}"
@@ -66,8 +62,18 @@ def decisive(rounds: pd.DataFrame) -> str:
 
 
 def ranked(done: pd.DataFrame, score: str) -> pd.DataFrame:
-    """A row per setting, the best first: mean, std over seeds, and count of seeds."""
-    return done.astype({score: float}).groupby("setting")[score].agg(["mean", "std", "count"]).sort_values("mean")
+    """A row per setting, the best first: mean, std over seeds, and count of seeds.
+
+    Over the seeds that all settings have, where there are any: an easy seed must not make a setting look good.
+    """
+    compared = comparable(done.dropna(subset=[score]).astype({score: float}))
+    return compared.groupby("setting")[score].agg(["mean", "std", "count"]).sort_values("mean")
+
+
+def comparable(done: pd.DataFrame) -> pd.DataFrame:
+    """The runs of the seeds that all settings have; all runs, where there is none."""
+    seeds = set.intersection(*(set(runs["seed"]) for _, runs in done.groupby("setting")))
+    return done[done["seed"].isin(seeds)] if seeds else done
 
 
 def difference(done: pd.DataFrame, score: str, one: str, other: str) -> Difference:
@@ -112,8 +118,10 @@ def answer(rounds: pd.DataFrame, planned: int) -> str:
     if len(settings) > 1:
         spread = f"{pair(mean, std)} over {seeds:.0f} seeds" if seeds > 1 else number(mean)
         about = (["one seed"] if seeds == 1 else []) + about
+        if done["seed"].nunique() > seeds:
+            about.append("of the seeds that all settings have")
         said.append(f"{named} is lowest at {settings.index[0]}: {spread}{_in_brackets(about)}.")
-        said += _comparison(done, score, list(settings.index))
+        said += _comparison(comparable(done), score, list(settings.index))
     elif seeds > 1:
         half = stats.t.ppf(0.975, seeds - 1) * std / math.sqrt(seeds)
         about.insert(0, f"95 % interval of the mean {number(mean - half)} to {number(mean + half)}")
@@ -163,11 +171,11 @@ def _comparison(done: pd.DataFrame, score: str, settings: list[str]) -> Iterable
         yield f"The next, {second}, is higher by {number(gap.value)}, without an interval: fewer than two common seeds."
     else:
         interval = f"95 % interval {number(gap.low)} to {number(gap.high)}, paired by {gap.seeds} seeds"
-        unclear = "" if gap.clear else ", so that these seeds do not tell them apart"
+        unclear = "" if gap.low > 0 else ", so that these seeds do not tell them apart"
         yield f"The next, {second}, is higher by {number(gap.value)} ({interval}){unclear}."
     others = [difference(done, score, other, best) for other in settings[1:]]
     if len(others) > 1 and any(not math.isnan(other.low) for other in others):
-        clear = sum(other.clear for other in others)
+        clear = sum(other.low > 0 for other in others)
         many = {0: "None", len(others): f"All {len(others)}"}.get(clear, str(clear))
         yield (
             f"{many} of the others {'is' if clear < 2 else 'are'} clearly higher (95 % intervals, each taken alone: "

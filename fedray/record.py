@@ -90,7 +90,8 @@ class Run:
     def rows(self) -> list[Row]:
         """One row per complete round."""
         path = self.directory / "rounds.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
+        # A last line that a kill cut short is in the checkpoint: `recover`.
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []
         try:
             return [json.loads(line) for line in lines]
         except json.JSONDecodeError as error:

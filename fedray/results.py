@@ -13,6 +13,7 @@ import pandas as pd
 from fedray.choices import UserError, reason
 from fedray.config import PLACEMENT, TASKS, Config, sha256_of
 from fedray.record import FAILED, RECORD, STOPPED, Run
+from fedray.record import write as write_text
 from fedray.worker import Row
 
 TABLE = "results.parquet"
@@ -109,8 +110,13 @@ def load(*places: str | Path) -> Results:
 def write(rounds: pd.DataFrame, directory: str | Path) -> None:
     """Write a frame of `load` as results.parquet, which `load` reads back exactly, and as results.csv."""
     Path(directory).mkdir(parents=True, exist_ok=True)
-    rounds.to_parquet(Path(directory) / TABLE, index=False)
-    rounds.to_csv(Path(directory) / "results.csv", index=False)
+    aside = Path(directory) / f".{TABLE}.{os.getpid()}"
+    try:
+        rounds.to_parquet(aside, index=False)
+        aside.replace(Path(directory) / TABLE)
+    finally:
+        aside.unlink(missing_ok=True)
+    write_text(Path(directory) / "results.csv", rounds.to_csv(index=False))
 
 
 def finals(rounds: pd.DataFrame) -> pd.DataFrame:
@@ -319,11 +325,12 @@ def _frame(runs: list[list[Row]]) -> pd.DataFrame:
     names += sorted(measured, key=lambda name: name.split(".")[0] not in GROUPS)
     kinds = RUN | SETTINGS | OF_TASKS | ROUND
     frame = pd.DataFrame({name: _column([row.get(name) for row in rows], kinds.get(name)) for name in names})
-    frame["bytes"] = frame["bytes_down"] + frame["bytes_up"]
+    so_far = {total: frame[total.removeprefix("total.")] for total in TOTALS if total != "total.bytes"}
+    so_far["total.bytes"] = frame["bytes_down"] + frame["bytes_up"]
     run_of = frame.index.map(dict(enumerate(number for number, run in enumerate(runs) for _ in run)))
     for total in TOTALS:
-        frame[total] = frame.groupby(run_of)[total.removeprefix("total.")].cumsum()
-    return frame.drop(columns="bytes")
+        frame[total] = so_far[total].groupby(run_of).cumsum()
+    return frame
 
 
 def _column(values: list[Any], kind: type | None) -> pd.Series:

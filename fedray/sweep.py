@@ -13,15 +13,17 @@ from typing import Any, NamedTuple
 
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # before Tune is imported: runs log themselves
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # not every round is scored
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 
 import ray
 from ray import tune
+from ray.tune.error import TuneError
 from ray.tune.schedulers import ASHAScheduler
 
 from fedray.actors import START_TIMEOUT, check_apart, connected, count_slots, describe, keep_to_fraction, open_pool
-from fedray.choices import RunError, UserError, check_name, pick
+from fedray.choices import RunError, UserError, check_name, pick, reason
 from fedray.config import MENUS, Config
 from fedray.evaluation import Metric
 from fedray.federation import fit
@@ -42,9 +44,10 @@ class Trial:
 
 
 class Sweep(NamedTuple):
-    """What became of a sweep: its complete runs, and why the others are missing, by the name of their directory."""
+    """What became of a sweep: its complete runs; and by the name of their directory, why others are not complete."""
 
     runs: list[Run]
+    stopped: dict[str, str]  # by ASHA
     missing: dict[str, str]
 
 
@@ -104,16 +107,20 @@ def sweep(
         if _settled(trial) and trial.config.task == base.task:
             Run(trial.directory).check_data({"images_sha256": dataset.sha256})
     with connected(base.address):
-        trials = [replace(trial, config=_with_actors(trial, len(trials))) for trial in trials]
-        _record(out, name, question, trials)
         left = [trial for trial in trials if not _settled(trial)]
+        left = [replace(trial, config=_with_actors(trial, len(left))) for trial in left]
+        _record(out, name, question, trials)
+        waiting = {trial.directory for trial in left}
         for trial in trials:
             rounds = len(Run(trial.directory).rows)
-            on_news(News(trial, "waiting" if trial in left else _outcome(trial), rounds))
+            on_news(News(trial, "waiting" if trial.directory in waiting else _outcome(trial), rounds))
         if left:
             _tune(left, len(dataset), asha, metrics or {}, on_news)
-    missing = {trial.directory.name: _why(trial) for trial in trials if Run(trial.directory).result is None}
-    return Sweep([Run.open(trial.directory) for trial in trials if trial.directory.name not in missing], missing)
+    found: dict[str, list[Trial]] = {"complete": [], "stopped": [], "failed": []}
+    for trial in trials:
+        found[_outcome(trial)].append(trial)
+    stopped, missing = ({trial.directory.name: _why(trial) for trial in found[key]} for key in ("stopped", "failed"))
+    return Sweep([Run.open(trial.directory) for trial in found["complete"]], stopped, missing)
 
 
 def expand(base: Config, space: Space) -> list[Config]:
@@ -211,9 +218,12 @@ def _record(out: Path, name: str, question: str, trials: list[Trial]) -> None:
         "varied": varied,
         "trials": [{"directory": trial.directory.name, "changes": trial.changes} for trial in trials],
     }
+    record = out / f"{name}{RECORD}"
+    if record.exists():  # what repeats the sweep is how it was begun
+        asked |= {name: value for name, value in read_json(record).items() if name not in ("varied", "trials")}
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write(out / f"{name}{RECORD}", as_json(asked))
+        write(record, as_json(asked))
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror}; choose another --out.") from None
 
@@ -252,8 +262,9 @@ def _with_actors(trial: Trial, trials: int) -> Config:
         raise UserError(f"the trial {trial.directory.name}: {error}") from None
     if config.actors is None:
         share = min(config.cohort_size, slots // trials)
-        alone = len([node for node in ray.nodes() if node["Alive"]]) == 1
-        return replace(config, actors=share if share > 1 or not alone else 0)
+        several = len([node for node in ray.nodes() if node["Alive"]]) > 1
+        # The trial's own process stays on this node; an actor can be on any.
+        return replace(config, actors=max(1, share) if several else share if share > 1 else 0)
     return replace(config, actors=min(config.actors, config.cohort_size))
 
 
@@ -274,30 +285,38 @@ def _tune(
     by_name = {trial.directory.name: trial for trial in trials}
     scheduler = None
     if asha is not None:
-        # One more than a complete run's, or ASHA would end it before its model is saved.
-        most = 1 + max(images_planned(trial.config, examples) for trial in trials)
+        most = max(images_planned(trial.config, examples) for trial in trials)
         mode = "max" if higher_is_better(asha) else "min"
-        scheduler = ASHAScheduler(time_attr="images", metric=asha, mode=mode, max_t=most, grace_period=most // 16 + 1)
+        # A trial that has trained to its end is not to be stopped before its model is saved.
+        scheduler = ASHAScheduler(
+            time_attr="images", metric=asha, mode=mode, max_t=most, grace_period=most // 16 + 1, stop_last_trials=False
+        )
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial that fails is told by us
-    train = tune.with_parameters(_train, trials=by_name, provenance=environment(), metrics=metrics)
+    train = tune.with_parameters(_train, trials=by_name, provenance=environment(), metrics=metrics, asha=asha)
     resources = tune.with_resources(
         train, lambda chosen: tune.PlacementGroupFactory(bundles(by_name[chosen["trial"]].config))
     )
     with tempfile.TemporaryDirectory(prefix="fedray-tune-") as scratch:  # all that matters is in the runs
-        watch = _Watch(by_name, on_news)
-        tune.Tuner(
+        tuner = tune.Tuner(
             resources,
             param_space={"trial": tune.grid_search(list(by_name))},
-            tune_config=tune.TuneConfig(scheduler=scheduler, reuse_actors=True),
+            # A process is used again, but for one that ASHA may stop in the middle.
+            tune_config=tune.TuneConfig(scheduler=scheduler, reuse_actors=asha is None),
             run_config=tune.RunConfig(
                 storage_path=scratch,
                 failure_config=tune.FailureConfig(max_failures=RETRIES),
-                callbacks=[watch],
+                callbacks=[_Watch(by_name, on_news)],
                 verbose=0,
             ),
-        ).fit()
-    if watch.error is not None:
-        raise watch.error
+        )
+        try:
+            results = tuner.fit()
+        except TuneError as error:
+            raise RunError(f"Ray Tune could not go on: {reason(error)}; resume the sweep.") from error
+        for result in results:
+            trial = by_name[result.config["trial"]]
+            if result.error and not _settled(trial) and not (trial.directory / FAILED).exists():
+                _leave(trial, FAILED, f"Ray Tune gave it up: {reason(result.error)}")
 
 
 def images_planned(config: Config, examples: int) -> int:
@@ -307,11 +326,12 @@ def images_planned(config: Config, examples: int) -> int:
     return config.rounds * config.cohort_size * config.steps(share) * batch
 
 
-def _train(chosen: dict[str, Any], trials: dict[str, Trial], provenance: dict[str, Any], metrics: Any) -> None:
+def _train(
+    chosen: dict[str, Any], trials: dict[str, Trial], provenance: dict[str, Any], metrics: Any, asha: str | None
+) -> None:
     """A trial, in its own process: the driver of a run that begins, or goes on from its last round."""
     trial = trials[chosen["trial"]]
     config, run = trial.config, Run(trial.directory)
-    keep_to_fraction(config)
     for name in (FAILED, STOPPED):
         (run.directory / name).unlink(missing_ok=True)
     begun = (run.directory / "config.json").exists()
@@ -319,6 +339,8 @@ def _train(chosen: dict[str, Any], trials: dict[str, Trial], provenance: dict[st
         for path in run.directory.glob(".config.json.*"):  # of one that was killed as it began
             path.unlink()
     try:
+        if config.actors == 0:
+            keep_to_fraction(config)
         images = sum(row["images"] for row in run.rows)
         dataset = config.task.dataset()
         with open_pool(config, dataset) as pool:
@@ -328,13 +350,22 @@ def _train(chosen: dict[str, Any], trials: dict[str, Trial], provenance: dict[st
             for row in rows:
                 images += row["images"]
                 scores = {name: score["value"] for name, score in row["scores"].items()}
-                tune.report({"round": row["round"], "images": images, "loss": row["loss"]} | scores)
+                if asha is not None and scores:
+                    check_name("score", asha, scores)
+                told = {"round": row["round"], "images": images, "loss": row["loss"]}
+                # Nothing to stop a trial by once it has trained to its end: its model is yet to be saved.
+                tune.report(told | (scores if row["round"] < config.rounds else {}))
     except Exception as error:
-        run.directory.mkdir(parents=True, exist_ok=True)
         kind = "" if isinstance(error, (UserError, RunError)) else f"{type(error).__name__}: "
-        (run.directory / FAILED).write_text(f"{kind}{error}\n")
+        _leave(trial, FAILED, f"{kind}{error}")
         if not isinstance(error, UserError):  # which another try would not mend
             raise
+
+
+def _leave(trial: Trial, name: str, why: str) -> None:
+    """Leave a line in a trial's directory that says why it is not complete."""
+    trial.directory.mkdir(parents=True, exist_ok=True)
+    (trial.directory / name).write_text(f"{why}\n")
 
 
 class _Watch(tune.Callback):
@@ -344,7 +375,6 @@ class _Watch(tune.Callback):
         self.trials = trials
         self.on_news = on_news
         self.moved = time.monotonic()
-        self.error: RunError | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune saves its callbacks, to restore a sweep; we do not restore it so
@@ -373,14 +403,13 @@ class _Watch(tune.Callback):
         ours = self.trials[trial.config["trial"]]
         rounds = (trial.last_result or {}).get("round", 0)
         if Run(ours.directory).result is None and not (ours.directory / FAILED).exists():
-            (ours.directory / STOPPED).write_text(f"ASHA stopped it after round {rounds}\n")
+            _leave(ours, STOPPED, f"ASHA stopped it after round {rounds}")
         self._tell(trial, _outcome(ours), rounds)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         ours = self.trials[trial.config["trial"]]
         if not (ours.directory / FAILED).exists():
-            ours.directory.mkdir(exist_ok=True)
-            (ours.directory / FAILED).write_text("its process ended (killed, or out of memory)\n")
+            _leave(ours, FAILED, "its process ended (killed, or out of memory)")
         self._tell(trial, "failed", (trial.last_result or {}).get("round", 0))
 
     def _tell(self, trial: Any, outcome: str, rounds: int) -> None:

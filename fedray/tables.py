@@ -1,6 +1,8 @@
 """A score by two settings: over seeds, and as text for a page or a paper."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import pandas as pd
 
@@ -92,15 +94,26 @@ def _with_corner(table: pd.DataFrame) -> pd.DataFrame:
     return flat
 
 
-def by_setting(rounds: pd.DataFrame, names: list[str], scores: list[str]) -> pd.DataFrame:
-    """Scores after the last round by settings, over the seeds of complete runs; settings in the order of the runs.
+def by_setting(rounds: pd.DataFrame, settings: Mapping[str, str], name: str, scores: list[str]) -> pd.DataFrame:
+    """Scores after the last round by setting, over the seeds of complete runs; also of settings that have none.
 
-    Index: the settings' values, as text. Columns are pairs: a score, and mean, std (NaN with one seed) or n (seeds).
+    Columns are pairs: a score, and mean, std (NaN with one seed) or n (seeds).
+
+    Args:
+        settings: of each run, by the name of its directory, in the order of the rows.
+        name: of the index.
     """
     last = finals(rounds)
-    values = [last[name].map(lambda value: NONE if pd.isna(value) else str(value)) for name in names]
-    index = pd.Series(list(zip(*values, strict=True)), index=last.index).map(" · ".join)
-    groups = last[scores].astype(float).groupby(index.rename(" · ".join(names)), sort=False)
-    table = groups.agg(["mean", "std", "count"]).rename(columns={"count": "n"}, level=1)
+    setting = last["run"].map(settings).astype(str).rename(name)
+    table = last[scores].astype(float).groupby(setting, sort=False).agg(["mean", "std", "count"])
+    table = table.rename(columns={"count": "n"}, level=1).reindex(list(dict.fromkeys(settings.values())))
+    for score in scores:
+        table[score, "n"] = table[score, "n"].fillna(0).astype("Int64")
+    table.index.name = name
     table.columns.names = ["score", None]
     return table
+
+
+def shown(value: Any) -> str:
+    """A setting's value, as text."""
+    return NONE if value is None else str(value)

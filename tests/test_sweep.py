@@ -173,10 +173,12 @@ def test_a_stopped_trial_goes_on_from_its_last_round(toy_config, tmp_path, ray):
     rounds = fit(config, LocalPool(config), place)
     next(rounds)
     rounds.close()
-    first = json.loads((place / "rounds.jsonl").read_text().splitlines()[0])
+    (first,) = (place / "rounds.jsonl").read_text().splitlines()
+    (place / "rounds.jsonl").write_text(first[:100])  # a kill cut it short; the checkpoint has it
+    first = json.loads(first)
     done = sweep(config, {"seed": [7]}, tmp_path / "cut")
     assert done.runs[0].directory == place
-    assert done.runs[0].rows[0] == first
+    assert done.runs[0].rows[0]["clients"] == first["clients"]
     assert hashes(done.runs) == hashes([whole])
 
 
@@ -200,8 +202,9 @@ def test_one_trials_failure_leaves_the_others(toy_config, tmp_path, ray):
 
 
 @pytest.mark.slow
-def test_a_trial_that_is_killed_is_tried_again(toy_config, tmp_path, ray):
-    """The process is killed in round 2, once: the trial goes on from round 1."""
+@pytest.mark.parametrize("actors", [0, 2])
+def test_a_trial_that_is_killed_is_tried_again(toy_config, tmp_path, ray, actors):
+    """The trial's process is killed once, when it has the first round's samples; then it goes on from there."""
     marker = tmp_path / "killed"
 
     def fatal(samples, images):
@@ -210,7 +213,7 @@ def test_a_trial_that_is_killed_is_tried_again(toy_config, tmp_path, ray):
             os.kill(os.getpid(), signal.SIGKILL)
         return 1.0
 
-    config = toy_config(evaluate_every=1)
+    config = toy_config(evaluate_every=1, actors=actors)
     done = sweep(config, {"seed": [0]}, tmp_path / "sweep", metrics={"fatal": fatal})
     assert marker.exists()
     assert not done.missing
@@ -228,7 +231,7 @@ def test_a_trial_that_is_always_killed_is_missing(toy_config, tmp_path, ray):
 @pytest.mark.slow
 def test_asha_compares_at_equal_images(toy_config, tmp_path, ray):
     """The second learning rate is worse. With E = 4 a round trains twice the images, so that it ends a round sooner."""
-    config = toy_config(rounds=20, evaluate_every=1, clients=4)
+    config = toy_config(rounds=20, evaluate_every=2, clients=4)
     space = {"learning_rate": [1e-9, 0.5], "local_epochs": [2, 4]}
     metrics = {"brightness": lambda samples, images: float(samples.mean())}
     with pytest.raises(UserError, match="--asha stops trials by scores along the way: say --evaluate-every"):
@@ -236,16 +239,39 @@ def test_asha_compares_at_equal_images(toy_config, tmp_path, ray):
     done = sweep(config, space, tmp_path / "b", asha="brightness", metrics=metrics)
     assert [len(run.rows) for run in done.runs] == [20, 20]
     assert {run.saved["config"]["learning_rate"] for run in done.runs} == {1e-9}
-    # The first rung: a sixteenth of 20 rounds of 4 clients, 4 epochs of 3 batches of 3.
-    assert 20 * 4 * 4 * 3 * 3 // 16 == 180
-    assert {name.rsplit("-", 1)[0]: why for name, why in done.missing.items()} == {
-        "learning-rate-0.5-local-epochs-2": "ASHA stopped it after round 3",  # 192 images
+    # The first rung is at 181 images: a sixteenth of 20 rounds of 4 clients, 4 epochs of 3 batches of 3.
+    assert 20 * 4 * 4 * 3 * 3 // 16 + 1 == 181
+    assert not done.missing
+    assert {name.rsplit("-", 1)[0]: why for name, why in done.stopped.items()} == {
+        "learning-rate-0.5-local-epochs-2": "ASHA stopped it after round 4",  # 256 images; after round 2, 128
         "learning-rate-0.5-local-epochs-4": "ASHA stopped it after round 2",  # 256 images
     }
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "b").glob("*/rounds.jsonl")}
     again = sweep(config, space, tmp_path / "b", asha="brightness", metrics=metrics, resume=True)
-    assert again.missing == done.missing
+    assert again.stopped == done.stopped
     assert {path: path.stat().st_mtime_ns for path in before} == before
+    wrong = sweep(config, {"seed": [9]}, tmp_path / "c", asha="fid", metrics=metrics)
+    (why,) = wrong.missing.values()
+    assert why.startswith("there is no score 'fid'")
+
+
+@pytest.mark.slow
+def test_asha_lets_a_trial_end(toy_config, tmp_path, ray):
+    """The second is worse, and its only rung is its last round: its model is saved."""
+    config = toy_config(rounds=2, evaluate_every=1)
+    metrics = {"brightness": lambda samples, images: float(samples.mean())}
+    done = sweep(config, {"learning_rate": [1e-9, 0.5]}, tmp_path, asha="brightness", metrics=metrics)
+    assert len(done.runs) + len(done.stopped) == 2
+    assert all("after round 1" in why for why in done.stopped.values())
+    config = replace(config, evaluate_every=None, rounds=4, validation_rounds=4)
+    done = sweep(
+        replace(config, evaluate_every=4),
+        {"learning_rate": [1e-9, 0.5]},
+        tmp_path / "b",
+        asha="brightness",
+        metrics=metrics,
+    )
+    assert len(done.runs) == 2
 
 
 # The command
@@ -264,6 +290,8 @@ def test_mistakes_are_told_in_one_line(tmp_path, monkeypatch):
         ("broken.py",): "broken.py does not run: ZeroDivisionError: division by zero.",
         ("empty.py",): "empty.py is not an experiment: it must have BASE, a Config.",
         (FIGURE2, "--clients", "3"): f"--clients is what {FIGURE2} varies; change its SPACE.",
+        ("--out", "a", FIGURE2, "--local_epochs", "7"): f"--local-epochs is what {FIGURE2} varies",
+        (FIGURE2, "--local-steps", "7"): f"--local-epochs is what {FIGURE2} varies",
         (FIGURE2, "--preset", "digit"): "there is no preset 'digit'; did you mean 'digits'?",
         (FIGURE2, "--resume"): "there is no sweep 'figure2' in",
         (FIGURE2, "--rounds", "0"): "--rounds 0: it must be above 0.",

@@ -2,7 +2,7 @@
 
 import argparse
 import importlib.util
-import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,10 +27,13 @@ from fedray.commands.settings import ask
 from fedray.commands.terminal import print_frame, program
 from fedray.config import Config, flag
 from fedray.presets import PRESETS
-from fedray.record import RECORD
-from fedray.results import finals, load, scores_of, write
+from fedray.record import RECORD, read_json, write
+from fedray.results import finals, load, scores_of
+from fedray.results import write as keep
 from fedray.sweep import News, Sweep, changed, images_planned, sweep
-from fedray.tables import by_setting, cells, to_latex, to_markdown
+from fedray.tables import by_setting, cells, shown, to_latex, to_markdown
+
+DURATION = ("local_epochs", "local_steps")  # of which one is given
 
 
 @dataclass(frozen=True)
@@ -52,13 +55,14 @@ class Command:
 def main(arguments: list[str]) -> None:
     """Parse and run."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("experiment", nargs="?", type=Path)
     first.add_argument("--smoke", action="store_true")
     first.add_argument("--preset")
     known, _ = first.parse_known_args(arguments)
+    # The file, wherever it stands: `--features FILE.py:FUNCTION` does not end so.
+    file = next((argument for argument in arguments if argument.endswith(".py")), None)
     base, space, question = PRESETS["digits"], {}, ""
-    if known.experiment is not None and known.experiment.suffix == ".py":
-        module = load_experiment(known.experiment)
+    if file is not None:
+        module = load_experiment(Path(file))
         base, space, question = module.BASE, dict(module.SPACE), module.__doc__ or ""
         if known.preset is not None:
             check_name("preset", known.preset, PRESETS)
@@ -74,8 +78,9 @@ def main(arguments: list[str]) -> None:
     )  # fmt: skip
     if not space:
         raise UserError(f"{asked.experiment} is not a Python file; name an experiment, as experiments/figure2.py.")
+    given = {argument.split("=")[0].replace("_", "-") for argument in arguments}
     for name in space:
-        if any(argument.split("=")[0] == flag(name.removeprefix("task.")) for argument in arguments):
+        if flag(name.removeprefix("task.")) in given or (name in DURATION and given & set(map(flag, DURATION))):
             raise UserError(f"{flag(name)} is what {asked.experiment} varies; change its SPACE.")
     name = asked.experiment.stem
     out = asked.out or Path("runs") / (f"{name}-smoke" if asked.smoke else name)
@@ -87,14 +92,15 @@ def main(arguments: list[str]) -> None:
             )  # fmt: skip
         except (KeyboardInterrupt, RunError):
             if (out / f"{name}{RECORD}").exists():
-                print(f"\nGo on with: {program()} sweep {asked.experiment} --resume --out {out}", file=sys.stderr)
+                again = [argument for argument in arguments if argument not in ("--again", "--resume")]
+                print(f"\nGo on with: {program()} sweep {shlex.join(again)} --resume", file=sys.stderr)
             raise
 
     _show(out, done, name)
     print(f"sweep     {out}\nnext      {program()} report {out}")
     if done.missing:
         told = "\n".join(f"  {trial}: {why}" for trial, why in done.missing.items())
-        raise RunError(f"{len(done.missing)} of {len(done.missing) + len(done.runs)} trials are missing:\n{told}")
+        raise RunError(f"{len(done.missing)} of {sum(map(len, done))} trials are missing:\n{told}")
 
 
 def load_experiment(path: Path) -> ModuleType:
@@ -123,21 +129,31 @@ def _show(out: Path, done: Sweep, name: str) -> None:
     rounds = load(out).rounds
     if rounds.empty:
         return
-    write(rounds, out)
+    keep(rounds, out)
     rounds = rounds[rounds["run"].isin([run.directory.name for run in done.runs])]
     if rounds.empty:
         return
-    asked = json.loads((out / f"{name}{RECORD}").read_text())
+    asked = read_json(out / f"{name}{RECORD}")
     varied = [setting for setting in asked["varied"] if setting != "seed"] or ["clients"]
+    settings = {
+        trial["directory"]: " · ".join(shown(trial["changes"].get(field)) for field in varied)
+        for trial in asked["trials"]
+    }
     scores = [*scores_of(finals(rounds)), "loss", "total.sequential_steps", "total.bytes"]
-    table = by_setting(rounds, varied, scores)
+    table = by_setting(rounds, settings, " · ".join(varied), scores)
     names = [".".join(map(str, column)).removesuffix(".mean") for column in table.columns.to_flat_index()]
     flat = table.set_axis(names, axis=1)
-    flat.to_csv(out / f"{name}.csv")
+    write(out / f"{name}.csv", flat.to_csv())
     text = cells(table)
-    (out / f"{name}.md").write_text(to_markdown(text) + "\n")
-    (out / f"{name}.tex").write_text(to_latex(text))
-    print_frame(text[[score for score in scores if "@" not in score and "/" not in score][:4]])
+    text.insert(0, "seeds", table["loss"]["n"].astype(str))
+    absent = [f"- {trial}: {why}" for trial, why in (done.stopped | done.missing).items()]
+    write(
+        out / f"{name}.md", "\n".join([to_markdown(text), *(["", "Not complete:", "", *absent] if absent else []), ""])
+    )
+    write(out / f"{name}.tex", to_latex(text))
+    print_frame(text[["seeds", *[score for score in scores if "@" not in score and "/" not in score][:4]]])
+    for trial, why in done.stopped.items():
+        print(f"stopped   {trial}: {why}")
 
 
 @contextmanager
