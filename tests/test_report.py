@@ -21,7 +21,7 @@ from selenium.webdriver.support.ui import Select, WebDriverWait
 
 import fedray
 from fedray import report
-from fedray.answer import answer, decisive, difference, number, pair, with_settings
+from fedray.answer import answer, decisive, difference, number, pair, ranked, with_settings
 from fedray.cli import main
 from fedray.config import Config
 from fedray.results import load, varied
@@ -129,6 +129,15 @@ def test_the_difference_is_the_paired_t_interval():
     wanted = stats.ttest_rel(values["b"], values["a"]).confidence_interval(0.95)
     assert found.value == pytest.approx((values["b"] - values["a"]).mean())
     assert (found.low, found.high, found.seeds) == (pytest.approx(wanted.low), pytest.approx(wanted.high), 5)
+
+
+def test_an_easy_seed_does_not_make_a_setting_best():
+    """b has one more seed, a bad one; on the two that both have it is better."""
+    values = [("a", 0, 5.0), ("a", 1, 5.2), ("b", 0, 4.0), ("b", 1, 4.1), ("b", 2, 20.0)]
+    best = ranked(load_like(values), "fid")
+    assert list(best.index) == ["b", "a"]
+    assert best.loc["b", "mean"] == pytest.approx(4.05)
+    assert best.loc["b", "count"] == 2
 
 
 def test_only_seeds_that_both_have_are_paired():

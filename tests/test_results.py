@@ -447,11 +447,13 @@ def test_a_row_per_setting(tmp_path):
             made.config(clients=clients, seed=seed, rounds=1),
             [made.row(1, scores=scores)],
         )
-    table = by_setting(load(tmp_path).rounds, ["clients", "partition"], ["fd[digits]", "loss"])
-    assert list(table.index) == ["2 · iid", "8 · iid"]
-    assert table.index.name == "clients · partition"
-    assert table["fd[digits]"]["mean"].tolist() == [4.0, 10.0]
+    settings = {"2-0": "two", "2-1": "two", "4-0": "four", "8-0": "eight", "8-1": "eight"}  # four has not begun
+    table = by_setting(load(tmp_path).rounds, settings, "clients", ["fd[digits]", "loss"])
+    assert list(table.index) == ["two", "four", "eight"]
+    assert table["fd[digits]"]["mean"].dropna().tolist() == [4.0, 10.0]
     assert table["fd[digits]"]["std"].iloc[0] == pytest.approx(statistics.stdev([3.0, 5.0]))
-    assert math.isnan(table["fd[digits]"]["std"].iloc[1])
-    assert table["loss"]["n"].tolist() == [2, 1]
-    assert to_markdown(cells(table)).splitlines()[0].startswith("| clients · partition / score")
+    assert math.isnan(table["fd[digits]"]["std"].iloc[2])
+    assert table["loss"]["n"].tolist() == [2, 0, 1]
+    lines = [[cell.strip() for cell in line.split("|")] for line in to_markdown(cells(table)).splitlines()]
+    assert lines[0][1] == "clients / score"
+    assert lines[3][1:3] == ["four", "–"]
