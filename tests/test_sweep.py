@@ -80,6 +80,23 @@ def test_a_bundle_per_actor(ray):
     assert node in ray.cluster_resources()  # the driver stays on the node that has the runs
 
 
+@pytest.mark.parametrize(
+    ("nodes", "slots", "trials", "actors"),
+    [
+        (1, 2, 6, 0),  # each trial in one process
+        (1, 16, 2, 4),  # never more than the cohort
+        (1, 16, 6, 2),
+        (8, 16, 18, 1),  # of several nodes all are used: an actor can be on any
+        (8, 64, 4, 4),
+    ],
+)
+def test_a_trials_share_of_the_cluster(monkeypatch, nodes, slots, trials, actors):
+    monkeypatch.setattr(module.ray, "nodes", lambda: [{"Alive": True}] * nodes + [{"Alive": False}])
+    monkeypatch.setattr(module, "count_slots", lambda config: slots)
+    trial = module.Trial(Config(local_epochs=1, clients=4), {}, Path("here"))
+    assert module._with_actors(trial, trials).actors == actors
+
+
 def test_more_than_there_is_fails_at_once(toy_config, tmp_path, ray):
     began = time.monotonic()
     with pytest.raises(UserError, match="the trial seed-0-.*: --actors 3 needs 3 CPUs, and there are 2 CPUs"):
