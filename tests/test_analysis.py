@@ -1,6 +1,7 @@
 """What analysis/ draws and says, compared with plain Python over the rows that it is drawn from."""
 
 import math
+import re
 import statistics
 import subprocess
 import sys
@@ -364,3 +365,21 @@ def test_notebooks_and_figures_of_trained_runs(command, trained, monkeypatch, tm
     assert "2 of 2 rounds" in text
     command(trained, out=tmp_path)
     assert {path.stem for path in tmp_path.iterdir()} >= {"score-over-rounds", "held-out-loss-over-steps", "samples"}
+
+
+@pytest.mark.slow
+def test_the_kept_results_say_what_the_log_says(monkeypatch):
+    monkeypatch.delenv("FEDRAY_RESULTS", raising=False)
+    monkeypatch.delenv("FEDRAY_RUN", raising=False)
+    text, pictures = execute("sweep.ipynb", monkeypatch)
+    log = (ANALYSIS.parent / "experiments/LOG.md").read_text()
+    assert pictures == 7
+    assert "27 complete runs, seeds 0, 1, 2; controls: same_steps" in text
+    cells = re.findall(r"[\d.]+ ± [\d.]+", text)
+    assert len(set(cells)) == 11
+    assert all(cell in log for cell in cells)
+    assert "3.75 lower (95 % interval -4.81 to -2.7" in text
+    assert "3.75\n(95 % interval 2.70 to 4.81)" in log
+    text, pictures = execute("run.ipynb", monkeypatch)
+    assert "40 of 40 rounds" in text
+    assert pictures == 2  # the loss, and seconds: pictures are not kept
