@@ -212,7 +212,8 @@ def count_actors(config: Config) -> int:
     Raises:
         UserError: the cluster has no GPU, or is too small.
     """
-    return min(config.actors or count_slots(config), config.cohort_size)
+    slots = count_slots(config)
+    return min(config.actors or slots, config.cohort_size)
 
 
 def count_slots(config: Config) -> int:
