@@ -6,8 +6,8 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,15 +23,15 @@ from ray.tune.error import TuneError
 from ray.tune.schedulers import ASHAScheduler
 
 from fedray.actors import START_TIMEOUT, check_apart, connected, count_slots, describe, keep_to_fraction, open_pool
-from fedray.choices import RunError, UserError, check_name, pick, reason
-from fedray.config import MENUS, Config
+from fedray.choices import RunError, UserError, check_name, reason
+from fedray.config import Config
 from fedray.evaluation import Metric
 from fedray.federation import fit
 from fedray.record import FAILED, RECORD, STOPPED, Run, as_json, environment, read_json, write
 from fedray.scores.scoring import higher_is_better
+from fedray.space import Space, expand, images_planned, settings_of
 
 RETRIES = 2  # of a trial that fails; it goes on from its last complete round
-Space = Mapping[str, Sequence[Any] | Callable[[Config], Any]]
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def sweep(
         try:
             config.check()
         except UserError as error:
-            raise UserError(f"the trial {_name(_changes(config, space))}: {error}") from None
+            raise UserError(f"the trial {_name(settings_of(config, space))}: {error}") from None
         check_apart(out, config)
     if asha is not None and any(config.evaluate_every is None for config in configs):
         raise UserError("--asha stops trials by scores along the way: say --evaluate-every.")
@@ -123,49 +123,6 @@ def sweep(
     return Sweep([Run.open(trial.directory) for trial in found["complete"]], stopped, missing)
 
 
-def expand(base: Config, space: Space) -> list[Config]:
-    """All combinations, the last name's values fastest; the same configuration counts once.
-
-    Raises:
-        UserError: a name is not a setting, or has no values.
-    """
-    found = [base]
-    for name, values in space.items():
-        if not callable(values) and not len(values):
-            raise UserError(f"the sweep has no values for {name!r}.")
-        found = [changed(config, name, value) for config in found for value in _values(values, config)]
-    once = {config.sha256: config for config in reversed(found)}
-    return [config for config in found if config is once[config.sha256]]
-
-
-def _values(values: Sequence[Any] | Callable[[Config], Any], config: Config) -> Sequence[Any]:
-    return [values(config)] if callable(values) else values
-
-
-def changed(config: Config, name: str, value: Any) -> Config:
-    """The configuration with one setting changed: a field of `Config`, or "task.FIELD".
-
-    A partition, rule or codec may be given by its short form. Raises `UserError`.
-    """
-    names = [item.name for item in fields(Config) if item.name != "task"]
-    names += [f"task.{item.name}" for item in fields(config.task)]  # type: ignore[arg-type]
-    check_name("setting", name, names)
-    if name.startswith("task."):
-        return replace(config, task=replace(config.task, **{name.removeprefix("task."): value}))  # type: ignore[type-var]
-    if name in MENUS and isinstance(value, str):
-        value = pick(name, value, MENUS[name])
-    if name in ("local_epochs", "local_steps") and value is not None:
-        config = replace(config, local_epochs=None, local_steps=None)
-    return replace(config, **{name: value})
-
-
-def _changes(config: Config, names: Iterable[str]) -> dict[str, Any]:
-    """What a configuration has for these names, as JSON has it."""
-    values = config.to_json()
-    flat = values | {f"task.{name}": value for name, value in values["task"].items()}
-    return {name: flat[name] for name in names}
-
-
 def _name(changes: Mapping[str, Any]) -> str:
     """As a part of a path: `clients-4-seed-0`."""
     text = "-".join(f"{name.removeprefix('task.')}-{value}" for name, value in changes.items())
@@ -185,7 +142,7 @@ def _directories(
         raise UserError(f"{out} holds this sweep already; go on with it by --resume, or choose another --out.")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is not a directory; choose another --out.")
-    several = [name for name in names if len({str(_changes(config, [name])) for config in configs}) > 1]
+    several = [name for name in names if len({str(settings_of(config, [name])) for config in configs}) > 1]
     before = [Path(trial["directory"]) for trial in read_json(record)["trials"]] if resume else []
     trials = []
     for config in configs:
@@ -193,10 +150,10 @@ def _directories(
         was = [path.name for path in before if ending in path.name] or sorted(
             path.name for path in out.glob(f"*{ending}*")
         )
-        directory = was[0] if was and not again else _name(_changes(config, several)) + ending
+        directory = was[0] if was and not again else _name(settings_of(config, several)) + ending
         if again and was:
             directory += f"-{len(was) + 1}"
-        trials.append(Trial(config, _changes(config, names), out / directory))
+        trials.append(Trial(config, settings_of(config, names), out / directory))
     lost = {path.name for path in before} - {trial.directory.name for trial in trials}
     if lost:
         raise UserError(
@@ -317,13 +274,6 @@ def _tune(
             trial = by_name[result.config["trial"]]
             if result.error and not _settled(trial) and not (trial.directory / FAILED).exists():
                 _leave(trial, FAILED, f"Ray Tune gave it up: {reason(result.error)}")
-
-
-def images_planned(config: Config, examples: int) -> int:
-    """Images that a run trains on at most, with batches counted as full."""
-    share = -(-examples // config.clients)
-    batch = config.train_batch_size * config.gradient_accumulation_steps
-    return config.rounds * config.cohort_size * config.steps(share) * batch
 
 
 def _train(

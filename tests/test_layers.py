@@ -17,7 +17,7 @@ ORDER = [
     *("scores.networks", "scores.reference", "scores.scoring"),
     *("config", "model_card", "presets", "worker", "client", "drawing", "record"),
     *("plan", "pools", "evaluation", "federation", "results", "tables"),
-    *("answer", "charts", "report"),
+    *("answer", "charts", "report", "space"),
     *("actors", "local_only", "sweep"),
     *(
         "commands",

@@ -16,7 +16,8 @@ from fedray.commands.sweep import load_experiment, main
 from fedray.config import Config
 from fedray.partition import IID, Dirichlet
 from fedray.presets import PRESETS, SMOKE
-from fedray.sweep import bundles, changed, expand, images_planned, sweep
+from fedray.space import changed, expand, images_planned
+from fedray.sweep import bundles, sweep
 
 ROOT = Path(__file__).parent.parent
 FIGURE2 = ROOT / "experiments/figure2.py"

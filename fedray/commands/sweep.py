@@ -30,7 +30,8 @@ from fedray.presets import PRESETS
 from fedray.record import RECORD, read_json, write
 from fedray.results import finals, load, scores_of
 from fedray.results import write as keep
-from fedray.sweep import News, Sweep, changed, images_planned, sweep
+from fedray.space import changed, images_planned
+from fedray.sweep import News, Sweep, sweep
 from fedray.tables import by_setting, cells, shown, to_latex, to_markdown
 
 DURATION = ("local_epochs", "local_steps")  # of which one is given
