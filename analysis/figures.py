@@ -228,6 +228,8 @@ def _of_two(rounds: pd.DataFrame, score: str | None, names: list[str]) -> Iterat
             yield f"{title}-over-rounds", curves(rounds, name, "round", by, panels)
             if by:
                 yield f"{title}-over-steps", curves(rounds, name, "total.sequential_steps", by, panels)
+            if by and title == "score":
+                yield f"{title}-over-training_seconds", curves(rounds, name, "total.training_seconds", by, panels)
     if any(Path(directory).joinpath("samples").is_dir() for directory in rounds["directory"].unique()):
         yield "samples", samples(rounds)
 

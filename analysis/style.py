@@ -131,7 +131,8 @@ def floor(axes: Axes, rounds: pd.DataFrame, score: str) -> None:
 def legend(figure: Figure, name: str | None, lines: dict[str, Line2D], where: str) -> None:
     """A legend beside the axes, upper or lower, under the name of a column: lines by what they are called."""
     title = label(name) if name else None
-    figure.legend(lines.values(), lines.keys(), title=title, loc=f"outside right {where}", alignment="left")  # type: ignore[call-overload]
+    place: Any = f"outside right {where}"  # which matplotlib types as one of some literals
+    figure.legend(list(lines.values()), list(lines), title=title, loc=place, alignment="left")
 
 
 def note(figure: Figure, seeds: pd.Series, spread: str) -> None:

@@ -365,6 +365,7 @@ def test_notebooks_and_figures_of_trained_runs(command, trained, monkeypatch, tm
     assert "2 of 2 rounds" in text
     command(trained, out=tmp_path)
     assert {path.stem for path in tmp_path.iterdir()} >= {"score-over-rounds", "held-out-loss-over-steps", "samples"}
+    assert (tmp_path / "score-over-training_seconds.svg").exists()
 
 
 @pytest.mark.slow

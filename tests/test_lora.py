@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from lora_payload import SD15
 from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -35,13 +36,6 @@ from fedray.tasks.embedded import HELD_OUT, PIPELINE, enlarge, prompt
 from fedray.tasks.lora import LoRA, LoRALearner
 from fedray.vector import FlatParameters
 from fedray.worker import Weights, Worker, build
-
-SD15 = dict(
-    sample_size=64, block_out_channels=(320, 640, 1280, 1280), layers_per_block=2, cross_attention_dim=768,
-    attention_head_dim=8,
-    down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-)  # fmt: skip
 
 
 @pytest.fixture(scope="session")
