@@ -24,9 +24,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image
 
-from fedray.choices import UserError, check_name
-from fedray.record import RECORD
-from fedray.results import finals, load, scores_of, varied
+from fedray.errors import UserError, check_name
+from fedray.record.run import RECORD
+from fedray.reports.results import finals, load, scores_of, varied
 
 COSTS = ("total.sequential_steps", "total.bytes", "total.training_seconds")
 DASHES: tuple[Literal["-", "--", ":"], ...] = ("-", "--", ":")

@@ -21,9 +21,9 @@ import torch
 import tyro
 
 import fedray
-from fedray.actors import connected
+from fedray.cluster.actors import connected
 from fedray.commands.terminal import print_table, program, progress
-from fedray.data import digits
+from fedray.data.sources import digits
 
 FEDERATED = fedray.PRESETS["digits"]  # C=4, E=4
 

@@ -22,15 +22,15 @@ from rich.console import Console
 from rich.table import Table
 
 import fedray
-from fedray.actors import connected
+from fedray.cluster.actors import connected
 from fedray.commands.terminal import program, progress
-from fedray.data import digits
-from fedray.evaluation import evaluate, open_reference
-from fedray.plan import make_plan
-from fedray.pools import LocalPool
+from fedray.data.sources import digits
+from fedray.federation.evaluation import evaluate, open_reference
+from fedray.federation.plan import make_plan
+from fedray.federation.pool import LocalPool
+from fedray.federation.worker import Weights
 from fedray.seeds import generator
 from fedray.tasks.embedded import HELD_OUT, enlarge, prompt
-from fedray.worker import Weights
 
 PRESET = fedray.PRESETS["digits-lora"]
 IMAGES = 32  # per client

@@ -21,11 +21,11 @@ from peft import LoraConfig
 from torch import nn
 
 import fedray
-from fedray.codecs import CODECS
 from fedray.commands.terminal import print_frame, program
 from fedray.tasks.ddpm import DDPM
 from fedray.tasks.embedded import PIPELINE
 from fedray.tasks.lora import LoRA
+from fedray.wire.codecs import CODECS
 
 SD15 = dict(
     sample_size=64, block_out_channels=(320, 640, 1280, 1280), layers_per_block=2, cross_attention_dim=768,

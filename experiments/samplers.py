@@ -23,9 +23,9 @@ from rich.table import Table
 import fedray
 from fedray.commands.sample import model_of
 from fedray.commands.terminal import progress
-from fedray.evaluation import evaluate, open_reference
-from fedray.plan import make_plan
-from fedray.pools import LocalPool
+from fedray.federation.evaluation import evaluate, open_reference
+from fedray.federation.plan import make_plan
+from fedray.federation.pool import LocalPool
 
 SAMPLERS = (
     ("ddpm", 1000), ("ddpm", 100), ("ddim", 50), ("ddim", 100), ("dpmsolver++", 20), ("unipc", 10), ("unipc", 20)

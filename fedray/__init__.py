@@ -9,12 +9,12 @@ from importlib.metadata import version
 __version__ = version("fedray")
 
 _HOME = {
-    "Config": "config", "PRESETS": "presets", "SMOKE": "presets", "RunError": "choices", "UserError": "choices",
-    "Dataset": "data", "FlatParameters": "vector", "DDPM": "tasks.ddpm", "Run": "record",
-    "IID": "partition", "Quantity": "partition", "ByLabel": "partition", "ByAttribute": "partition",
-    "ByFolder": "partition", "Dirichlet": "partition", "Shards": "partition", "run_local_only": "local_only",
-    "Float16": "codecs", "Float32": "codecs", "FedAvg": "rules", "grid": "record", "run": "actors",
-    "summary": "results", "score_table": "results",
+    "Config": "config", "PRESETS": "presets", "SMOKE": "presets", "RunError": "errors", "UserError": "errors",
+    "Dataset": "data.dataset", "FlatParameters": "vector", "DDPM": "tasks.ddpm", "Run": "record.run",
+    "IID": "data.partition", "Quantity": "data.partition", "ByLabel": "data.partition", "ByAttribute": "data.partition",
+    "ByFolder": "data.partition", "Dirichlet": "data.partition", "Shards": "data.partition", 
+    "run_local_only": "cluster.alone",     "Float16": "wire.codecs", "Float32": "wire.codecs", "FedAvg": "algorithms.rules", "grid": "record.run", 
+    "run": "cluster.actors",    "summary": "reports.results", "score_table": "reports.results",
 }  # fmt: skip
 __all__ = list(_HOME)
 

@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     if command in ("-h", "--help"):
         print(USAGE, end="")
         return 0
-    from fedray.choices import RunError, UserError, check_name
+    from fedray.errors import RunError, UserError, check_name
 
     try:
         check_name("command", command, COMMANDS)

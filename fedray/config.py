@@ -11,16 +11,15 @@ from typing import Annotated, Any
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
-from fedray import cohort
-from fedray.choices import UserError, check_name, pick, short
-from fedray.codecs import CODECS, Codec, Float32
-from fedray.lora_rules import FFA, SVD, Flora
-from fedray.partition import IID, PARTITIONS, Partition
-from fedray.rules import FedAvg, Rule
+from fedray.algorithms.lora_rules import FFA, SVD, Flora
+from fedray.algorithms.rules import FedAvg, Rule
+from fedray.data.partition import IID, PARTITIONS, Partition
+from fedray.errors import UserError, check_name, pick, short
 from fedray.scores import networks
 from fedray.tasks import Task
 from fedray.tasks.ddpm import DDPM
 from fedray.tasks.lora import LoRA
+from fedray.wire.codecs import CODECS, Codec, Float32
 
 TASKS: dict[str, type] = {DDPM.name: DDPM, LoRA.name: LoRA}
 RULES: dict[str, type] = {"fedavg": FedAvg, "ffa": FFA, "svd": SVD, "flora": Flora}
@@ -171,7 +170,7 @@ class Config:
 
     @property
     def cohort_size(self) -> int:
-        return 1 if self.only_client is not None else cohort.size(self.clients, self.fraction)
+        return 1 if self.only_client is not None else max(1, math.floor(self.fraction * self.clients + 0.5))
 
     def steps(self, examples: int) -> int:
         """Optimizer steps of a client with so many examples in one round."""

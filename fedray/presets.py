@@ -1,12 +1,12 @@
 """Settings to start from."""
 
-from fedray.codecs import Float16
 from fedray.config import Config
-from fedray.data import CELEBA_CROP
-from fedray.partition import ByFolder
+from fedray.data.partition import ByFolder
+from fedray.data.sources import CELEBA_CROP
 from fedray.tasks.ddpm import DDPM
 from fedray.tasks.embedded import PIPELINE
 from fedray.tasks.lora import LoRA
+from fedray.wire.codecs import Float16
 
 # With these, the preset "digits" takes seconds: for trying out, and for tests.
 SMOKE = {"rounds": 2, "test_share": 0.9, "evaluate_samples": 32, "sampling_steps": 4, "kid_subset_size": 16}

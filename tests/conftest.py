@@ -15,7 +15,7 @@ import torch
 import toy
 
 from fedray.config import Config
-from fedray.partition import ByLabel
+from fedray.data.partition import ByLabel
 
 
 def pytest_collection_modifyitems(items):

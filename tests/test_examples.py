@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from fedray.record import Run
+from fedray.record.run import Run
 
 ROOT = Path(__file__).parent.parent
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedray import actors
-from fedray.federation import fit
-from fedray.pools import LocalPool
+from fedray.cluster import actors
+from fedray.federation.engine import fit
+from fedray.federation.pool import LocalPool
 from fedray.presets import PRESETS
 
 pytestmark = pytest.mark.gpu

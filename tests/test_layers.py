@@ -1,6 +1,7 @@
-"""The layer order of CONTRIBUTING.md: a file imports only from layers before it, or from before it in its own."""
+"""The rooms of CONTRIBUTING.md: a folder imports only from those above it, and inside a folder there are no circles."""
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -8,59 +9,49 @@ import pytest
 import fedray
 
 PACKAGE = Path(fedray.__file__).parent
-ORDER = [
-    *("choices", "seeds", "vector", "cache", "images"),
-    *("data", "partition", "partition_report", "cohort", "codecs", "rules", "lora", "lora_rules"),
-    *("tasks", "tasks.images", "tasks.ddpm", "tasks.pretrained"),
-    *("tasks.captions", "tasks.stable_diffusion", "tasks.lora", "tasks.embedded"),
-    *("scores", "scores.frechet", "scores.kid", "scores.prdc", "scores.nearest", "scores.digits"),
-    *("scores.networks", "scores.reference", "scores.scoring"),
-    *("config", "model_card", "presets", "worker", "client", "drawing", "record"),
-    *("plan", "pools", "evaluation", "federation", "results", "tables"),
-    *("answer", "charts", "report", "space"),
-    *("actors", "local_only", "sweep"),
-    *(
-        "commands",
-        "commands.terminal",
-        "commands.settings",
-        "commands.train",
-        "commands.finetune",
-        "commands.sample",
-        "commands.evaluate",
-    ),
-    *("commands.sweep", "commands.report"),
-    *("cli", "__main__"),
+ROOMS = [
+    *("errors", "seeds", "files", "vector", "data", "tasks", "wire", "algorithms", "scores", "config", "presets"),
+    *("record", "federation", "reports", "cluster", "commands", "cli", "__main__"),
 ]
 FILES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
     for path in PACKAGE.rglob("*.py")
+    if path != PACKAGE / "__init__.py"
 }
 
 
-def imported(path):
-    """Dotted names of all that a file imports, also inside functions."""
-    for node in ast.walk(ast.parse(path.read_text())):
+def imported(name):
+    """Dotted names of all that a file imports, also inside functions; of fedray's own, without `fedray.`."""
+    for node in ast.walk(ast.parse(FILES[name].read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            yield from (alias.name.removeprefix("fedray.") for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
+            assert node.level == 0, f"{name}: relative import"
             for alias in node.names:
-                dotted = f"{node.module}.{alias.name}"
-                yield dotted if dotted.removeprefix("fedray.") in FILES else node.module
+                dotted = f"{node.module}.{alias.name}".removeprefix("fedray.")
+                yield dotted if dotted in FILES else str(node.module).removeprefix("fedray.")
 
 
-def test_every_file_has_a_place():
-    assert set(FILES) - {"__init__"} == set(ORDER)
+def room(name):
+    return ROOMS.index(name.split(".")[0])
 
 
-@pytest.mark.parametrize("name", sorted(set(FILES) - {"__init__"}))
-def test_imports_only_from_before(name):
-    for module in imported(FILES[name]):
-        if module.startswith("fedray."):
-            assert ORDER.index(module.removeprefix("fedray.")) < ORDER.index(name), f"{name} imports {module}"
+def test_every_file_has_a_room():
+    assert {name.split(".")[0] for name in FILES} == set(ROOMS)
 
 
-def test_only_the_edge_imports_ray():
-    users = {name for name, path in FILES.items() if any(m.split(".")[0] == "ray" for m in imported(path))}
-    assert users <= {"actors", "sweep"}
-    assert "actors" in users
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_imports_only_from_rooms_above(name):
+    for module in imported(name):
+        if module in FILES:
+            assert room(module) <= room(name), f"{name} imports {module}"
+
+
+def test_no_circles_inside_a_room():
+    TopologicalSorter({name: {module for module in imported(name) if module in FILES} for name in FILES}).prepare()
+
+
+def test_only_the_cluster_room_imports_ray():
+    users = {name for name in FILES if any(module.split(".")[0] == "ray" for module in imported(name))}
+    assert users
+    assert {name.split(".")[0] for name in users} == {"cluster"}

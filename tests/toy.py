@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedray.data import Dataset
+from fedray.data.dataset import Dataset
 from fedray.vector import FlatParameters
 
 

@@ -8,22 +8,22 @@ import numpy as np
 import torch
 import tyro
 
-from fedray.actors import open_pool
-from fedray.choices import UserError
+from fedray.cluster.actors import open_pool
 from fedray.commands.sample import Draw, model_of
 from fedray.commands.terminal import print_scores, progress
 from fedray.config import Config
-from fedray.evaluation import evaluate, features_of, judge, look_for_copies, open_reference
-from fedray.images import form_of
-from fedray.plan import Plan, make_plan
-from fedray.record import Run
+from fedray.data.images import form_of
+from fedray.errors import UserError
+from fedray.federation.evaluation import evaluate, features_of, judge, look_for_copies, open_reference
+from fedray.federation.plan import Plan, make_plan
+from fedray.federation.worker import Weights
+from fedray.record.run import Run
 from fedray.scores import networks
 from fedray.scores.nearest import LOOKED_AT
 from fedray.seeds import generator
 from fedray.tasks import Task
 from fedray.tasks.images import Images
 from fedray.tasks.pretrained import Pretrained, load
-from fedray.worker import Weights
 
 
 @dataclass(frozen=True, kw_only=True)

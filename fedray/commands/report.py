@@ -6,8 +6,8 @@ from pathlib import Path
 
 import tyro
 
-from fedray import report
-from fedray.choices import UserError
+from fedray.errors import UserError
+from fedray.reports import page
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"--out {out} is a directory; give the name of a file in it, such as {out / 'report.html'}.")
     if asked.places[0].exists() and not out.parent.is_dir():
         raise UserError(f"--out {out}: the directory {out.parent} does not exist.")
-    report.write(asked.places, out)
+    page.write(asked.places, out)
     print(f"report    {out}")
     if asked.open:
         webbrowser.open(out.absolute().as_uri())

@@ -7,15 +7,15 @@ from pathlib import Path
 import torch
 import tyro
 
-from fedray.actors import open_pool
-from fedray.choices import UserError
+from fedray.cluster.actors import open_pool
 from fedray.commands.terminal import progress
 from fedray.config import Config
-from fedray.evaluation import prompts_of, sample
-from fedray.federation import weights
-from fedray.record import Run, grid
+from fedray.errors import UserError
+from fedray.federation.engine import weights
+from fedray.federation.evaluation import prompts_of, sample
+from fedray.federation.worker import Weights, build
+from fedray.record.run import Run, grid
 from fedray.tasks.lora import LoRA, LoRALearner
-from fedray.worker import Weights, build
 
 
 @dataclass(frozen=True, kw_only=True)

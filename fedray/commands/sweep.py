@@ -22,17 +22,18 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from fedray.choices import RunError, UserError, check_name, reason
+from fedray.cluster.trials import changed, images_planned
+from fedray.cluster.tune import News, Sweep, sweep
 from fedray.commands.settings import ask
 from fedray.commands.terminal import print_frame, program
 from fedray.config import Config, flag
+from fedray.errors import RunError, UserError, check_name, reason
+from fedray.files import read_json, write
 from fedray.presets import PRESETS
-from fedray.record import RECORD, read_json, write
-from fedray.results import finals, load, scores_of
-from fedray.results import write as keep
-from fedray.space import changed, images_planned
-from fedray.sweep import News, Sweep, sweep
-from fedray.tables import by_setting, cells, shown, to_latex, to_markdown
+from fedray.record.run import RECORD
+from fedray.reports.results import finals, load, scores_of
+from fedray.reports.results import write as keep
+from fedray.reports.tables import by_setting, cells, shown, to_latex, to_markdown
 
 DURATION = ("local_epochs", "local_steps")  # of which one is given
 

@@ -15,9 +15,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from fedray.evaluation import Evaluation
-from fedray.results import summary
-from fedray.worker import Row
+from fedray.federation.evaluation import Evaluation
+from fedray.record.run import Row
+from fedray.reports.results import summary
 
 
 def program() -> str:

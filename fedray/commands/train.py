@@ -9,17 +9,17 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from fedray.actors import run
-from fedray.choices import RunError, UserError, check_name
+from fedray.algorithms.lora_rules import Flora
+from fedray.cluster.actors import run
+from fedray.cluster.alone import run_local_only
 from fedray.commands.settings import ask
 from fedray.commands.terminal import print_table, program, progress
 from fedray.config import Config
-from fedray.local_only import run_local_only
-from fedray.lora_rules import Flora
-from fedray.plan import make_plan, steps_planned
+from fedray.errors import RunError, UserError, check_name
+from fedray.federation.plan import make_plan, steps_planned
 from fedray.presets import PRESETS
-from fedray.record import Run
-from fedray.results import summary
+from fedray.record.run import Run
+from fedray.reports.results import summary
 from fedray.tasks.ddpm import DDPM
 from fedray.tasks.lora import LoRA
 

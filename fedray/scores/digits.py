@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fedray.data import DIGITS, digits
+from fedray.data.sources import DIGITS, digits
 from fedray.seeds import generator
 
 WEIGHTS = Path(__file__).with_name("digits.safetensors")

@@ -25,7 +25,7 @@ from pytorch_fid import inception
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-from fedray.choices import UserError, check_name, reason
+from fedray.errors import UserError, check_name, reason
 from fedray.scores import digits
 
 Network = Callable[[Tensor], Tensor]  # uint8 [n, c, h, w] to [n, d]

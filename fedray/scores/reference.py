@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedray import cache
-from fedray.choices import UserError
+from fedray import files
+from fedray.errors import UserError
 from fedray.scores.frechet import Gaussian, frechet_distance, gaussian
 from fedray.scores.prdc import NEIGHBOURS, Manifold, check_count, manifold
 from fedray.seeds import generator
@@ -53,7 +53,7 @@ class Reference:
             some, rest = (gaussian(self.features, part) for part in np.split(order, [n]))
             (aside / "floor.json").write_text(json.dumps(frechet_distance(some, rest)))
 
-        place = cache.kept("real against real", ["floor", VERSION, self.key, n], make)
+        place = files.kept("real against real", ["floor", VERSION, self.key, n], make)
         return json.loads((place / "floor.json").read_text()), n
 
 
@@ -81,7 +81,7 @@ def reference(what: str, n: int, key: Any, features: Callable[[], Iterable[np.nd
         np.savez(aside / "statistics.npz", mean=fitted.mean.numpy(), factor=fitted.factor.numpy(), radii=radii)
         (aside / "key.json").write_text(json.dumps(key))
 
-    place = cache.kept(what, ["reference", VERSION, key], make)
+    place = files.kept(what, ["reference", VERSION, key], make)
     try:
         kept = np.load(place / "features.npy", mmap_mode="r")
         with np.load(place / "statistics.npz") as statistics:

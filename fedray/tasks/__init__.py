@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedray.data import Dataset
+from fedray.data.dataset import Dataset
 from fedray.vector import FlatParameters
 
 # "images": uint8 [b, c, h, w], some of which are "mirrored": bool [b]; "index": int64 [b], in the dataset;

@@ -18,8 +18,8 @@ from diffusers import (
 )
 from torch import Tensor
 
-from fedray.choices import UserError, check_name
-from fedray.data import Dataset
+from fedray.data.dataset import Dataset
+from fedray.errors import UserError, check_name
 from fedray.tasks import Batch
 from fedray.tasks.images import Images
 from fedray.vector import FlatParameters

@@ -18,7 +18,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from fedray.data import DIGITS, digits
+from fedray.data.sources import DIGITS, digits
 from fedray.seeds import generator, number
 
 PIPELINE = Path(__file__).with_name("digits_pipeline")

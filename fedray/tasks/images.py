@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from fedray import data
-from fedray.choices import UserError, check_name
-from fedray.data import Dataset
-from fedray.images import Form
+from fedray.data import sources
+from fedray.data.dataset import Dataset
+from fedray.data.images import Form
+from fedray.errors import UserError, check_name
 
 DATASETS = ("digits", "imagefolder", "celeba")
 
@@ -62,7 +62,7 @@ class Images:
     def dataset(self) -> Dataset:
         form = Form(self.resolution, self.channels, self.crop)
         if self.dataset_name == "digits":
-            dataset = data.digits()
+            dataset = sources.digits()
             if dataset.images.shape[1:] != (self.channels, self.resolution, self.resolution):
                 raise UserError(
                     f"the digits are 8×8 and grey, not {self.resolution}×{self.resolution} in {self.channels} channels "
@@ -70,6 +70,6 @@ class Images:
                 )
             return dataset
         if self.train_data_dir is None:
-            return data.hugging_face(self.dataset_name, form, self.skip_unreadable)
-        source = data.celeba if self.dataset_name == "celeba" else data.image_folder
+            return sources.hugging_face(self.dataset_name, form, self.skip_unreadable)
+        source = sources.celeba if self.dataset_name == "celeba" else sources.image_folder
         return source(Path(self.train_data_dir), form, self.skip_unreadable)

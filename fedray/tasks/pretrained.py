@@ -9,7 +9,7 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline, UNet2DModel
 
-from fedray.choices import UserError, check_name, reason
+from fedray.errors import UserError, check_name, reason
 from fedray.tasks.ddpm import SAMPLERS, DDPMLearner
 from fedray.tasks.images import Images
 

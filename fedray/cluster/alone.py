@@ -1,0 +1,80 @@
+"""The baseline without a federation: every client trains alone, on its part of the partition."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+from fedray.cluster.actors import check_apart, open_pool
+from fedray.config import Config, check_resumable
+from fedray.data.dataset import Dataset
+from fedray.errors import UserError
+from fedray.federation.engine import fit
+from fedray.federation.evaluation import Show, silent
+from fedray.federation.plan import make_plan
+from fedray.federation.pool import Pool
+from fedray.record.run import Row, Run, environment
+
+
+def run_local_only(
+    config: Config,
+    out: str | Path,
+    *,
+    on_row: Callable[[Row], None] = lambda row: None,
+    show: Show = silent,
+    dataset: Dataset | None = None,
+) -> list[Run]:
+    """Train each client by itself: what the others are worth to it. As many at a time as there are actors.
+
+    One run per client, in `out`/client-0000 and so on; those that were begun are continued, and complete ones kept.
+    Raises as `run` does.
+    """
+    out = Path(out).absolute()
+    config.check()
+    check_apart(out, config)
+    if config.only_client is not None:
+        raise UserError("--only-client and --local-only are both given; give one of them.")
+    if (out / "config.json").exists():
+        raise UserError(f"{out} holds another run; choose another --out for one run per client.")
+    dataset = config.task.dataset() if dataset is None else dataset
+    provenance = environment()
+    runs = [Run(out / f"client-{client:04d}") for client in range(config.clients)]
+    data = make_plan(config, dataset).data
+    for client, run in enumerate(runs):
+        if (run.directory / "config.json").exists():
+            check_resumable(run.saved["config"], replace(config, only_client=client))
+            run.check_data(data)
+    waiting = iter([client for client, run in enumerate(runs) if run.result is None])
+    done = dict.fromkeys(range(config.clients), 0.0)
+    taking, stopped = threading.Lock(), threading.Event()
+
+    def train(pool: Pool) -> None:
+        while not stopped.is_set():
+            with taking:
+                client = next(waiting, None)
+            if client is None:
+                return
+            alone, directory = replace(config, only_client=client), runs[client].directory
+            begun = (directory / "config.json").exists()
+            try:
+                for row in fit(alone, pool, directory, silent, begun, provenance, dataset=dataset):
+                    on_row(row)
+                    done[client] = row["round"] / config.rounds
+                    show("clients alone", sum(done.values()), config.clients)
+                    if stopped.is_set():
+                        return
+            except BaseException:
+                stopped.set()
+                raise
+
+    show("clients alone", 0, config.clients)
+    # All at once in a "cohort", so that there is an actor for each that fits.
+    with open_pool(replace(config, fraction=1.0), dataset) as pool:
+        pools = pool.apart()
+        with ThreadPoolExecutor(len(pools)) as threads:
+            try:
+                list(threads.map(train, pools))
+            finally:
+                stopped.set()
+    return [Run.open(run.directory) for run in runs]

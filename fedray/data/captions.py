@@ -1,0 +1,58 @@
+"""What is said of each image: captions from where people put them."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+from fedray.data.dataset import Dataset
+from fedray.errors import UserError, reason
+
+
+def captions_of(dataset: Dataset, source: str, column: str, instance_prompt: str | None) -> list[str]:
+    """A caption for each image: the one prompt for all, else a column of the dataset or of its metadata file, else a
+    text file beside each image, else the names of their folders.
+
+    Args:
+        source: the folder of the images, or the dataset's name.
+
+    Raises:
+        UserError: the column is not there, or some images have no caption.
+    """
+    columns = dataset.columns
+    if instance_prompt is not None:
+        return [instance_prompt] * len(dataset)
+    if column in columns:
+        captions = ["" if value != value else str(value).strip() for value in columns[column]]
+    elif "file_name" not in columns or set(columns) > {"folder", "file_name"} or column != "text":
+        known = ", ".join(name for name in columns if name not in ("folder", "file_name")) or "nothing"
+        raise UserError(
+            f"{source} has no column {column!r} of captions, but {known}: name it with --caption-column, or give one "
+            f"--instance-prompt."
+        )
+    else:
+        captions = _from_files(Path(source), columns["file_name"])
+    if not all(captions):
+        names = columns.get("file_name", np.arange(len(dataset)))
+        first = names[captions.index("")]
+        raise UserError(f"{source}: {captions.count('')} images have no caption, the first of them {first}.")
+    return captions
+
+
+def _from_files(root: Path, names: np.ndarray) -> list[str]:
+    """From a text file beside each image, else from its folder's name."""
+    beside = [(root / name).with_suffix(".txt") for name in names]
+    there = [path.is_file() for path in beside]
+    if not any(there):
+        return [re.sub(r"[_\W]+", " ", (root / name).parent.name).strip() for name in names]
+    if not all(there):
+        absent = beside[there.index(False)]
+        raise UserError(f"{absent} is absent: where some images have a caption in a text file, all must.")
+    return [_read(path) for path in beside]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no text in UTF-8 ({reason(error)}).") from None

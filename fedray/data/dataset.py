@@ -1,0 +1,103 @@
+"""A dataset: images as one uint8 array, and what is known of each."""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from fedray import files
+from fedray.data.images import sha256
+from fedray.errors import UserError
+
+VERSION = 2  # of what is cached of a dataset beside its images
+
+
+class Source(NamedTuple):
+    """A dataset's entry in this node's cache, and the SHA-256 of its images."""
+
+    place: Path
+    sha256: str
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Images and what is known of them.
+
+    images: uint8 [n, channels, height, width];  labels: int64 [n] or None;  columns: by name, [n] each: folder or
+    identity, attributes, and whatever a metadata file has;  source: where other processes of this node find the same.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray | None = None
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+    source: "Source | None" = None
+
+    @classmethod
+    def open(cls, place: Path, columns: Sequence[str] | None = None) -> "Dataset":
+        """A dataset that was loaded on this node before, memory-mapped; without listing its files again.
+
+        Args:
+            columns: those to read, where there are such; None reads all.
+        """
+        about = json.loads((place / "about.json").read_text())
+        labels = np.load(place / "labels.npy", mmap_mode="r") if about["labels"] else None
+        wanted = [name for name in about["columns"] if columns is None or name in columns]
+        table = pd.read_parquet(place / "columns.parquet", columns=wanted) if wanted else pd.DataFrame()
+        return cls(
+            np.load(place / about["images"], mmap_mode="r"),
+            labels,
+            {str(name): table[name].to_numpy() for name in table},
+            Source(place, about["sha256"]),
+        )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the images in this form: what a run, or a score's reference, can be held to."""
+        return self.source.sha256 if self.source else sha256(self.images)
+
+    def with_column(self, name: str, values: np.ndarray) -> "Dataset":
+        """The dataset with one more column [n]; other processes of this node find it too."""
+        columns = {**self.columns, name: values}
+        if self.source is None:
+            return replace(self, columns=columns)
+        images = Path(json.loads((self.source.place / "about.json").read_text())["images"])
+        return keep(images, self.source.sha256, self.labels, columns)
+
+    def column(self, name: str) -> np.ndarray:
+        """A column by name; "label" are the labels. Raises `UserError` with the names that there are."""
+        columns = dict(self.columns) if self.labels is None else {"label": self.labels, **self.columns}
+        if name not in columns:
+            near = difflib.get_close_matches(name, columns, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise UserError(
+                f"the partition needs a column {name!r}{hint}, and of its images this dataset knows "
+                f"{', '.join(columns) or 'nothing'}."
+            )
+        return columns[name]
+
+
+def keep(images: Path, sha256: str, labels: np.ndarray | None, columns: Mapping[str, np.ndarray]) -> Dataset:
+    """A dataset in this node's cache: where its images are, and what is known of them."""
+    table = pd.DataFrame(dict(columns))
+    known = np.zeros(0, np.int64) if labels is None else np.asarray(labels)
+
+    def make(aside: Path) -> None:
+        about = {"images": str(images), "sha256": sha256, "labels": labels is not None, "columns": list(table)}
+        (aside / "about.json").write_text(json.dumps(about))
+        np.save(aside / "labels.npy", known)
+        table.to_parquet(aside / "columns.parquet")
+
+    contents = hashlib.sha256(known.tobytes())
+    contents.update(pd.util.hash_pandas_object(table, index=False).to_numpy().tobytes())
+    key = ["dataset", VERSION, str(images), list(table), labels is not None, contents.hexdigest()]
+    return Dataset.open(files.kept("labels", key, make))

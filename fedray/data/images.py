@@ -1,0 +1,207 @@
+"""Images of any kind as one uint8 array: decoded once per node, then memory-mapped by every process."""
+
+import hashlib
+import io
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+from rich.console import Console
+from rich.progress import track
+
+from fedray import files
+from fedray.errors import UserError, reason
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pgm", ".ppm", ".bmp", ".tif", ".tiff")
+VERSION = 2  # of what `decode` makes of an image: part of the cache's key
+CHUNK = 32  # images that a thread decodes at a time
+
+
+@dataclass(frozen=True)
+class Form:
+    """What every image is made into."""
+
+    resolution: int  # height and width, in pixels
+    channels: int  # 1 grey, 3 RGB
+    crop: int | None = None  # side of the central square that is kept, in pixels; None: the largest
+
+
+class Decoded(NamedTuple):
+    """What the cache holds of a source."""
+
+    path: Path  # of the array: uint8 [n, channels, resolution, resolution]
+    positions: np.ndarray  # int64 [n], of its rows among the source's images: some may be unreadable
+    sha256: str  # of the images
+
+
+def decode(source: Path | bytes, form: Form) -> np.ndarray:
+    """One image as uint8 [channels, resolution, resolution].
+
+    Turned upright (EXIF), its first frame if it is animated, its central square, resized by an antialiased bicubic
+    filter. 16-bit images keep their upper 8 bits; CMYK, palettes and transparency become plain RGB or grey.
+
+    Raises:
+        Exception: whatever Pillow raises for a file that is no image, or a damaged one.
+    """
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
+        if opened.mode == "F":
+            raise ValueError("its pixels are floating-point numbers, which have no known range")
+        image = ImageOps.exif_transpose(opened)
+        if image.mode.startswith("I"):  # 16 bits, which convert() would clip at 255
+            image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+        elif image.mode == "P":  # through RGBA: Pillow warns of transparency otherwise
+            image = image.convert("RGBA")
+        image = image.convert("L" if form.channels == 1 else "RGB")
+        side = min(*image.size, form.crop or min(image.size))
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        square = image.crop((left, top, left + side, top + side))
+        pixels = np.asarray(square.resize((form.resolution, form.resolution), Image.Resampling.BICUBIC))
+    return pixels[None] if form.channels == 1 else pixels.transpose(2, 0, 1)
+
+
+def cached(
+    what: str, names: Sequence[str], stamp: object, read: Callable[[int], Path | bytes], form: Form, skip: bool
+) -> Decoded:
+    """The images that `read(i)` gives, decoded into the cache unless they are there already.
+
+    Args:
+        what: the source, for messages.
+        names: of the images, for messages.
+        stamp: JSON that changes whenever the images do.
+        skip: leave out images that cannot be read, instead of refusing.
+
+    Raises:
+        UserError: images cannot be read; names the first of them.
+    """
+
+    def make(aside: Path) -> None:
+        unreadable, passing = _decode_all(what, names, read, form, aside / "images.npy")
+        if passing and not skip:  # not kept: a permission, say, can be mended without a trace
+            raise _refusal(what, names, unreadable)
+        about = {"unreadable": unreadable, "sha256": sha256(np.load(aside / "images.npy", mmap_mode="r"))}
+        (aside / "about.json").write_text(json.dumps(about))
+
+    place = files.kept(f"decoding {what}", [VERSION, stamp, astuple(form)], make)
+    about = json.loads((place / "about.json").read_text())
+    unreadable = {int(index): said for index, said in about["unreadable"].items()}
+    if unreadable and not skip:
+        raise _refusal(what, names, unreadable)
+    positions = np.array([index for index in range(len(names)) if index not in unreadable])
+    return Decoded(place / "images.npy", positions, about["sha256"])
+
+
+def form_of(directory: Path) -> tuple[int, int]:
+    """Resolution and channels (1 or 3) that all images below a directory have.
+
+    Raises:
+        UserError: there are none, or they are not square, or differ in size or mode: then nothing could be compared
+            with them before they were resized, which moves scores.
+    """
+    first: tuple[str, tuple[int, int], int] | None = None
+    for path in images_below(directory, flag=""):
+        try:
+            with Image.open(path) as opened:
+                size, channels = opened.size, 1 if opened.mode in ("L", "1", "I;16", "I", "F") else 3
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error}.") from None
+        if size[0] != size[1]:
+            raise UserError(f"{path} is {size[0]}×{size[1]}: only square images can be scored; crop them first.")
+        if first is None:
+            first = (path.name, size, channels)
+        if (size, channels) != first[1:]:
+            raise UserError(
+                f"{path} is {size[0]}×{size[1]} in {channels} channels, and {first[0]} {first[1][0]}×{first[1][1]} in "
+                f"{first[2]}: images that are scored together must have one size and mode."
+            )
+    assert first is not None
+    return first[1][0], first[2]
+
+
+def images_below(directory: Path, flag: str = "--train-data-dir ") -> list[Path]:
+    """All image files below a directory, sorted; those hidden are left out. Raises `UserError` where there are none."""
+    if not directory.is_dir():
+        wrong = "is a file, not a directory" if directory.exists() else "does not exist"
+        raise UserError(f"{flag}{directory} {wrong}.")
+    paths, seen = [], set()
+    for folder, below, found in os.walk(directory, followlinks=True):
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        if (real := os.path.realpath(folder)) in seen:  # links may go in a circle
+            below.clear()
+            continue
+        seen.add(real)
+        names = [name for name in found if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
+        paths += [Path(folder, name) for name in names]
+    if not paths:
+        raise UserError(f"{flag}{directory} has no images ({' '.join(SUFFIXES)}).")
+    return sorted(paths)
+
+
+def sha256(images: np.ndarray) -> str:
+    """SHA-256 of an array of images and its shape: the same images in the same form have the same."""
+    digest = hashlib.sha256(repr(images.shape).encode())
+    for start in range(0, len(images), 4096):
+        digest.update(np.ascontiguousarray(images[start : start + 4096]).data)
+    return digest.hexdigest()
+
+
+def _decode_all(
+    what: str, names: Sequence[str], read: Callable[[int], Path | bytes], form: Form, path: Path
+) -> tuple[dict[int, str], bool]:
+    """Decode in parallel into `path`; returns why some could not be, and whether that may pass."""
+    shape = (len(names), form.channels, form.resolution, form.resolution)
+    need, free = math.prod(shape), shutil.disk_usage(path.parent).free
+    if need > free:  # a mapped file that finds the disk full kills the process
+        raise UserError(
+            f"{what}: decoded it takes {need / 1e9:.2f} GB, and {path.parents[1]} has {free / 1e9:.2f} GB free; set "
+            f"FEDRAY_CACHE to a directory on another disk."
+        )
+    images = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+    unreadable: dict[int, str] = {}
+    passing = False
+
+    def some(start: int) -> None:
+        nonlocal passing
+        for index in range(start, min(start + CHUNK, len(names))):
+            try:
+                images[index] = decode(read(index), form)
+            except Exception as error:  # Pillow has no common error for damaged images
+                said = reason(error)
+                unreadable[index] = "not an image" if "cannot identify" in said else said
+                passing |= isinstance(error, MemoryError) or getattr(error, "errno", None) is not None
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # Pillow decodes and resizes without Python's lock
+        starts = range(0, len(names), CHUNK)
+        done = threads.map(some, starts)
+        for _ in track(done, f"decoding {what}", len(starts), console=Console(stderr=True), transient=True):
+            pass
+    if len(unreadable) == len(names):
+        raise _refusal(what, names, unreadable)
+    if unreadable:
+        kept = [index for index in range(len(names)) if index not in unreadable]
+        for row, index in enumerate(kept):  # row ≤ index, so nothing is overwritten before it is moved
+            images[row] = images[index]
+        whole = path.with_name("whole.npy")
+        path.rename(whole)
+        compact = np.lib.format.open_memmap(path, "w+", np.uint8, (len(kept), *shape[1:]))
+        compact[:] = images[: len(kept)]
+        whole.unlink()
+        images = compact
+    images.flush()
+    return dict(sorted(unreadable.items())), passing
+
+
+def _refusal(what: str, names: Sequence[str], unreadable: dict[int, str]) -> UserError:
+    first = "; ".join(f"{names[index]} ({said})" for index, said in list(unreadable.items())[:5])
+    more = f"; and {len(unreadable) - 5} more" if len(unreadable) > 5 else ""
+    return UserError(
+        f"{what}: {len(unreadable)} of {len(names)} images cannot be read: {first}{more}. Mend or remove them, or "
+        f"leave them out with --skip-unreadable."
+    )

@@ -1,0 +1,201 @@
+"""Who holds which examples."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from fedray.data.dataset import Dataset
+from fedray.errors import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class Shards:
+    """The examples of every client as two arrays, however many clients there are.
+
+    indices: int64 [n], examples in the order of their owners;  offsets: int64 [clients + 1].
+    """
+
+    indices: np.ndarray
+    offsets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, client: int) -> np.ndarray:
+        """Indices into the dataset of one client's examples."""
+        return self.indices[self.offsets[client] : self.offsets[client + 1]]
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Examples per client, int64 [clients]."""
+        return np.diff(self.offsets)
+
+
+def hold_out(shards: Shards, shares: tuple[float, ...], rng: torch.Generator) -> list[Shards]:
+    """Set shares of each client's examples apart: what is left for training, then a `Shards` for each share.
+
+    Raises:
+        UserError: a client is left without an example to train on.
+    """
+    kept: list[list[np.ndarray]] = [[] for _ in range(1 + len(shares))]
+    for client in range(len(shards)):
+        order = shards[client][_permutation(len(shards[client]), rng)] if any(shares) else shards[client]
+        cuts = np.cumsum([round(share * len(order)) for share in reversed(shares)])
+        *apart, train = np.split(order, cuts)
+        if len(train) == 0:
+            raise UserError(
+                f"client {client} has {len(order)} examples and none left to train on; lower --held-out-share and "
+                f"--test-share, or choose another --partition."
+            )
+        for part, examples in zip(kept, [train, *reversed(apart)], strict=True):
+            part.append(examples)
+    return [_shards(parts) for parts in kept]
+
+
+class Partition(Protocol):
+    def split(self, dataset: Dataset, clients: int, rng: torch.Generator) -> Shards:
+        """Deal all examples to `clients` clients, each at least one."""
+
+
+@dataclass(frozen=True)
+class IID:
+    """Shuffled and cut into equal parts."""
+
+    def split(self, dataset: Dataset, clients: int, rng: torch.Generator) -> Shards:
+        return _shards(np.array_split(_permutation(len(dataset), rng), clients))
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """Shuffled, and cut into parts of sizes drawn from Dir(α): the smaller α, the more skewed the sizes.
+
+    Li et al. 2022 (arXiv:2102.02079), "quantity skew". A client that would get nothing takes one example.
+    """
+
+    alpha: float
+
+    def __post_init__(self) -> None:
+        _check_alpha("quantity", self.alpha)
+
+    def split(self, dataset: Dataset, clients: int, rng: torch.Generator) -> Shards:
+        shares = _dirichlet(self.alpha, clients, rng)[0]
+        return _shards(_none_empty(np.split(_permutation(len(dataset), rng), _cuts(shares, len(dataset)))))
+
+
+@dataclass(frozen=True)
+class ByLabel:
+    """Sorted by label and cut into equal parts: each client sees as few labels as possible.
+
+    McMahan et al. 2017, section 3, with one part per client instead of two.
+    """
+
+    def split(self, dataset: Dataset, clients: int, rng: torch.Generator) -> Shards:
+        return ByAttribute("label").split(dataset, clients, rng)
+
+
+@dataclass(frozen=True)
+class ByAttribute:
+    """As by-label, by any column: "Smiling" gives clients who smile and clients who do not."""
+
+    column: str
+
+    def split(self, dataset: Dataset, clients: int, rng: torch.Generator) -> Shards:
+        order = _permutation(len(dataset), rng)
+        codes = np.unique(dataset.column(self.column), return_inverse=True)[1]
+        return _shards(np.array_split(order[np.argsort(codes[order], kind="stable")], clients))
+
+
+@dataclass(frozen=True)
+class ByFolder:
+    """A folder is a client: all examples of one folder (or identity, where there are any) have one owner.
+
+    With fewer clients than folders, shuffled folders are dealt to the clients in turn.
+    """
+
+    def split(self, dataset: Dataset, clients: int, rng: torch.Generator) -> Shards:
+        column = "identity" if "identity" in dataset.columns else "folder"
+        folders, owned = np.unique(dataset.column(column), return_inverse=True)
+        if clients > len(folders):
+            raise UserError(f"--clients {clients}: partition by-folder has only {len(folders)} to deal, by {column}.")
+        dealt = np.arange(len(folders)) % clients
+        if clients < len(folders):
+            dealt = dealt[_permutation(len(folders), rng)]
+        return _shards(_by_owner(np.arange(len(dataset)), dealt[owned], clients))
+
+
+@dataclass(frozen=True)
+class Dirichlet:
+    """Each label's examples are dealt in proportions drawn from Dir(α): the smaller α, the more skewed.
+
+    Hsu, Qi and Brown 2019 (arXiv:1909.06335), with the draw per label (Yurochkin et al. 2019), so that every
+    example has one owner. A client that would get nothing takes one example from the largest. `column` names any
+    column in place of the label.
+    """
+
+    alpha: float
+    column: str = "label"
+
+    def __post_init__(self) -> None:
+        _check_alpha("dirichlet", self.alpha)
+
+    def split(self, dataset: Dataset, clients: int, rng: torch.Generator) -> Shards:
+        labels, codes = np.unique(dataset.column(self.column), return_inverse=True)
+        sorted_by_label = np.split(np.argsort(codes, kind="stable"), np.cumsum(np.bincount(codes))[:-1])
+        order, owners = [], []
+        for members, shares in zip(sorted_by_label, _dirichlet(self.alpha, clients, rng, len(labels)), strict=True):
+            order.append(members[_permutation(len(members), rng)])
+            sizes = np.diff(_cuts(shares, len(members)), prepend=0, append=len(members))
+            owners.append(np.repeat(np.arange(clients), sizes))
+        return _shards(_none_empty(_by_owner(np.concatenate(order), np.concatenate(owners), clients)))
+
+
+PARTITIONS: dict[str, type] = {
+    "iid": IID,
+    "quantity": Quantity,
+    "by-label": ByLabel,
+    "by-attribute": ByAttribute,
+    "by-folder": ByFolder,
+    "dirichlet": Dirichlet,
+}
+
+
+def _permutation(n: int, rng: torch.Generator) -> np.ndarray:
+    return torch.randperm(n, generator=rng).numpy()
+
+
+def _check_alpha(partition: str, alpha: float) -> None:
+    if not 0 < alpha <= 1e6:
+        raise UserError(f"partition {partition}:{alpha:g}: alpha must be above 0 and at most a million.")
+
+
+def _dirichlet(alpha: float, clients: int, rng: torch.Generator, draws: int = 1) -> np.ndarray:
+    """Shares [draws, clients]. NumPy's draw, seeded from ours: torch's gives NaN for small α."""
+    numpy_rng = np.random.default_rng(int(torch.randint(2**62, (), generator=rng)))
+    return numpy_rng.dirichlet(np.full(clients, alpha), draws)
+
+
+def _cuts(shares: np.ndarray, n: int) -> np.ndarray:
+    """Where to cut n examples into these shares."""
+    return np.rint(np.cumsum(shares)[:-1] * n).astype(np.int64)
+
+
+def _by_owner(examples: np.ndarray, owners: np.ndarray, clients: int) -> list[np.ndarray]:
+    """Each client's examples, in the order given."""
+    order = np.argsort(owners, kind="stable")
+    return np.split(examples[order], np.cumsum(np.bincount(owners, minlength=clients))[:-1])
+
+
+def _none_empty(parts: list[np.ndarray]) -> list[np.ndarray]:
+    """A client without examples takes one from the largest."""
+    for client, part in enumerate(parts):
+        if len(part) == 0:
+            largest = max(range(len(parts)), key=lambda other: len(parts[other]))
+            parts[client], parts[largest] = parts[largest][:1], parts[largest][1:]
+    return parts
+
+
+def _shards(parts: list[np.ndarray]) -> Shards:
+    offsets = np.concatenate([[0], np.cumsum([len(part) for part in parts])])
+    return Shards(np.concatenate(parts), offsets)

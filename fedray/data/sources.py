@@ -1,0 +1,237 @@
+"""Where datasets come from: scikit-learn's digits, folders of images, CelebA, Hugging Face."""
+
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from fedray.data.dataset import Dataset, keep
+from fedray.data.images import Decoded, Form, cached, images_below
+from fedray.errors import UserError, reason
+
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+CELEBA_CROP = 178  # the central square of CelebA's 178×218
+
+
+def digits() -> Dataset:
+    """The 1,797 handwritten digits, 8×8 grey, that scikit-learn ships (E. Alpaydin, C. Kaynak, UCI 1998).
+
+    images: uint8 [1797, 1, 8, 8] (its 17 grey levels spread over 0…255);  labels: 0…9.
+    """
+    from sklearn.datasets import load_digits
+
+    loaded = load_digits()
+    images = np.rint(loaded.images * (255 / 16)).astype(np.uint8)
+    return Dataset(images[:, None], loaded.target.astype(np.int64))
+
+
+def image_folder(
+    directory: Path, form: Form, skip_unreadable: bool = False, flag: str = "--train-data-dir "
+) -> Dataset:
+    """All images below a directory, in Hugging Face's `imagefolder` form.
+
+    The column "folder" is where an image lies, relative to the directory; folders are the labels, unless
+    metadata.csv or metadata.jsonl (with a column file_name, relative to where it lies) has a column "label". Other
+    columns are kept. `flag` is what named the directory, for messages.
+
+    Raises:
+        UserError: there is no such directory, no image in it, an image cannot be read, or metadata does not fit.
+    """
+    paths = images_below(directory, flag)
+    names = [path.relative_to(directory).as_posix() for path in paths]
+    folders = [path.parent.relative_to(directory).as_posix() for path in paths]
+    columns = {"folder": np.array(folders, dtype=object), "file_name": np.array(names, dtype=object)}
+    columns |= _metadata(directory, names)
+    labels = _codes(columns.pop("label") if "label" in columns else columns["folder"])
+    stamp = [str(directory.resolve()), *_stamp(paths)]
+    decoded = cached(str(directory), names, stamp, lambda index: paths[index], form, skip_unreadable)
+    return _dataset(decoded, labels, columns)
+
+
+def celeba(directory: Path, form: Form, skip_unreadable: bool = False) -> Dataset:
+    """CelebA as it is distributed (Liu et al. 2015): img_align_celeba/ or its zip, and the three lists beside it.
+
+    The labels are the identities. Columns: identity (identity_CelebA.txt), split (list_eval_partition.txt: train,
+    valid or test), and the 40 attributes as booleans (list_attr_celeba.txt). A list that is not there gives no column.
+
+    Raises:
+        UserError: the images are not there or cannot be read, or a list lacks some of them.
+    """
+    folder, archive = directory / "img_align_celeba", directory / "img_align_celeba.zip"
+    read: Callable[[int], Path | bytes]
+    if folder.is_dir():
+        paths = images_below(folder)
+        names, stamp = [path.name for path in paths], [str(folder.resolve()), *_stamp(paths)]
+        read = paths.__getitem__
+    elif archive.is_file():
+        try:
+            zipped = zipfile.ZipFile(archive)
+        except zipfile.BadZipFile as error:
+            raise UserError(f"{archive} is damaged: {error}.") from None
+        members = sorted(name for name in zipped.namelist() if name.endswith(".jpg") and "/._" not in name)
+        if not members:
+            raise UserError(f"{archive} has no .jpg in it.")
+        names, stamp = [Path(member).name for member in members], [str(archive.resolve()), *_stamp([archive])]
+        read = lambda index: zipped.read(members[index])  # noqa: E731
+    else:
+        raise UserError(
+            f"{directory} has neither img_align_celeba/ nor img_align_celeba.zip; --train-data-dir must name the "
+            f"folder that CelebA was unpacked into."
+        )
+    columns: dict[str, np.ndarray] = {}
+    if (path := directory / "identity_CelebA.txt").is_file():
+        columns["identity"] = _listed(path, names, ["identity"])["identity"].to_numpy()
+    if (path := directory / "list_eval_partition.txt").is_file():
+        splits = _listed(path, names, ["split"])["split"].map({0: "train", 1: "valid", 2: "test"})
+        if splits.isna().any():
+            raise UserError(f"{path}: the split of {splits.index[splits.isna()][0]} is none of 0, 1 and 2.")
+        columns["split"] = splits.to_numpy(dtype=object)
+    if (path := directory / "list_attr_celeba.txt").is_file():
+        header = path.read_text().splitlines()[:2]
+        attributes = header[1].split() if len(header) == 2 else []
+        if not attributes:
+            raise UserError(f"{path} has no names of attributes in its second line.")
+        table = _listed(path, names, attributes, skip=2)
+        columns |= {name: table[name].to_numpy() > 0 for name in attributes}
+    decoded = cached(str(directory), names, stamp, read, form, skip_unreadable)
+    return _dataset(decoded, _codes(columns["identity"]) if "identity" in columns else None, columns)
+
+
+def hugging_face(name: str, form: Form, skip_unreadable: bool = False) -> Dataset:
+    """The train split of a dataset of the Hugging Face hub, or of a local Parquet file, with an image column.
+
+    The column "label" are the labels; other columns of numbers, booleans or text are kept.
+
+    Raises:
+        UserError: it cannot be loaded, has no image column, or an image cannot be read.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        if name.endswith(".parquet"):
+            loaded = datasets.load_dataset("parquet", data_files=name, split="train")
+        else:
+            loaded = datasets.load_dataset(name, split="train")
+    except Exception as error:  # it has dozens, of which many are its dependencies'
+        raise UserError(
+            f"--dataset-name {name}: no such dataset could be loaded ({reason(error)}). It must be digits, celeba, "
+            f"imagefolder, a .parquet file, or the name of a Hugging Face dataset."
+        ) from None
+    column = next((name for name, kind in loaded.features.items() if _holds_images(kind)), None)
+    if column is None:
+        raise UserError(f"--dataset-name {name}: it has no image column, only {', '.join(loaded.features)}.")
+    images = loaded.select_columns(column).cast_column(column, datasets.Image(decode=False))
+
+    def read(index: int) -> Path | bytes:
+        value = images[index][column]
+        return value["bytes"] or Path(value["path"])
+
+    names = [f"row {index}" for index in range(len(loaded))]
+    columns = _columns(loaded.remove_columns(column).to_pandas(), f"--dataset-name {name}", names)
+    labels = _codes(columns.pop("label")) if "label" in columns else None
+    return _dataset(cached(name, names, loaded._fingerprint, read, form, skip_unreadable), labels, columns)
+
+
+def _holds_images(kind: Any) -> bool:
+    """An image column, as `datasets` marks it, or as pandas and others write it: the encoded bytes, and a path."""
+    import datasets
+
+    return isinstance(kind, datasets.Image) or (isinstance(kind, dict) and "bytes" in kind)
+
+
+def _codes(labels: np.ndarray) -> np.ndarray:
+    """Labels of any kind as int64, in their sorted order; integers stay as they are."""
+    if np.issubdtype(labels.dtype, np.integer):
+        return labels.astype(np.int64)
+    return np.unique(labels.astype(str), return_inverse=True)[1]
+
+
+def _columns(table: pd.DataFrame, source: object, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """A table's columns as booleans, numbers (NaN where missing) or text ("" where missing); lists are left out.
+
+    Raises:
+        UserError: a label is missing.
+    """
+    columns = {}
+    for name in table:
+        values, missing = table[name], table[name].isna()
+        if name == "label" and missing.any():
+            first = names[int(missing.argmax())]
+            raise UserError(f"{source}: {missing.sum()} labels are missing, the first that of {first}.")
+        if values.map(lambda value: isinstance(value, (list, dict, bytes, np.ndarray))).any():
+            continue
+        if pd.api.types.is_bool_dtype(values) or pd.api.types.is_numeric_dtype(values):
+            columns[str(name)] = values.to_numpy()
+        else:
+            columns[str(name)] = values.map(str).mask(missing, "").to_numpy(dtype=object)
+    return columns
+
+
+def _dataset(decoded: Decoded, labels: np.ndarray | None, columns: Mapping[str, np.ndarray]) -> Dataset:
+    """What is known of the images that could be read, kept beside them for other processes of the node."""
+    rows = decoded.positions
+    kept = {name: column[rows] for name, column in columns.items()}
+    return keep(decoded.path, decoded.sha256, None if labels is None else labels[rows], kept)
+
+
+def _stamp(paths: Sequence[Path]) -> list[list[object]]:
+    """Changes whenever a file does: names, sizes and times (of contents, and of permissions)."""
+    stamp: list[list[object]] = []
+    for path in paths:
+        stat = path.stat() if path.exists() else path.lstat()  # a link may be broken: then it is named later
+        stamp.append([str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns])
+    return stamp
+
+
+def _metadata(directory: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """The columns of the metadata files below a directory, in the order of `names`; none where there are no files."""
+    paths = sorted(path for kind in ("csv", "jsonl") for path in directory.rglob(f"metadata.{kind}"))
+    tables = []
+    for path in paths:
+        try:
+            table = pd.read_csv(path) if path.suffix == ".csv" else pd.read_json(path, lines=True)
+        except ValueError as error:
+            raise UserError(f"{path} cannot be read: {reason(error)}.") from None
+        if "file_name" not in table:
+            raise UserError(f"{path} has no column file_name.")
+        below = path.parent.relative_to(directory)
+        tables.append(table.assign(file_name=[(below / str(name)).as_posix() for name in table["file_name"]]))
+    if not tables:
+        return {}
+    source = paths[0] if len(paths) == 1 else f"{directory}: its metadata"
+    return _columns(_aligned(pd.concat(tables).set_index("file_name"), source, names), source, names)
+
+
+def _listed(path: Path, names: Sequence[str], columns: list[str], skip: int = 0) -> pd.DataFrame:
+    """One of CelebA's lists: a file name and its values on each line."""
+    try:
+        table = pd.read_csv(path, sep=r"\s+", header=None, names=["file_name", *columns], skiprows=skip)
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read: {reason(error)}.") from None
+    numbers = _aligned(table.set_index("file_name"), path, names, listed=True)[columns].apply(
+        pd.to_numeric, errors="coerce"
+    )
+    if (cut := numbers.isna().any(axis=1)).any():
+        raise UserError(f"{path}: the line of {numbers.index[cut][0]} does not have {len(columns)} numbers.")
+    return numbers.astype(np.int64)
+
+
+def _aligned(table: pd.DataFrame, path: object, names: Sequence[str], listed: bool = False) -> pd.DataFrame:
+    """The rows of `names`, in their order. Raises `UserError` if some are not there, or are there twice.
+
+    Args:
+        listed: the table may name images that are not there, as CelebA's lists do for a part of it.
+    """
+    if table.index.has_duplicates:
+        raise UserError(f"{path} has {table.index[table.index.duplicated()][0]} twice.")
+    known, absent = set(table.index), set(table.index) - set(names)
+    if absent and not listed:
+        raise UserError(f"{path} names {len(absent)} images that are not there, the first of them {min(absent)}.")
+    missing = [name for name in names if name not in known]
+    if missing:
+        raise UserError(f"{path} lacks {len(missing)} of {len(names)} images, the first of them {missing[0]}.")
+    return table.loc[list(names)]

@@ -1,0 +1,131 @@
+"""A process that does jobs: what it keeps between them, and how it does one. Knows nothing of Ray."""
+
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedray.config import Config
+from fedray.data.dataset import Dataset, Source
+from fedray.record.run import Row
+from fedray.scores import networks
+from fedray.seeds import number
+from fedray.tasks import Learner
+from fedray.vector import as_tensor
+from fedray.wire.codecs import Payload
+
+BUILDING = threading.Lock()  # torch's global generator is seeded for it
+
+
+class Weights(NamedTuple):
+    """A model as it goes down: the payload (or, to be measured or sampled, the float32 vector itself).
+
+    base: what is added to frozen weights, float32, where a rule has changed them.
+    """
+
+    vector: Payload
+    base: np.ndarray | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.vector.nbytes + (0 if self.base is None else self.base.nbytes)
+
+
+class Worker:
+    """What a process needs for its jobs, built once: the learner on its device, the data, the feature network."""
+
+    def __init__(
+        self, config: Config, device: torch.device, name: str, source: Source | None = None, sha256: str | None = None
+    ) -> None:
+        self.config = config
+        self.device = device
+        self.name = name
+        self.source = source  # where this node's cache may have the data
+        self.sha256 = sha256  # of the images that the run is about
+        self._base: np.ndarray | None = None
+        self.steps_done = 0  # optimizer steps and sampled batches since the process started
+        self.on_step: Callable[[int], None] = lambda steps_done: None
+
+    def step(self) -> None:
+        """Count one step, for the progress bar."""
+        self.steps_done += 1
+        self.on_step(self.steps_done)
+
+    @cached_property
+    def learner(self) -> Learner:
+        return build(self.config, self.device)
+
+    def load(self, vector: Tensor, base: np.ndarray | None) -> None:
+        """Make the learner this model: the vector, and the change of its frozen weights, if there is one."""
+        self.learner.flat.vector.detach().copy_(vector)
+        # While the last one is held, another at its address is the same: Ray maps an object once.
+        if base is not None and (self._base is None or base.ctypes.data != self._base.ctypes.data):
+            self.learner.set_base(as_tensor(base))  # type: ignore[attr-defined]
+            self._base = base
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        """The run's data: from this node's cache, without listing files again, else loaded anew.
+
+        Raises:
+            ValueError: this node has other images.
+        """
+        if self.source is not None and self.source.place.exists():
+            return Dataset.open(self.source.place, ("caption",))
+        dataset = self.config.task.dataset()
+        if self.sha256 not in (None, dataset.sha256):
+            raise ValueError("the images that this node has are not those of the run")
+        return dataset
+
+    @cached_property
+    def features(self) -> networks.Network:
+        assert self.config.features is not None
+        return networks.load(self.config.features, self.config.inception_weights, self.device)
+
+
+Work = Callable[[Worker, Any, Any], tuple[Row, Any]]
+
+
+def build(config: Config, device: torch.device) -> Learner:
+    """The task's learner with the run's initial weights, the same in every process (and in several threads)."""
+    with BUILDING, _seeded(device, config.seed, "init"):
+        return config.task.build(device)
+
+
+def do(worker: Worker, work: Work, shared: Any, job: Any) -> tuple[Row, Any]:
+    """Do one job; a failure is a row with an error, never an exception.
+
+    Threads and torch's global generator (dropout draws from it) are set for the job and restored after it.
+    """
+    started, device = time.perf_counter(), worker.device
+    try:
+        with threads(worker.config.threads), _seeded(device, worker.config.seed, "global", *job.key):
+            row, payload = work(worker, shared, job)
+    except Exception as error:
+        row, payload = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}, None
+    return row | {"actor": worker.name, "seconds": time.perf_counter() - started}, payload
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Compute with so many threads: float sums depend on how many there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _seeded(device: torch.device, seed: int, *key: str | int) -> Iterator[None]:
+    with torch.random.fork_rng([] if device.type == "cpu" else [device]):
+        torch.manual_seed(number(seed, *key))
+        yield

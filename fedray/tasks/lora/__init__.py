@@ -1,0 +1,330 @@
+"""Task `lora`: adapters on a frozen Stable Diffusion (Hu et al. 2021, arXiv:2106.09685; Chen 2024, section 2.3)."""
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+import tyro
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from fedray.data.captions import captions_of
+from fedray.data.dataset import Dataset
+from fedray.data.images import Form
+from fedray.data.sources import image_folder
+from fedray.errors import UserError, check_name
+from fedray.tasks import Batch
+from fedray.tasks.ddpm import SAMPLERS, weighted_loss
+from fedray.tasks.images import Images
+from fedray.tasks.lora.pipelines import (
+    DTYPES,
+    base_sha256,
+    check_targets,
+    embed,
+    pipeline_folder,
+    resolution_factor,
+    unet_folder,
+    variant,
+)
+from fedray.vector import FlatParameters
+from fedray.vector.adapters import adapters
+
+KEPT = 4_000_000_000  # bytes of latents that a process keeps
+
+
+@dataclass(frozen=True)
+class LoRA(Images):
+    """Low-rank adapters B A on the attention of a Stable Diffusion 1.x or 2.x U-Net: h = W x + (α / r) B A x."""
+
+    name: ClassVar[str] = "lora"
+
+    pretrained_model_name_or_path: str = ""
+    """Folder of a Stable Diffusion 1.x or 2.x pipeline, or its Hugging Face name."""
+    dataset_name: str = "imagefolder"
+    """imagefolder (in --train-data-dir), a .parquet file, or a Hugging Face name."""
+    resolution: int = 512
+    """Height and width that images are cropped and resized to, and of what is drawn, in pixels."""
+    channels: Annotated[int, tyro.conf.Suppress] = 3
+    base_dtype: str = "float32"
+    """In what the frozen base is held and computed: float32, bfloat16 or float16. Adapters are float32."""
+    rank: int = 8
+    """r, the rank of the adapters."""
+    lora_alpha: float | None = None
+    """α: adapters count α / r times; by default the rank."""
+    lora_dropout: float = 0.0
+    """Dropout before the adapters, in training."""
+    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Ends of the names of the U-Net's layers that get an adapter."""
+    train_a: Annotated[bool, tyro.conf.Suppress] = True
+    """Whether A is trained and travels; the rule ffa freezes it."""
+    caption_column: str = "text"
+    """Column of metadata.jsonl or .csv (or of the dataset) that has the captions."""
+    instance_prompt: str | None = None
+    """One caption for all images, in place of captions from files."""
+    proportion_empty_prompts: float = 0.0
+    """Share of training examples whose caption is left out, which keeps guidance working (0.1 is usual)."""
+    noise_offset: float = 0.0
+    """Scale of noise that is the same for a whole channel (0.1 helps with dark and light images)."""
+    snr_gamma: float | None = None
+    """Min-SNR weighting of the loss with this γ (5 is usual); None weighs all steps alike."""
+    class_data_dir: str | None = None
+    """Folder of images of the class, for prior preservation (DreamBooth); every client has them."""
+    class_prompt: str | None = None
+    """Their caption."""
+    prior_loss_weight: float = 1.0
+    """Weight of their loss."""
+    validation_prompt: tuple[str, ...] = ()
+    """Prompts that samples are drawn for; by default the captions of the data."""
+    guidance_scale: float = 7.5
+    """Classifier-free guidance when sampling."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("pretrained_model_name_or_path", "class_data_dir"):
+            value = getattr(self, name)
+            if value and Path(value).exists():
+                object.__setattr__(self, name, str(Path(value).absolute()))
+
+    @property
+    def scale(self) -> float:
+        """α / r."""
+        return (self.rank if self.lora_alpha is None else self.lora_alpha) / self.rank
+
+    def check(self, sampler: str, steps: int) -> None:
+        super().check(sampler, steps)
+        check_name("sampler", sampler, SAMPLERS)
+        check_name("dtype of the base", self.base_dtype, DTYPES)
+        if self.rank < 1:
+            raise UserError(f"--rank {self.rank}: it must be at least 1.")
+        for name in ("lora_alpha", "snr_gamma"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"--{name.replace('_', '-')} {value}: it must be above 0.")
+        for name in ("noise_offset", "prior_loss_weight", "guidance_scale"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: it must not be negative.")
+        if not 0 <= self.lora_dropout < 1:
+            raise UserError(f"--lora-dropout {self.lora_dropout}: it must be at least 0 and below 1.")
+        if not 0 <= self.proportion_empty_prompts <= 1:
+            raise UserError(f"--proportion-empty-prompts {self.proportion_empty_prompts}: it must be from 0 to 1.")
+        if (self.class_data_dir is None) != (self.class_prompt is None):
+            raise UserError("--class-data-dir and --class-prompt go together: give both, or neither.")
+        folder = pipeline_folder(self.pretrained_model_name_or_path)
+        if self.resolution % resolution_factor(folder):
+            raise UserError(
+                f"--resolution {self.resolution}: it must be a multiple of {resolution_factor(folder)} for this VAE."
+            )
+        scheduler = DDPMScheduler.load_config(folder, subfolder="scheduler")
+        if scheduler.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"):
+            raise UserError(
+                f"{folder} predicts {scheduler['prediction_type']}; only epsilon and v_prediction are known."
+            )
+        trained = scheduler["num_train_timesteps"]
+        if not 1 <= steps <= trained:
+            raise UserError(f"--sampling-steps {steps}: it must be between 1 and the {trained} steps of training.")
+        check_targets(folder, self.target_modules)
+
+    def dataset(self) -> Dataset:
+        """The images, with a column "caption"."""
+        dataset = super().dataset()
+        source = self.train_data_dir or self.dataset_name
+        captions = captions_of(dataset, source, self.caption_column, self.instance_prompt)
+        return dataset.with_column("caption", np.array(captions, dtype=object))
+
+    def class_images(self) -> Dataset | None:
+        """The images for prior preservation, where there are any."""
+        if self.class_data_dir is None:
+            return None
+        form = Form(self.resolution, 3, self.crop)
+        return image_folder(Path(self.class_data_dir), form, self.skip_unreadable, flag="--class-data-dir ")
+
+    def fingerprint(self, dataset: Dataset) -> dict[str, str]:
+        """What a resumed run must find again, beside its images: captions, class images, and the base's weights."""
+        captions = "\n".join(dataset.columns["caption"]).encode()
+        extra = self.class_images()
+        found = {"captions_sha256": hashlib.sha256(captions).hexdigest()}
+        found |= {"class_images_sha256": extra.sha256} if extra is not None else {}
+        return found | {"base_sha256": base_sha256(pipeline_folder(self.pretrained_model_name_or_path))}
+
+    def prompts(self, dataset: Dataset) -> tuple[str, ...]:
+        """What samples are drawn for: the validation prompts, else the captions, each once."""
+        return self.validation_prompt or tuple(dict.fromkeys(dataset.columns["caption"]))
+
+    def build(self, device: torch.device) -> "LoRALearner":
+        return LoRALearner(self, device)
+
+
+class LoRALearner:
+    """A frozen U-Net with adapters on a device. The VAE and the text encoder come and go."""
+
+    def __init__(self, task: LoRA, device: torch.device) -> None:
+        self.task, self.device = task, device
+        self.dtype = DTYPES[task.base_dtype]
+        self.folder = pipeline_folder(task.pretrained_model_name_or_path)
+        self.scheduler = DDPMScheduler.from_pretrained(self.folder, subfolder="scheduler")
+        self.alphas_cumprod = self.scheduler.alphas_cumprod.to(device)
+        self.scaling_factor = AutoencoderKL.load_config(self.folder, subfolder="vae").get("scaling_factor", 0.18215)
+        base = unet_folder(self.folder, task.base_dtype)
+        unet = UNet2DConditionModel.from_pretrained(base, torch_dtype=self.dtype, variant=variant(base))
+        self.unet = unet.requires_grad_(False).to(device)
+        alpha: Any = task.rank if task.lora_alpha is None else task.lora_alpha
+        self.unet.add_adapter(
+            LoraConfig(
+                r=task.rank,
+                lora_alpha=alpha,
+                lora_dropout=task.lora_dropout,
+                target_modules=list(task.target_modules),
+                init_lora_weights="gaussian",
+            )
+        )
+        for name, parameter in self.unet.named_parameters():
+            if ".lora_" in name:
+                parameter.data = parameter.data.float()
+                parameter.requires_grad_(task.train_a or ".lora_B." in name)
+        self.flat = FlatParameters(self.unet)
+        self.adapters = adapters(self.unet, self.flat.layout, task.scale)
+        self.prompts: tuple[str, ...] = task.validation_prompt
+        self._encoders: tuple[AutoencoderKL, CLIPTextModel, CLIPTokenizer] | None = None
+        self._latents: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}  # mean and deviation, [4, h / 8, w / 8]
+        self._embeddings: dict[str, Tensor] = {}  # [tokens, width]
+        self._class_images = task.class_images()
+
+    # What training needs of images and captions, computed once
+
+    @torch.no_grad()
+    def prepare(self, dataset: Dataset, indices: np.ndarray, mirrored: bool) -> None:
+        """Encode examples and captions that have not been yet; then the VAE and the text encoder leave memory."""
+        sides = (False, True) if mirrored else (False,)
+        wanted = [(int(index), side) for index in indices for side in sides]
+        captions = {"", *(str(dataset.columns["caption"][index]) for index in indices)}
+        if self._class_images is not None and self.task.class_prompt is not None:
+            wanted += [(-1 - index, False) for index in range(len(self._class_images))]
+            captions.add(self.task.class_prompt)
+        held = sum(2 * mean.nbytes for mean, _ in self._latents.values())
+        if held + sum(embedding.nbytes for embedding in self._embeddings.values()) > KEPT:
+            self._latents, self._embeddings = {}, {}
+        missing = [key for key in wanted if key not in self._latents]
+        unknown = sorted(caption for caption in captions if caption not in self._embeddings)
+        if missing or unknown:
+            vae, text_encoder, tokenizer = self._encode_with()
+            for index, side in missing:  # one at a time: a batch's other images would change the bits
+                source = dataset.images[index] if index >= 0 else self._of_the_class(-1 - index)
+                pixels = torch.from_numpy(source[..., ::-1].copy() if side else source.copy())[None]
+                found = vae.encode((pixels.to(self.device).float() / 127.5 - 1).to(self.dtype)).latent_dist
+                self._latents[index, side] = (found.mean[0].float(), found.std[0].float())
+            for caption in unknown:
+                self._embeddings[caption] = embed(caption, text_encoder, tokenizer, self.device)
+        self._encoders = None
+
+    def _of_the_class(self, index: int) -> np.ndarray:
+        assert self._class_images is not None
+        return self._class_images.images[index]
+
+    def _encode_with(self) -> tuple[AutoencoderKL, CLIPTextModel, CLIPTokenizer]:
+        if self._encoders is None:
+            transformers.utils.logging.disable_progress_bar()
+            vae_folder, text_folder = self.folder / "vae", self.folder / "text_encoder"
+            vae = AutoencoderKL.from_pretrained(vae_folder, torch_dtype=self.dtype, variant=variant(vae_folder))
+            text_encoder = CLIPTextModel.from_pretrained(text_folder, dtype=self.dtype, variant=variant(text_folder))
+            tokenizer = CLIPTokenizer.from_pretrained(self.folder / "tokenizer")
+            self._encoders = (vae.to(self.device).eval(), text_encoder.eval().to(self.device), tokenizer)
+        return self._encoders
+
+    # Learning and drawing
+
+    def loss(self, batch: Batch, rng: torch.Generator) -> Tensor:
+        """As the DDPM's, in the VAE's latent space, given the caption (Rombach et al. 2022, equation 3).
+
+        In training with class images, as many of them are drawn as the batch has examples, and their loss is added
+        (prior preservation, Ruiz et al. 2023, equation 2).
+        """
+        keys = list(zip(batch["index"].tolist(), batch["mirrored"].tolist(), strict=True))
+        captions, n = list(batch["prompts"]), len(keys)
+        if self.task.proportion_empty_prompts and torch.is_grad_enabled():
+            left_out = torch.rand(n, generator=rng) < self.task.proportion_empty_prompts
+            captions = ["" if empty else caption for empty, caption in zip(left_out.tolist(), captions, strict=True)]
+        if self._class_images is not None and self.task.class_prompt is not None and torch.is_grad_enabled():
+            drawn = torch.randint(len(self._class_images), (n,), generator=rng)
+            keys += [(-1 - index, False) for index in drawn.tolist()]
+            captions += [self.task.class_prompt] * n
+        self.unet.train(torch.is_grad_enabled())  # dropout, in training only
+        mean, deviation = (torch.stack(parts) for parts in zip(*(self._latents[key] for key in keys), strict=True))
+        latents = (mean + deviation * self._normal(mean.shape, rng)) * self.scaling_factor
+        noise = self._normal(latents.shape, rng)
+        if self.task.noise_offset:
+            noise = noise + self.task.noise_offset * self._normal((*latents.shape[:2], 1, 1), rng)
+        timesteps = torch.randint(len(self.alphas_cumprod), (len(latents),), generator=rng).to(self.device)
+        noisy = self.scheduler.add_noise(latents, noise, timesteps)
+        embeddings = torch.stack([self._embeddings[caption] for caption in captions])
+        predicted = self.unet(noisy.to(self.dtype), timesteps, embeddings.to(self.dtype)).sample.float()
+        kind = self.scheduler.config.prediction_type
+        target = self.scheduler.get_velocity(latents, noise, timesteps) if kind == "v_prediction" else noise
+        alpha = self.alphas_cumprod[timesteps]
+
+        def of(part: slice) -> Tensor:
+            return weighted_loss(predicted[part], target[part], alpha[part], kind, self.task.snr_gamma)
+
+        instance = of(slice(0, n))
+        return instance if len(keys) == n else instance + self.task.prior_loss_weight * of(slice(n, None))
+
+    def _normal(self, shape: Sequence[int], rng: torch.Generator) -> Tensor:
+        return torch.randn(tuple(shape), generator=rng).to(self.device)
+
+    @torch.no_grad()
+    def sample(self, n: int, rng: torch.Generator, sampler: str, steps: int) -> Tensor:
+        """Image i is drawn for prompt i modulo their number."""
+        pipeline = self.pipeline(sampler)
+        pipeline.set_progress_bar_config(disable=True)
+        self.unet.eval()
+        size = self.task.resolution
+        prompts = [self.prompts[index % len(self.prompts)] for index in range(n)]
+        drawn = pipeline(
+            prompts, num_inference_steps=steps, guidance_scale=self.task.guidance_scale, generator=rng,
+            height=size, width=size, output_type="pt",
+        ).images  # fmt: skip
+        return (drawn.float() * 255).round().clamp(0, 255).to(torch.uint8).cpu()
+
+    def pipeline(self, sampler: str) -> StableDiffusionPipeline:
+        """Stable Diffusion with the adapters as they are."""
+        vae, text_encoder, tokenizer = self._encode_with()
+        scheduler = SAMPLERS[sampler].from_config(self.scheduler.config)
+        return StableDiffusionPipeline(
+            vae, text_encoder, tokenizer, self.unet, scheduler, safety_checker=None, feature_extractor=None,
+            requires_safety_checker=False,
+        )  # fmt: skip
+
+    def set_base(self, change: Tensor) -> None:
+        """Compute with the base's weights changed by this much (float32, in the order of `adapters`)."""
+        self.adapters.change_base(self.unet, change.to(self.device))
+
+    def save(self, directory: Path) -> None:
+        """pytorch_lora_weights.safetensors, for `StableDiffusionPipeline.load_lora_weights`.
+
+        If the base has changed too, a whole pipeline instead, with everything merged into it.
+        """
+        if self.adapters.base_has_changed:
+            self.unet.fuse_lora()
+            self.unet.unload_lora()
+            whole = self.pipeline("ddpm")
+            kind = json.loads((self.folder / "model_index.json").read_text())["scheduler"][1]
+            whole.scheduler = getattr(diffusers, kind).from_pretrained(self.folder, subfolder="scheduler")
+            whole.save_pretrained(directory)
+            return
+        weights = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.unet))
+        StableDiffusionPipeline.save_lora_weights(
+            directory,
+            unet_lora_layers={name: weight.contiguous().cpu().clone() for name, weight in weights.items()},
+            unet_lora_adapter_metadata=self.unet.peft_config["default"].to_dict(),
+        )

@@ -1,0 +1,134 @@
+"""A Stable Diffusion pipeline on disk: which folders are one, their weights, and the U-Net in the dtype asked for."""
+
+import hashlib
+import json
+from functools import cache
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from safetensors import safe_open
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from fedray import files
+from fedray.errors import UserError, reason
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SUPPORTED = ("StableDiffusionPipeline",)
+
+
+@cache
+def pipeline_folder(name: str) -> Path:
+    """The folder of a pipeline by path or hub name (then downloaded). Raises `UserError` if it is not of the kind."""
+    flag = "--pretrained-model-name-or-path"
+    if not name:
+        raise UserError(f"{flag} is not given: name the folder, or the hub name, of a Stable Diffusion pipeline.")
+    folder = Path(name)
+    if not folder.is_dir():
+        try:
+            folder = Path(DiffusionPipeline.download(name, safety_checker=None))
+        except Exception as error:  # the hub has dozens
+            raise UserError(f"{flag} {name}: no such folder, and the hub has none ({reason(error)}).") from None
+    if not (folder / "model_index.json").is_file():
+        raise UserError(f"{flag} {name} is no pipeline: it has no model_index.json.")
+    try:
+        kind = json.loads((folder / "model_index.json").read_text())["_class_name"]
+    except (ValueError, KeyError):
+        raise UserError(f"{flag} {name}: its model_index.json is damaged.") from None
+    if kind not in SUPPORTED:
+        raise UserError(f"{flag} {name} is a {kind}, which is not supported yet; take a {SUPPORTED[0]} (1.x or 2.x).")
+    for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+        if not (folder / part).is_dir():
+            raise UserError(f"{flag} {name}: the pipeline has no {part}.")
+        if part in ("unet", "vae", "text_encoder"):
+            _check_weights(folder / part)
+    for config in ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"):
+        if not (folder / config).is_file():
+            raise UserError(f"{flag} {name}: the pipeline has no {config}.")
+    return folder
+
+
+@cache
+def resolution_factor(folder: Path) -> int:
+    """Pixels of an image per side of a latent, times what the U-Net needs."""
+    vae = AutoencoderKL.load_config(folder, subfolder="vae")
+    unet = UNet2DConditionModel.load_config(folder, subfolder="unet")
+    return 2 ** (len(vae["block_out_channels"]) - 1 + len(unet["block_out_channels"]) - 1)
+
+
+def _check_weights(folder: Path) -> None:
+    """Raise `UserError` for a part of a pipeline without weights, or with damaged ones."""
+    files = _weights(folder)
+    if not files:
+        raise UserError(f"{folder} has no weights (.safetensors or .bin).")
+    for path in files:
+        if path.suffix == ".safetensors":
+            try:
+                with safe_open(path, framework="pt"):
+                    pass
+            except Exception as error:  # safetensors has one, and the file system others
+                raise UserError(f"{path} is damaged, or not all of it was fetched ({reason(error)}).") from None
+
+
+def _weights(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
+
+
+def variant(folder: Path) -> str | None:
+    """fp16, where a part of a pipeline has only such files."""
+    files = _weights(folder)
+    return "fp16" if files and all(".fp16" in path.name for path in files) else None
+
+
+def base_sha256(folder: Path) -> str:
+    """Of the weights of all parts of a pipeline."""
+    files = [path for part in ("unet", "vae", "text_encoder") for path in _weights(folder / part)]
+    hashes = [_file_sha256(path, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
+
+
+@cache
+def _file_sha256(path: Path, size: int, changed: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@cache
+def check_targets(folder: Path, targets: tuple[str, ...]) -> None:
+    """Raise `UserError` for target modules that match nothing, or layers without weights."""
+    if not targets:
+        raise UserError("--target-modules is empty: name layers of the U-Net, as to_q to_k to_v to_out.0.")
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder, subfolder="unet"))
+    linear = {name for name, module in unet.named_modules() if isinstance(module, torch.nn.Linear)}
+    for target in targets:
+        if not any(name == target or name.endswith("." + target) for name in linear):
+            raise UserError(f"--target-modules {target}: no linear layer of the U-Net has a name that ends so.")
+
+
+def unet_folder(folder: Path, dtype: str) -> Path:
+    """A folder with the U-Net in this dtype: then all processes map the one file. Converted once, where it is not."""
+    unet = folder / "unet"
+    stored = set()
+    for path in sorted(unet.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            stored |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    if stored == {{"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[dtype]}:
+        return unet
+
+    def make(aside: Path) -> None:
+        loaded = UNet2DConditionModel.from_pretrained(unet, torch_dtype=DTYPES[dtype], variant=variant(unet))
+        loaded.save_pretrained(aside)
+
+    stamp = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(unet.iterdir())]
+    return files.kept("converting the U-Net", ["base", str(folder.resolve()), stamp, dtype], make)
+
+
+def embed(caption: str, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, device: torch.device) -> Tensor:
+    """The caption's embedding [tokens, width], as Stable Diffusion's pipeline makes it."""
+    tokens = tokenizer(
+        caption, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    ).to(device)
+    mask = tokens.attention_mask if getattr(text_encoder.config, "use_attention_mask", False) else None
+    return text_encoder(tokens.input_ids, attention_mask=mask)[0][0].float()

@@ -1,0 +1,196 @@
+"""The same bits wherever a run is placed, by the command line as users type it."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from fedray.cli import main
+from fedray.cluster import actors
+from fedray.errors import RunError, UserError
+from fedray.federation.engine import fit
+from fedray.federation.evaluation import sample
+from fedray.federation.pool import LocalPool
+from fedray.federation.worker import Weights
+from fedray.record.run import Run
+
+TRAIN = "train --preset digits --clients 4 --rounds 2 --local-epochs 1 --evaluate-samples 8 --sampling-steps 5"
+
+
+def train(out, flags):
+    assert main([*TRAIN.split(), "--out", str(out), *flags.split()]) == 0
+    return Run.open(out).result["vector_sha256"], (out / "samples.png").read_bytes()
+
+
+PLAIN = "--no-keep-optimizer --no-use-ema"
+
+
+@pytest.mark.slow
+def test_two_actors_are_one_process(ray, tmp_path):
+    assert train(tmp_path / "2", f"{PLAIN} --actors 2") == train(tmp_path / "0", f"{PLAIN} --actors 0")
+
+
+@pytest.mark.slow
+def test_placement_never_matters(ray, tmp_path):
+    here = train(tmp_path / "0", f"{PLAIN} --actors 0")
+    assert train(tmp_path / "1", f"{PLAIN} --actors 1") == here
+    assert train(tmp_path / "4", f"{PLAIN} --actors 4 --cpus-per-actor 0.5") == here
+    assert train(tmp_path / "again", f"{PLAIN} --actors 0") == here
+    assert train(tmp_path / "seed", f"{PLAIN} --actors 0 --seed 1") != here
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", ["--keep-optimizer", "--fraction 0.5 --clients 8", "--codec float16"])
+def test_nor_does_it_with(ray, tmp_path, flags):
+    assert train(tmp_path / "2", f"{flags} --actors 2") == train(tmp_path / "0", f"{flags} --actors 0")
+
+
+@pytest.mark.slow
+def test_nor_does_it_on_two_threads(ray, tmp_path):
+    flags = "--cpus-per-actor 2"
+    assert train(tmp_path / "1", f"{flags} --actors 1") == train(tmp_path / "0", f"{flags} --actors 0")
+
+
+@pytest.mark.slow
+def test_actors_share_the_clients(ray, toy_config, tmp_path):
+    run = actors.run(toy_config(actors=2, slow=(0, 1, 2, 3), local_epochs=1), tmp_path / "run")
+    assert {client["actor"] for row in run.rows for client in row["clients"]} == {"actor 0", "actor 1"}
+    assert run.saved["command"] == sys.argv  # the user's, not the driver actor's
+
+
+@pytest.mark.slow
+def test_stopped_here_and_resumed_there(ray, toy_config, tmp_path):
+    config = toy_config(keep_optimizer=True, use_ema=True)
+    whole = actors.run(config, tmp_path / "whole").result["vector_sha256"]
+    rounds = fit(config, LocalPool(config), tmp_path / "run")
+    next(rounds)
+    rounds.close()
+    moved = toy_config(keep_optimizer=True, use_ema=True, actors=2, cpus_per_actor=0.5)
+    rows = []
+    resumed = actors.run(moved, tmp_path / "run", resume=True, on_row=rows.append)
+    assert [row["round"] for row in rows] == [2, 3]
+    assert resumed.result["vector_sha256"] == whole
+
+
+def test_samples_do_not_depend_on_the_pool(ray, toy_config):
+    config = toy_config(eval_batch_size=3)
+    model = torch.linspace(0, 1, 16)
+    here = sample(LocalPool(config), Weights(model.numpy()), 10, config, seed=4)[1]
+    pool = actors.RayPool.start(toy_config(eval_batch_size=3, actors=2))
+    try:
+        there = sample(pool, Weights(model.numpy()), 10, config, seed=4)[1]
+    finally:
+        pool.close()
+    assert here.shape == (10, 1, 2, 2)
+    assert np.array_equal(here, there)
+    assert not np.array_equal(here, sample(LocalPool(config), Weights(model.numpy()), 10, config, seed=5)[1])
+
+
+@pytest.mark.slow
+def test_errors_of_the_driver_reach_the_caller(ray, toy_config, tmp_path):
+    for resume in (False, True):
+        with pytest.raises(RunError, match="no client returned a model. Client 0: ValueError"):
+            actors.run(toy_config(failing=(0, 1, 2, 3), actors=2), tmp_path / "run", resume=resume)
+    with pytest.raises(UserError, match="only 32 examples"):
+        actors.run(toy_config(clients=40, actors=2), tmp_path / "more")
+    assert not (tmp_path / "more").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_actor_ends_the_run_which_can_be_resumed(ray, toy_config, tmp_path):
+    """SIGKILL of a client's process, from outside, in the second round; then --resume."""
+    slow = {"slow": (0, 1, 2, 3), "local_epochs": 1, "rounds": 3}
+    whole = actors.run(toy_config(**slow), tmp_path / "whole").result["vector_sha256"]
+
+    def kill(row):
+        out = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True).stdout
+        pids = re.findall(r"^\s*(\d+)\s+\d+\s+ray::ClientActor", out, flags=re.MULTILINE)
+        ours = [int(pid) for pid in pids if _descends_from(int(pid), os.getpid())]
+        os.kill(ours[0], signal.SIGKILL)
+
+    started = time.monotonic()
+    with pytest.raises(RunError, match="died: its process ended"):
+        actors.run(toy_config(**slow, actors=2), tmp_path / "run", on_row=kill)
+    assert time.monotonic() - started < 60
+    assert len(Run.open(tmp_path / "run").rows) == 1
+    assert actors.run(toy_config(**slow, actors=2), tmp_path / "run", resume=True).result["vector_sha256"] == whole
+
+
+def _descends_from(pid, ancestor):
+    import psutil
+
+    return ancestor in [parent.pid for parent in psutil.Process(pid).parents()]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_more_actors_than_the_machine_has(ray, toy_config, tmp_path):
+    with pytest.raises(UserError, match=r"--actors 3 needs 3 CPUs, and there are 2 CPUs and 0 GPUs: at most 2 fit"):
+        actors.run(toy_config(actors=3), tmp_path / "run")
+    with pytest.raises(UserError, match="no GPU"):
+        actors.run(toy_config(actors=1, gpus_per_actor=0.5), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert actors.count_actors(toy_config(actors=None)) == 2
+    assert actors.count_actors(toy_config(actors=None, cpus_per_actor=0.25)) == 4  # never more than the cohort
+
+
+@pytest.mark.slow
+def test_a_private_ray_asks_for_a_token():
+    """Ray listens on every interface: nobody without the token may join, nor may one that says it needs none."""
+    code = """
+import os, subprocess, sys
+import ray
+from fedray.cluster.actors import connected
+with connected(None):
+    address = ray.get_runtime_context().gcs_address
+    join = "import ray; ray.init(address=sys.argv[1], log_to_driver=False); print('joined', ray.cluster_resources())"
+    env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    for token in ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 64}, {"RAY_AUTH_MODE": "disabled"}):
+        ran = subprocess.run([sys.executable, "-c", "import sys; " + join, address], env=env | token,
+                             capture_output=True, text=True, timeout=100)
+        print(ran.returncode != 0, "joined" in ran.stdout)
+"""
+    env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    ran = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
+    assert ran.stdout.splitlines() == ["True False"] * 2, ran.stdout + ran.stderr
+
+
+def test_no_cluster_at_the_address(monkeypatch):
+    monkeypatch.setattr(actors.ray, "is_initialized", lambda: False)
+    started = time.monotonic()
+    for address in ("127.0.0.1:1", "nowhere", "host:port"):
+        with pytest.raises(UserError, match=f"--address {address}: no Ray cluster"), actors.connected(address):
+            pass
+    assert time.monotonic() - started < 30
+
+
+@pytest.mark.slow
+def test_the_driver_outlives_its_caller_and_can_be_attached_to(ray, tmp_path, capsys):
+    """On a running cluster, SIGKILL the process that started a run: it goes on, and --resume shows its end."""
+    address = ray.get_runtime_context().gcs_address
+    flags = "--no-use-ema --actors 1 --rounds 12"
+    command = [sys.executable, "-m", "fedray", *TRAIN.split(), *flags.split(), "--address", address]
+    caller = subprocess.Popen([*command, "--out", str(tmp_path / "run")], start_new_session=True)
+    deadline = time.monotonic() + 90
+    while not (tmp_path / "run/rounds.jsonl").exists():
+        assert time.monotonic() < deadline
+        assert caller.poll() is None
+        time.sleep(0.1)
+    os.killpg(caller.pid, signal.SIGKILL)
+    caller.wait()
+    before = len(Run.open(tmp_path / "run").rows)
+    assert before < 12
+    again = [*TRAIN.split(), *flags.split(), "--out", str(tmp_path / "run")]
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert main(again) == 2
+    assert "is still going on this cluster" in capsys.readouterr().err
+    (tmp_path / "moved").rename(tmp_path / "run")
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+    resumed = Run.open(tmp_path / "run")
+    assert len({row["round"] for row in resumed.rows}) == len(resumed.rows) == 12
+    assert resumed.result["vector_sha256"] == train(tmp_path / "whole", f"{flags} --actors 0")[0]

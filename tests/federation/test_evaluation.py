@@ -1,0 +1,502 @@
+"""Evaluation as jobs of a pool: references, rows, a user's own features and metrics, and `fedray evaluate`."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDPMScheduler, UNet2DModel
+from PIL import Image
+
+import fedray
+from fedray import files
+from fedray.cli import main
+from fedray.cluster.actors import RayPool
+from fedray.data.sources import digits
+from fedray.errors import RunError, UserError
+from fedray.federation.engine import fit
+from fedray.federation.evaluation import evaluate, open_reference
+from fedray.federation.plan import make_plan
+from fedray.federation.pool import LocalPool
+from fedray.federation.sampling import dataset_features
+from fedray.federation.worker import Weights
+from fedray.record.run import Run
+from fedray.scores import networks
+from fedray.scores.frechet import frechet_distance, gaussian
+
+FACES = Path(__file__).parents[3] / "shared/data/faces"
+SHORT = "--rounds 2 --local-steps 2 --sampling-steps 2 --actors 0 --kid-subset-size 8"
+
+
+@pytest.fixture
+def short(monkeypatch, tmp_path):
+    """The digits preset made short, with a cache of its own."""
+    monkeypatch.setenv("FEDRAY_CACHE", str(tmp_path / "cache"))
+    settings = dict(rounds=2, local_epochs=None, local_steps=2, sampling_steps=2, evaluate_samples=70, actors=0)
+    return replace(fedray.PRESETS["digits"], **settings)
+
+
+def work_of(pool):
+    """What kinds of job a pool is given."""
+    seen, plain = [], pool.map
+
+    def spy(work, *rest):
+        seen.append(work)
+        return plain(work, *rest)
+
+    pool.map = spy
+    return seen
+
+
+# References
+
+
+def test_a_reference_is_made_once_and_is_of_every_image(short):
+    pool, dataset = LocalPool(short), digits()
+    seen = work_of(pool)
+    first, again = open_reference(short, dataset, pool), open_reference(short, dataset, pool)
+    assert seen == [dataset_features]
+    expected = networks.load("digits", None, torch.device("cpu"))(torch.from_numpy(dataset.images)).numpy()
+    np.testing.assert_allclose(again.features, expected, rtol=1e-4, atol=1e-4)
+    assert isinstance(again.features, np.memmap)
+    assert torch.equal(first.gaussian.factor, again.gaussian.factor)
+    whole = frechet_distance(gaussian(expected), again.gaussian)
+    assert whole == pytest.approx(0, abs=1e-6)
+
+
+def test_a_reference_is_of_its_images_form_and_network(short, tmp_path):
+    def key(**changes):
+        config = replace(short, **changes)
+        return open_reference(config, config.task.dataset(), LocalPool(config)).key
+
+    assert key() == key(seed=3, clients=2)
+    (tmp_path / "mine.py").write_text("def half(images): return images.flatten(1)[:, :8] / 2\n")
+    mine = f"{tmp_path}/mine.py:half"
+    assert key(features=mine) != key()
+    before = key(features=mine)
+    (tmp_path / "mine.py").write_text("def half(images): return images.flatten(1)[:, :8] / 3\n")
+    assert key(features=mine) != before
+    weight = f"float(open('{tmp_path}/w').read())"
+    (tmp_path / "mine.py").write_text(f"def half(images): return images.flatten(1)[:, :8] / {weight}\n")
+    keys = []
+    for weight in ("2", "3"):  # what it loads counts too
+        (tmp_path / "w").write_text(weight)
+        keys.append(key(features=mine)["features"])
+    assert keys[0] != keys[1]
+
+
+def test_a_reference_that_is_damaged_or_anothers_is_named(short, tmp_path):
+    open_reference(short, digits(), LocalPool(short))
+    (place,) = (path.parent for path in files.home().glob("*/features.npy"))
+    kept = (place / "key.json").read_text()
+    (place / "key.json").write_text(kept.replace("digits", "letters"))
+    with pytest.raises(UserError, match="is of other images, or of other features"):
+        open_reference(short, digits(), LocalPool(short))
+    (place / "key.json").write_text(kept)
+    np.save(place / "features.npy", np.zeros((3, 64), np.float32))
+    with pytest.raises(UserError, match="is of other images"):
+        open_reference(short, digits(), LocalPool(short))
+    (place / "statistics.npz").write_bytes(b"PK")
+    with pytest.raises(UserError, match="is damaged .*; remove it"):
+        open_reference(short, digits(), LocalPool(short))
+
+
+@pytest.mark.slow
+def test_two_processes_make_a_reference_once(short, tmp_path):
+    code = (
+        "from fedray.presets import PRESETS; from fedray.data.sources import digits;"
+        "from fedray.federation.pool import LocalPool;"
+        "from fedray.federation.evaluation import open_reference;"
+        "config = PRESETS['digits'];"
+        "print('made', end='') if open_reference(config, digits(), LocalPool(config),"
+        " lambda phase, done, total: done or print('making ', end='')) else 0"
+    )
+    running = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    printed = sorted(process.communicate(timeout=120)[0] for process in running)
+    assert printed == ["made", "making made"]
+
+
+def test_too_few_images_to_score_against(short):
+    one = fedray.Dataset(digits().images[:1])
+    with pytest.raises(UserError, match="the 1 images of this dataset cannot be scored against: .* at least two"):
+        open_reference(short, one, LocalPool(short, one))
+
+
+def test_a_reference_differs_with_the_images(short):
+    first, other = fedray.Dataset(digits().images[:100]), fedray.Dataset(digits().images[100:200])
+    turned = fedray.Dataset(digits().images[:100].transpose(0, 1, 3, 2))
+    keys = [open_reference(short, one, LocalPool(short, one)).key["images"] for one in (first, other, turned, first)]
+    assert len(set(keys)) == 3
+    assert keys[0] == keys[3]
+
+
+# Runs
+
+
+def test_scores_do_not_depend_on_the_pool(ray, short):
+    plan = make_plan(short)
+    found = []
+    for actors in (0, 2, 1):
+        config = replace(short, actors=actors, eval_batch_size=16)
+        pool = LocalPool(config) if actors == 0 else RayPool.start(config, plan.dataset)
+        against = open_reference(config, plan.dataset, pool)
+        found.append(evaluate(pool, Weights(plan.initial.numpy()), 70, config, plan.dataset, against, {}))
+        if actors:
+            pool.close()
+    assert found[0].scores == found[1].scores == found[2].scores
+    assert found[0].images.shape == (64, 1, 8, 8)  # the others were not kept
+    assert all(np.array_equal(found[0].images, other.images) for other in found)
+
+
+def test_rows_are_scored_every_so_many_rounds(short, tmp_path):
+    config = replace(short, rounds=5, evaluate_every=2, keep_samples=True)
+    rows = list(fit(config, LocalPool(config), tmp_path / "run"))
+    assert [bool(row["scores"]) for row in rows] == [False, True, False, True, True]
+    assert "std" not in rows[1]["scores"]["fd[digits]"]
+    assert rows[4]["scores"]["fd[digits]"]["over"] == "10 resamples"
+    assert rows[4]["scores"]["fd[digits]"]["n"] == 70
+    about = rows[4]["evaluation"]
+    assert about["sampler"] == "ddpm"
+    assert about["features"].startswith("digits ")
+    assert about["reference"] == digits().sha256
+    assert about["reference_images"] == 1797
+    assert "256 images and there are 70" in about["refused"]["kid[digits]"]
+    kept = sorted((tmp_path / "run/samples").rglob("*.png"))
+    assert len(kept) == 3 + 3 * 70
+    scores = Run.open(tmp_path / "run").result["scores"]
+    assert scores == rows[4]["scores"]
+    # The last round's images, scored from their files.
+    images = np.stack(
+        [np.asarray(Image.open(path))[None] for path in sorted(kept) if path.parent.name == "round-000005"]
+    )
+    features = networks.load("digits", None, torch.device("cpu"))(torch.from_numpy(images)).numpy()
+    real = networks.load("digits", None, torch.device("cpu"))(torch.from_numpy(digits().images)).numpy()
+    again = frechet_distance(gaussian(features), gaussian(real))
+    assert again == pytest.approx(scores["fd[digits]"]["value"], rel=1e-5)
+
+
+@pytest.mark.parametrize("actors", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_metric_of_ones_own_is_in_the_rows(ray, short, tmp_path, actors):
+    def brightness(samples, reference):
+        assert samples.shape == (70, 1, 8, 8)
+        return samples.mean() / reference.mean()
+
+    run = fedray.run(replace(short, actors=actors), tmp_path / "run", metrics={"brightness": brightness})
+    assert run.result["scores"]["brightness"]["n"] == 70
+    assert run.result["scores"]["brightness"]["value"] > 0
+    with pytest.raises(RunError, match="the metric 'broken' failed: ZeroDivisionError"):
+        fedray.run(short, tmp_path / "broken", metrics={"broken": lambda samples, reference: 1 / 0})
+    for name, wrong, message in (
+        ("endless", lambda samples, reference: float("nan"), "'endless' gave nan, which is no finite number"),
+        ("fd[digits]", lambda samples, reference: 1.0, "has the name of a score that fedray measures"),
+    ):
+        with pytest.raises(RunError, match=message):
+            fedray.run(short, tmp_path / "broken", resume=True, metrics={name: wrong})
+    whole = fedray.run(short, tmp_path / "broken", resume=True, metrics={"fine": lambda samples, reference: 1.0})
+    assert whole.result["scores"]["fine"] == {"value": 1.0, "n": 70}
+
+
+def test_features_of_ones_own(short, tmp_path):
+    class Halves(torch.nn.Module):
+        def forward(self, images):
+            return images.float().flatten(1)[:, ::2] / 255
+
+    example = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
+    torch.jit.trace(Halves(), example).save(tmp_path / "halves.pt")
+    (tmp_path / "mine.py").write_text("def halves(images): return images.float().flatten(1)[:, ::2] / 255\n")
+    results = []
+    for features in (f"{tmp_path}/halves.pt", f"{tmp_path}/mine.py:halves"):
+        config = replace(short, features=features)
+        results.append(fedray.run(config, tmp_path / Path(features).suffix).result["scores"])
+    assert results[0] == results[1]
+    assert "fd[halves]" in results[0]
+    config = replace(short, features="inspect:getsource")
+    with pytest.raises(UserError, match="--features inspect:getsource cannot take images of 1×8×8"):
+        make_plan(config)
+
+
+def test_a_client_alone_copies_only_what_it_has(short):
+    plan = make_plan(replace(short, held_out_share=0.1, only_client=1))
+    assert np.array_equal(plan.trained, plan.shards[1])
+    assert len(make_plan(replace(short, held_out_share=0.1)).trained) == len(plan.shards.indices)
+
+
+def test_copies_are_looked_for_where_images_were_held_out(short, tmp_path):
+    config = replace(short, held_out_share=0.1, test_share=0.1)
+    run = fedray.run(config, tmp_path / "run")
+    found = run.result["scores"]["copies"]
+    assert found["n"] == 70
+    assert 0 <= found["value"] <= 1
+    assert "of 256 images not trained on" in found["note"]
+    assert Image.open(tmp_path / "run/nearest.png").size == (8 * 52 + 4, 8 * 52 + 4)
+
+
+# Inception
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    """Random weights in the form of pytorch-fid's, where torch's hub would have put them."""
+    from pytorch_fid import inception
+    from torchvision.models import inception_v3
+
+    home = tmp_path_factory.mktemp("torch")
+    path = home / "hub/checkpoints" / Path(inception.FID_WEIGHTS_URL).name
+    path.parent.mkdir(parents=True)
+    torch.manual_seed(0)
+    model = inception_v3(num_classes=1008, aux_logits=False, weights=None, init_weights=False)
+    for mixed, block in {
+        "Mixed_5b": inception.FIDInceptionA(192, pool_features=32),
+        "Mixed_5c": inception.FIDInceptionA(256, pool_features=64),
+        "Mixed_5d": inception.FIDInceptionA(288, pool_features=64),
+        "Mixed_6b": inception.FIDInceptionC(768, channels_7x7=128),
+        "Mixed_6c": inception.FIDInceptionC(768, channels_7x7=160),
+        "Mixed_6d": inception.FIDInceptionC(768, channels_7x7=160),
+        "Mixed_6e": inception.FIDInceptionC(768, channels_7x7=192),
+        "Mixed_7b": inception.FIDInceptionE_1(1280),
+        "Mixed_7c": inception.FIDInceptionE_2(2048),
+    }.items():
+        setattr(model, mixed, block)
+    torch.save(model.state_dict(), path)
+    return path
+
+
+# SciPy 1.18 took away an argument that pytorch-fid 0.3 uses.
+PYTORCH_FID = """
+import inspect, runpy, scipy.linalg
+if "disp" not in inspect.signature(scipy.linalg.sqrtm).parameters:
+    root = scipy.linalg.sqrtm
+    scipy.linalg.sqrtm = lambda matrix, disp=True: root(matrix) if disp else (root(matrix), 0.0)
+runpy.run_module("pytorch_fid", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not FACES.is_dir(), reason="needs ../shared/data/faces")
+def test_fid_equals_pytorch_fid(weights, tmp_path, monkeypatch, capsys):
+    """`fedray evaluate FOLDER` against pytorch-fid's own command in a process of its own, at all dimensions."""
+    monkeypatch.setenv("FEDRAY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCH_HOME", str(weights.parents[2]))
+    photos = sorted(FACES.rglob("*.p*"))
+    for name, chosen in (("one", photos[:200:5]), ("other", photos[200::5])):
+        (tmp_path / name).mkdir()
+        for photo in chosen:
+            Image.open(photo).save(tmp_path / name / f"{photo.parent.name}-{photo.stem}.png")
+    for dimensions, features in (
+        (64, "inception-64"),
+        (192, "inception-192"),
+        (768, "inception-768"),
+        (2048, "inception"),
+    ):
+        command = [sys.executable, "-c", PYTORCH_FID, "one", "other", "--dims", str(dimensions), "--device", "cpu"]
+        ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500, check=True)
+        theirs = float(re.search(r"FID:\s+([\d.]+)", ran.stdout).group(1))
+        flags = f"--dataset-name imagefolder --train-data-dir {tmp_path}/other --features {features}"
+        assert main(["evaluate", str(tmp_path / "one"), *flags.split()]) == 0
+        printed = capsys.readouterr().out
+        name = "fid" if dimensions == 2048 else f"fid[{dimensions}]"
+        ours = float(re.search(rf"{re.escape(name)} +│ +([\d.]+)", printed).group(1))
+        assert ours == pytest.approx(theirs, rel=1e-3)
+        assert f"biased: n is below the {dimensions} dimensions" in printed
+
+
+def test_absent_and_corrupt_weights_are_named_before_training(short, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    flags = f"--preset digits --features inception --evaluate-samples 4 {SHORT} --out {tmp_path}/run"
+    assert main(["train", *flags.split()]) == 2
+    printed = capsys.readouterr().err
+    assert "fetch https://" in printed
+    assert f"put it at {tmp_path}/torch/hub/checkpoints/pt_inception" in printed
+    (tmp_path / "weights.pth").write_bytes(b"no weights")
+    assert main(["train", *flags.split(), "--inception-weights", f"{tmp_path}/weights.pth"]) == 2
+    assert "weights.pth does not hold the weights of pytorch-fid's Inception" in capsys.readouterr().err
+    torch.save({"fc.bias": torch.zeros(3)}, tmp_path / "weights.pth")
+    assert main(["train", *flags.split(), "--inception-weights", f"{tmp_path}/weights.pth"]) == 2
+    assert "Inception (Error(s) in loading state_dict" in capsys.readouterr().err
+    assert main(["train", *flags.split(), "--inception-weights", f"{tmp_path}/absent.pth"]) == 2
+    assert "absent.pth: there is no such file" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+# fedray evaluate
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("evaluate") / "run"
+    assert (
+        main(["train", *SHORT.split(), "--evaluate-samples", "70", "--held-out-share", "0.1", "--out", str(out)]) == 0
+    )
+    return out
+
+
+def value(printed, name):
+    return re.search(rf"{re.escape(name)} +│ +(\S+)", printed).group(1)
+
+
+def test_evaluate_repeats_a_runs_own_scores(run, capsys):
+    assert main(["evaluate", str(run)]) == 0
+    printed = capsys.readouterr().out
+    for name, score in Run.open(run).result["scores"].items():
+        assert value(printed, name) == f"{score['value']:.4g}"
+    assert main(["evaluate", str(run), "--samples", "6", "--actors", "0"]) == 0
+    assert "refused: its subsets have 8 images and there are 6" in capsys.readouterr().out
+
+
+def test_evaluate_a_pipeline_that_fedray_did_not_train(run, tmp_path, capsys):
+    assert main(["evaluate", str(run / "model"), "--dataset-name", "digits", "--features", "digits", "--samples", "70",
+                 "--sampling-steps", "2", "--kid-subset-size", "8"]) == 0  # fmt: skip
+    printed = capsys.readouterr().out
+    for name, score in Run.open(run).result["scores"].items():
+        if name != "copies":  # the same model and noise as the run's own evaluation
+            assert value(printed, name) == f"{score['value']:.4g}"
+    unet = UNet2DModel(
+        sample_size=16, in_channels=3, out_channels=3, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+    )  # fmt: skip
+    DDIMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "wide")
+    flags = ["--dataset-name", "digits", "--features", "digits", "--samples", "4"]
+    assert main(["evaluate", str(tmp_path / "wide"), *flags]) == 2
+    assert "the digits are 8×8 and grey, not 16×16 in 3 channels" in capsys.readouterr().err
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none/model_index.json").write_text("{}")
+    assert main(["evaluate", str(tmp_path / "none"), *flags]) == 2
+    assert "is no pipeline that diffusers can load" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: Image.new("L", (9, 8)).save(folder / "x.png"), "x.png is 9×8: only square images"),
+        (lambda folder: Image.new("L", (9, 9)).save(folder / "x.png"), "must have one size and mode"),
+        (lambda folder: Image.new("RGB", (8, 8)).save(folder / "x.png"), "8×8 in 3 channels"),
+        (lambda folder: (folder / "x.png").write_text("text"), "x.png cannot be read"),
+        (lambda folder: [path.unlink() for path in folder.iterdir()], "has no images"),
+    ],
+)
+def test_evaluate_a_folder_of_images(tmp_path, capsys, spoil, message):
+    folder = tmp_path / "drawn"
+    folder.mkdir()
+    for index, image in enumerate(digits().images[:40]):
+        Image.fromarray(image[0]).save(folder / f"{index:02d}.png")
+    flags = ["--dataset-name", "digits", "--features", "digits", "--kid-subset-size", "30"]
+    assert main(["evaluate", str(folder), *flags]) == 0
+    printed = capsys.readouterr().out
+    assert value(printed, "precision[digits]") == "1"
+    assert "40 images" in printed
+    assert main(["evaluate", str(folder), *flags, "--samples", "41"]) == 2
+    assert "--samples 41: " in capsys.readouterr().err
+    spoil(folder)
+    assert main(["evaluate", str(folder), *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("{tmp}/absent", "the directory does not exist"),
+        ("{run} --samples 0", "--samples 0: a score needs at least 2"),
+        ("{run} --dataset-name digits", "which is scored against its own data"),
+        ("{run} --features digit", "there is no feature network 'digit'; did you mean 'digits'?"),
+        ("{run} --features mine.py:absent", "--features {cwd}/mine.py:absent: "),
+        ("{run} --features {run}/nothing.pt", "no TorchScript module could be loaded"),
+        ("{run} --inception-weights x", "--inception-weights is given, but the features are digits"),
+        ("{run} --kid-subset-size 1", "--kid-subset-size 1: it must be at least 2"),
+        ("{run} --features {tmp}/broken.py:f", "--features {tmp}/broken.py:f: name 'nothing' is not defined"),
+        ("{run} --features :f", "--features :f: "),
+        ("{run} --resolution 8", "which is scored against its own data"),
+        ("{run}/model --features digits", "say what to score against, with --dataset-name"),
+        ("{run}/model --dataset-name digits", "say what to measure on"),
+    ],
+)
+def test_mistakes_get_one_clear_message(run, tmp_path, capsys, flags, message):
+    (tmp_path / "broken.py").write_text("nothing()\n")
+    assert main(["evaluate", *flags.format(run=run, tmp=tmp_path).split()]) == 2
+    printed = capsys.readouterr().err.strip()
+    assert message.format(cwd=Path.cwd(), tmp=tmp_path) in printed
+    assert len(printed.splitlines()) == 1
+
+
+def test_a_folder_is_scored_in_no_order_of_its_sub_folders(tmp_path, capsys):
+    data = digits()
+    for label in range(10):
+        (tmp_path / "real" / str(label)).mkdir(parents=True)
+        for index, image in enumerate(data.images[data.labels == label][:30]):
+            Image.fromarray(image[0]).save(tmp_path / "real" / str(label) / f"{index}.png")
+    flags = ["--dataset-name", "digits", "--features", "digits", "--kid-subset-size", "30"]
+    assert main(["evaluate", str(tmp_path / "real"), *flags]) == 0
+    printed = capsys.readouterr().out
+    assert float(value(printed, "fd[digits]@64")) < 60  # of one or two classes it would be hundreds
+    assert main(["evaluate", str(tmp_path / "real"), *flags, "--samples", "64"]) == 0
+    assert float(value(capsys.readouterr().out, "fd[digits]")) < 60
+
+
+def test_a_reference_of_another_size_or_mode_is_resized_only_when_asked(tmp_path, capsys):
+    for name, mode, size in (("drawn", "L", 8), ("large", "L", 16), ("colour", "RGB", 8)):
+        (tmp_path / name).mkdir()
+        for index, image in enumerate(digits().images[:8]):
+            Image.fromarray(image[0]).resize((size, size)).convert(mode).save(tmp_path / name / f"{index}.png")
+    for name, message in (("large", "16×16 in 1"), ("colour", "8×8 in 3")):
+        flags = f"--features digits --kid-subset-size 4 --dataset-name imagefolder --train-data-dir {tmp_path}/{name}"
+        command = ["evaluate", str(tmp_path / "drawn"), *flags.split()]
+        assert main(command) == 2
+        assert f"{message}; to resize (or convert) it, say --resolution 8" in capsys.readouterr().err
+        assert main([*command, "--resolution", "16"]) == 2
+        assert "--resolution 16: " in capsys.readouterr().err
+        assert main([*command, "--resolution", "8"]) == 0
+
+
+def test_pipelines_that_cannot_be_scored_are_named(run, tmp_path, capsys):
+    for index, (change, message) in enumerate([
+        ({"num_class_embeds": 10}, "draws given classes"),
+        ({"sample_size": None}, "draws images of size None"),
+        ({"sample_size": [8, 16]}, "draws images of size"),
+    ]):  # fmt: skip
+        shutil.copytree(run / "model", tmp_path / str(index))
+        path = tmp_path / str(index) / "unet/config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        flags = ["--dataset-name", "digits", "--features", "digits", "--samples", "4"]
+        assert main(["evaluate", str(tmp_path / str(index)), *flags]) == 2
+        assert message in capsys.readouterr().err or "num_class_embeds" in change
+
+
+def test_changed_images_are_not_scored_as_if_they_were_the_runs(tmp_path, capsys):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for index, image in enumerate(digits().images[:40]):
+        Image.fromarray(image[0]).save(photos / f"{index:02d}.png")
+    flags = f"--preset faces --train-data-dir {photos} --clients 2 --partition iid --resolution 8 {SHORT}"
+    small = "--block-out-channels 8 --attention False --no-mid-block-attention --evaluate-samples 4 --test-share 0"
+    train = ["train", *flags.split(), *small.split(), "--lr-scheduler", "constant"]
+    assert main([*train, "--out", str(photos / "runs/one")]) == 2
+    assert "lies below --train-data-dir" in capsys.readouterr().err
+    assert main([*train, "--out", str(tmp_path / "run")]) == 0
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    os.remove(tmp_path / "run/result.json")
+    Image.fromarray(digits().images[50][0]).save(photos / "40.png")
+    capsys.readouterr()
+    for command in (["train", "--resume"], ["evaluate", "--features", "digits"]):
+        assert main([*command, str(tmp_path / "run")]) == 2
+        said = capsys.readouterr().err
+        assert "have changed since it began" in said or "judges digits only" in said
+
+
+def test_intervals_are_over_seeds_where_there_are_several(short, tmp_path):
+    for seed, clients in ((0, 4), (1, 4), (2, 4), (0, 2)):
+        fedray.run(replace(short, seed=seed, clients=clients), tmp_path / f"run-{clients}-{seed}")
+    table = fedray.score_table(sorted(tmp_path.glob("run-*"))).set_index(["run", "score"])
+    several, alone = (table.loc[(str(tmp_path / name), "fd[digits]")] for name in ("run-4-0", "run-2-0"))
+    values = [Run.open(tmp_path / f"run-4-{seed}").result["scores"]["fd[digits]"]["value"] for seed in range(3)]
+    assert several["value"] == pytest.approx(np.mean(values))
+    assert several["std"] == pytest.approx(np.std(values, ddof=1))
+    assert several["over"] == "3 seeds"
+    assert alone["over"] == "10 resamples"
+    assert alone["std"] > 0
+    assert table["n"].isin([64, 70]).all()

@@ -1,0 +1,349 @@
+"""The round, the run and its directory, in one process."""
+
+import json
+import threading
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file
+
+from fedray.algorithms.rules import FedAvg
+from fedray.config import Config
+from fedray.data.partition import Dirichlet, Shards
+from fedray.errors import RunError, UserError
+from fedray.federation import engine
+from fedray.federation.engine import fit
+from fedray.federation.local import TrainJob, client_update
+from fedray.federation.plan import make_plan
+from fedray.federation.pool import LocalPool
+from fedray.federation.worker import Weights, Worker
+from fedray.presets import PRESETS
+from fedray.record import run as record_run
+from fedray.record.run import Run, grid
+from fedray.wire.codecs import Float16
+
+
+def train(config, out, resume=False, rounds=None):
+    """Run, or only the first `rounds` rounds; the row list."""
+    rows = []
+    for row in fit(config, LocalPool(config), out, resume=resume):
+        rows.append(row)
+        if len(rows) == rounds:
+            break
+    return rows
+
+
+def sha(out):
+    return Run.open(out).result["vector_sha256"]
+
+
+def test_a_round_is_the_weighted_mean_of_what_clients_train(toy_config, tmp_path):
+    """One round of four clients against four separate local trainings, averaged in float64."""
+    config = toy_config(rounds=1, partition=Dirichlet(0.5))
+    train(config, tmp_path / "run")
+    plan = make_plan(config)
+    trained = []
+    for client in range(4):
+        worker = Worker(config, torch.device("cpu"), "test")
+        _, (payload, *_) = client_update(
+            worker, Weights(plan.initial.numpy()), TrainJob(0, client, plan.shards[client], plan.held_out[client])
+        )
+        trained.append(payload.astype(np.float64))
+    expected = np.average(trained, axis=0, weights=plan.shards.sizes)
+    weights = load_file(tmp_path / "run/checkpoints/round-000001.safetensors")["weight"]
+    assert len(set(plan.shards.sizes.tolist())) > 1
+    assert np.abs(weights.flatten().numpy() - expected).max() < 1e-6
+
+
+def test_rows_say_what_happened(toy_config, tmp_path):
+    config = toy_config(rounds=2, clients=3, fraction=0.7, labels=3, each=4)
+    rows = train(config, tmp_path / "run")
+    assert Run.open(tmp_path / "run").rows == rows
+    assert [row["round"] for row in rows] == [1, 2]
+    for row in rows:
+        assert len(row["cohort"]) == 2
+        assert row["examples"] == 8
+        assert row["steps"] == 2 * 2 * 2  # clients × epochs × ⌈4 / 3⌉
+        assert row["images"] == 16
+        assert row["bytes_down"] == row["bytes_up"] == 2 * 16 * 4
+        assert row["loss"] == pytest.approx(np.mean([client["loss"] for client in row["clients"]]))
+        assert [client["client"] for client in row["clients"]] == row["cohort"]
+        for client in row["clients"]:
+            assert client["outcome"] == "ok"
+            assert client["actor"] == "local"
+            assert client["seconds"] > 0
+    result = Run.open(tmp_path / "run").result
+    assert result["steps"] == 16
+    assert result["sequential_steps"] == 8
+    assert result["passes"] == pytest.approx(32 / 12)
+
+
+def test_the_run_directory_is_whole(toy_config, tmp_path):
+    train(toy_config(), tmp_path / "run")
+    names = {str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    (events,) = {name for name in names if name.startswith("tensorboard/events.out.tfevents")}
+    names.remove(events)
+    assert names == {
+        "config.json", "rounds.jsonl", "result.json", "checkpoints/round-000003.safetensors",
+        "samples/round-000003.png", "samples.png", "model/network.pt", "model/README.md", "partition.csv",
+        "partition.png",
+    }  # fmt: skip
+    saved = json.loads((tmp_path / "run/config.json").read_text())
+    assert saved["config"]["partition"] == "by-label"
+    assert saved["config"]["task"]["name"] == "toy"
+    assert {"fedray", "torch", "diffusers", "ray", "numpy", "python"} <= set(saved["versions"])
+    assert "git_commit" in saved
+
+
+def test_the_model_is_what_was_trained(toy_config, tmp_path):
+    for use_ema in (False, True):
+        out = tmp_path / f"ema-{use_ema}"
+        train(toy_config(use_ema=use_ema), out)
+        stored = load_file(out / "checkpoints/round-000003.safetensors")
+        saved = torch.load(out / "model/network.pt")
+        assert torch.equal(saved["weight"], stored["ema.weight" if use_ema else "weight"])
+
+
+def test_server_ema_decays_per_local_step(toy_config, tmp_path):
+    """A round of n steps (the example-weighted mean) is as n steps of diffusers' EMAModel at the same weights."""
+    config = toy_config(use_ema=True, ema_max_decay=0.8, partition=Dirichlet(0.5))
+    plan = make_plan(config)
+    steps = round(np.average([config.steps(size) for size in plan.shards.sizes], weights=plan.shards.sizes))
+    weights = torch.nn.Parameter(plan.initial.double())
+    ema = EMAModel([weights], decay=0.8, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+    for row in fit(config, LocalPool(config), tmp_path / "run"):
+        stored = load_file(tmp_path / f"run/checkpoints/round-{row['round']:06d}.safetensors")
+        weights.data.copy_(stored["weight"].flatten())
+        for _ in range(steps):
+            ema.step([weights])
+    expected = ema.shadow_params[0]
+    assert torch.allclose(stored["ema.weight"].flatten().double(), expected, atol=1e-6)
+    assert not torch.allclose(stored["ema.weight"], stored["weight"], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"keep_optimizer": True, "fraction": 0.5}, {"codec": Float16(), "use_ema": True}]
+)
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_stopped_and_resumed_is_the_same_run(toy_config, tmp_path, changes, stop):
+    config = toy_config(lr_scheduler="linear", **changes)
+    whole = train(config, tmp_path / "whole")
+    train(config, tmp_path / "run", rounds=stop)
+    train(config, tmp_path / "run", resume=True)
+    assert sha(tmp_path / "run") == sha(tmp_path / "whole")
+    rows = Run.open(tmp_path / "run").rows
+    assert [row["loss"] for row in rows] == [row["loss"] for row in whole]
+    assert (tmp_path / "run/samples.png").read_bytes() == (tmp_path / "whole/samples.png").read_bytes()
+    assert train(config, tmp_path / "run", resume=True) == []  # complete: nothing to do
+
+
+@pytest.mark.parametrize("where", ["append", "complete", "draw", "_finish"])
+def test_killed_in_the_middle_of_writing_and_resumed(toy_config, tmp_path, monkeypatch, where):
+    """Killed in the second round, just before it is saved, after it is saved, or at the very end."""
+    config = toy_config(keep_optimizer=True)
+    train(config, tmp_path / "whole")
+    owner = engine if where == "_finish" else Run
+    right, calls = getattr(owner, where), []
+
+    def killed(*arguments):
+        calls.append(1)
+        if len(calls) == (2 if where in ("append", "complete") else 1):
+            if where == "append":  # a line cut short
+                with open(tmp_path / "run/rounds.jsonl", "a") as file:
+                    file.write('{"round": 2, "coh')
+            raise KeyboardInterrupt
+        return right(*arguments)
+
+    monkeypatch.setattr(owner, where, killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "run")
+    monkeypatch.undo()
+    assert Run.open(tmp_path / "run").result is None
+    train(config, tmp_path / "run", resume=True)
+    assert sha(tmp_path / "run") == sha(tmp_path / "whole")
+    assert [row["round"] for row in Run.open(tmp_path / "run").rows] == [1, 2, 3]
+
+
+def test_kept_optimizers_change_the_run_and_keep_one_file_a_client(toy_config, tmp_path):
+    train(toy_config(), tmp_path / "fresh")
+    train(toy_config(keep_optimizer=True), tmp_path / "kept")
+    assert sha(tmp_path / "fresh") != sha(tmp_path / "kept")
+    kept = sorted(path.relative_to(tmp_path / "kept/clients") for path in (tmp_path / "kept").glob("clients/*/*"))
+    assert [str(path) for path in kept] == [f"{client:06d}/000003.safetensors" for client in range(4)]
+    assert load_file(tmp_path / "kept/clients/000000/000003.safetensors")["step"] == 3 * 2 * 3
+
+
+def test_a_failed_client_is_left_out_with_its_reason(toy_config, tmp_path):
+    config = toy_config(failing=(0,), infinite=(2,))
+    rows = train(config, tmp_path / "run")
+    outcomes = [client["outcome"] for client in rows[0]["clients"]]
+    assert outcomes[0] == "ValueError: this client's camera is broken"
+    assert "FloatingPointError: the trained weights are not finite" in outcomes[2]
+    assert outcomes[1] == outcomes[3] == "ok"
+    assert rows[0]["examples"] == 16
+    assert rows[0]["bytes_down"] == 2 * rows[0]["bytes_up"]
+
+
+def test_the_others_are_averaged_as_if_the_failed_were_not_there(toy_config, tmp_path):
+    config = toy_config(rounds=1, failing=(0,), infinite=(2,))
+    train(config, tmp_path / "run")
+    plan = make_plan(config)
+    worker = Worker(config, torch.device("cpu"), "test")
+    jobs = [TrainJob(0, client, plan.shards[client], plan.held_out[client]) for client in (1, 3)]
+    trained = [client_update(worker, Weights(plan.initial.numpy()), job)[1][0] for job in jobs]
+    weights = load_file(tmp_path / "run/checkpoints/round-000001.safetensors")["weight"]
+    assert np.abs(weights.flatten().numpy() - np.mean(trained, axis=0, dtype=np.float64)).max() < 1e-6
+
+
+def test_no_usable_client_ends_the_run_and_it_can_be_resumed(toy_config, tmp_path):
+    config = toy_config(failing=(0, 1, 2, 3))
+    with pytest.raises(RunError, match="no client returned a model. Client 0: ValueError: .* broken") as caught:
+        train(config, tmp_path / "run")
+    assert "Traceback" in caught.value.__notes__[0]
+    assert Run.open(tmp_path / "run").rows == []
+    mended = replace(config, task=replace(config.task, failing=()))
+    with pytest.raises(UserError, match="--task is .* resumed run keeps its settings"):
+        train(mended, tmp_path / "run", resume=True)
+
+
+def test_float16_overflow_is_a_failure_of_the_client(toy_config, tmp_path):
+    config = toy_config(codec=Float16(), learning_rate=1e9, max_grad_norm=None)
+    with pytest.raises(RunError, match="OverflowError: the update has values beyond float16"):
+        train(config, tmp_path / "run")
+
+
+def test_a_resumed_run_keeps_its_settings_but_not_its_placement(toy_config, tmp_path):
+    config = toy_config()
+    train(config, tmp_path / "run", rounds=1)
+    for changes, message in [
+        ({"rounds": 5}, "--rounds is 5 now, but was 3"),
+        ({"learning_rate": 1.0}, "--learning-rate is 1.0 now"),
+        ({"partition": Dirichlet(1.0)}, "--partition is dirichlet:1 now, but was by-label"),
+        ({"cpus_per_actor": 2.0}, "computes with 2 threads"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            train(replace(config, **changes), tmp_path / "run", resume=True)
+    train(replace(config, cpus_per_actor=0.5, client_timeout=10.0), tmp_path / "run", resume=True)
+    assert Run.open(tmp_path / "run").result["rounds"] == 3
+
+
+def test_two_processes_cannot_write_one_run(toy_config, tmp_path, monkeypatch):
+    config = toy_config()
+    writing = fit(config, LocalPool(config), tmp_path / "run")
+    next(writing)
+    monkeypatch.setattr(record_run, "PATIENCE", 0.2)
+    with pytest.raises(UserError, match="being written by another process"):
+        train(config, tmp_path / "run", resume=True)
+    # One that is about to end is waited for.
+    monkeypatch.setattr(record_run, "PATIENCE", 30.0)
+    threading.Timer(0.5, writing.close).start()
+    train(config, tmp_path / "run", resume=True)
+
+
+def test_bad_settings_leave_nothing_behind(toy_config, tmp_path):
+    for changes, message in [
+        ({"clients": 33}, "--clients 33: there are only 32 examples"),
+        ({"rounds": 0}, "--rounds 0"),
+        ({"local_epochs": -1}, "--local-epochs -1"),
+        ({"local_epochs": None}, "neither"),
+        ({"local_steps": 3}, "both given"),
+        ({"train_batch_size": 0}, "--train-batch-size 0"),
+        ({"fraction": 0.0}, "--fraction 0"),
+        ({"fraction": 1.01}, "--fraction 1.01"),
+        ({"learning_rate": float("nan")}, "--learning-rate nan"),
+        ({"lr_scheduler": "cosin"}, "did you mean 'cosine'"),
+        ({"features": "digit"}, "did you mean 'digits'"),
+        ({"evaluate_samples": -1}, "--evaluate-samples -1"),
+        ({"ema_max_decay": 1.0}, "--ema-max-decay 1.0"),
+        ({"gpus_per_actor": 1.5}, "--gpus-per-actor 1.5"),
+    ]:
+        config = replace(toy_config(), **changes)
+        with pytest.raises(UserError, match=message):
+            train(config, tmp_path / "run") if not changes.get("gpus_per_actor") else config.check()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_run_in_the_directory_is_not_touched(toy_config, tmp_path):
+    config = toy_config()
+    train(config, tmp_path / "run")
+    before = sha(tmp_path / "run")
+    with pytest.raises(UserError, match="holds another run"):
+        train(replace(config, seed=1), tmp_path / "run")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("dear")
+    with pytest.raises(UserError, match="not an empty directory"):
+        train(config, tmp_path / "full")
+    assert sha(tmp_path / "run") == before
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.tex"]
+
+
+def test_kept_optimizers_that_do_not_fit_the_disk_are_refused(toy_config, tmp_path, monkeypatch):
+    import shutil
+
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(UserError, match="--keep-optimizer needs 0.0 GB"):
+        train(toy_config(keep_optimizer=True), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_configurations_survive_json():
+    for config in PRESETS.values():
+        config = replace(config, partition=Dirichlet(0.25), codec=Float16())
+        assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+def test_configurations_of_others_are_refused_by_name():
+    saved = PRESETS["digits"].to_json()
+    with pytest.raises(UserError, match="another version of fedray: it has a setting 'momentum'"):
+        Config.from_json(saved | {"momentum": 1})
+    with pytest.raises(UserError, match="the task 'toy' of this run is not fedray's own"):
+        Config.from_json(saved | {"task": {"name": "toy"}})
+
+
+def test_a_users_own_rule_and_partition_are_objects(toy_config, tmp_path):
+    @dataclass(frozen=True)
+    class FirstOnly:
+        def step(self, state, updates, adapters, rng):
+            return FedAvg().step(state, list(updates)[:1])
+
+    @dataclass(frozen=True)
+    class Halves:
+        def split(self, dataset, clients, rng):
+            return Shards(np.arange(len(dataset)), np.linspace(0, len(dataset), clients + 1).astype(int))
+
+    rows = train(toy_config(rule=FirstOnly(), partition=Halves()), tmp_path / "run")
+    assert len(rows[0]["clients"]) == 4
+    assert load_file(tmp_path / "run/checkpoints/round-000003.safetensors")["weight"].mean() < 0.6  # label 0's
+    train(toy_config(rule=FirstOnly(), partition=Halves()), tmp_path / "run", resume=True)
+
+
+def test_lost_rows_are_noticed(toy_config, tmp_path):
+    config = toy_config()
+    train(config, tmp_path / "run", rounds=3)
+    rounds = tmp_path / "run/rounds.jsonl"
+    rounds.write_text("".join(rounds.read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(UserError, match="does not have a row for each of the 3 complete rounds"):
+        train(config, tmp_path / "run", resume=True)
+
+
+def test_damaged_files_are_named(toy_config, tmp_path):
+    train(toy_config(), tmp_path / "run")
+    (tmp_path / "run/result.json").write_text("{")
+    with pytest.raises(UserError, match="result.json is damaged at line 1"):
+        Run.open(tmp_path / "run").result  # noqa: B018
+    with pytest.raises(UserError, match="it has no config.json"):
+        Run.open(tmp_path)
+
+
+def test_grids_are_enlarged_with_gaps():
+    images = torch.zeros((10, 1, 8, 8), dtype=torch.uint8)
+    images[0] = 255
+    picture = np.asarray(grid(images))
+    assert picture.shape == (2 * 52 + 4, 8 * 52 + 4, 3)  # 48 pixels a tile and 4 between
+    assert (picture[4:52, 4:52] == 255).all()
+    assert (picture[:, :4] == 96).all()
+    assert (picture[4:52, 56:104] == 0).all()

@@ -1,0 +1,105 @@
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMPipeline
+
+from fedray.errors import UserError
+from fedray.presets import PRESETS
+from fedray.seeds import generator
+from fedray.tasks.ddpm import DDPM, SAMPLERS
+
+
+def parameters(task):
+    with torch.device("meta"):
+        return sum(p.numel() for p in task.unet().parameters())
+
+
+def test_networks_are_the_stated_ones():
+    assert parameters(PRESETS["digits"].task) == 159_697
+    assert parameters(PRESETS["celeba"].task) == 113_673_219  # the paper's 433 MiB in float32
+    assert parameters(PRESETS["celeba"].task) * 4 == 454_692_876
+
+
+def test_noise_schedule_is_the_papers():
+    alphas = DDPM().scheduler().alphas_cumprod
+    assert len(alphas) == 1000
+    assert alphas[499].item() == pytest.approx(0.0785872, abs=1e-7)
+    assert alphas[999].item() == pytest.approx(4.03583e-5, rel=1e-4)
+
+
+@pytest.fixture
+def learner():
+    torch.manual_seed(0)
+    return DDPM().build(torch.device("cpu"))
+
+
+def test_loss_is_the_distance_to_the_noise(learner):
+    """Written out in float64 NumPy: x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε, and the network's own prediction."""
+    images = torch.randint(256, (6, 1, 8, 8), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    loss = learner.loss({"images": images}, generator(3))
+    rng = generator(3)
+    t = torch.randint(1000, (6,), generator=rng)
+    epsilon = torch.randn(6, 1, 8, 8, generator=rng).numpy()
+    alpha = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[t.numpy()].reshape(6, 1, 1, 1)
+    noisy = np.sqrt(alpha) * (images.numpy() / 127.5 - 1) + np.sqrt(1 - alpha) * epsilon
+    predicted = learner.unet(torch.from_numpy(noisy).float(), t).sample.detach().numpy()
+    assert loss.item() == pytest.approx(((predicted - epsilon) ** 2).mean(), rel=1e-5)
+    loss.backward()
+    assert learner.flat.gradient.abs().sum() > 0
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_samplers_are_reproducible(learner, sampler):
+    one, same, other = (learner.sample(4, generator(seed), sampler, 5) for seed in (0, 0, 1))
+    assert one.shape == (4, 1, 8, 8)
+    assert one.dtype == torch.uint8
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
+def test_ddpm_samples_are_those_of_the_pipeline(learner, tmp_path):
+    """What diffusers loads from `save` draws what fedray draws, from the same generator."""
+    learner.save(tmp_path / "model")
+    pipeline = DDPMPipeline.from_pretrained(tmp_path / "model")
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(batch_size=3, generator=generator(5), num_inference_steps=20, output_type="np").images
+    ours = learner.sample(3, generator(5), "ddpm", 20)
+    assert np.abs(np.rint(theirs[..., 0] * 255) - ours[:, 0].numpy()).max() <= 1  # rounding of x/2 + 0.5
+
+
+def test_ddim_samples_are_those_of_a_loop(learner):
+    scheduler = DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
+    scheduler.set_timesteps(10)
+    x = torch.randn(2, 1, 8, 8, generator=generator(5))
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            x = scheduler.step(learner.unet(x, t).sample, t, x).prev_sample
+    assert torch.equal(learner.sample(2, generator(5), "ddim", 10), ((x + 1) * 127.5).round().clamp(0, 255).byte())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dataset_name": "digit"}, "did you mean 'digits'"),
+        ({"attention": (True,)}, "--attention has 1 entries for 2 blocks"),
+        ({"block_out_channels": (12, 32)}, "multiples of --norm-num-groups"),
+        ({"resolution": 7}, "cannot be halved"),
+        ({"norm_num_groups": 0}, "--norm-num-groups 0: it must be above 0"),
+        ({"block_out_channels": (-8, 8)}, "must be above 0"),
+        ({"layers_per_block": 0}, "--layers-per-block 0: it must be above 0"),
+        ({"prediction_type": "eps"}, "did you mean 'epsilon'"),
+        ({"channels": 4}, "it must be 1 .grey. or 3"),
+        ({"ddpm_num_steps": 10}, "--sampling-steps 20"),
+        ({"ddpm_beta_schedule": "liner"}, "did you mean 'linear'"),
+    ],
+)
+def test_what_cannot_be_built_is_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        DDPM(**changes).check("ddpm", 20)
+    with pytest.raises(UserError, match="did you mean 'ddim'"):
+        DDPM().check("dim", 20)
+
+
+def test_images_must_have_the_stated_form():
+    with pytest.raises(UserError, match="the digits are 8×8 and grey, not 16×16"):
+        DDPM(resolution=16).dataset()

@@ -1,0 +1,854 @@
+"""Adapters: counts, aggregation against float64, what is saved, and what users get wrong."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from lora_payload import SD15
+from peft import LoraConfig
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import fedray
+from fedray.algorithms.lora_rules import FFA, SVD, Flora
+from fedray.algorithms.rules import FedAvg, ServerState, Update
+from fedray.cli import main
+from fedray.data.sources import digits
+from fedray.federation.engine import fit
+from fedray.federation.local import client_update
+from fedray.federation.plan import make_plan
+from fedray.federation.pool import LocalPool
+from fedray.federation.worker import Weights, Worker, build
+from fedray.presets import PRESETS
+from fedray.record.run import Run
+from fedray.scores import networks
+from fedray.seeds import generator
+from fedray.tasks.embedded import HELD_OUT, PIPELINE, enlarge, prompt
+from fedray.tasks.lora import LoRA, LoRALearner
+from fedray.vector import FlatParameters
+from fedray.vector.adapters import WeightedSum, adapters, product_norm
+from fedray.wire.codecs import Float16
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """Four digits of each class that the embedded model has not seen; a folder, named as its prompt, is a client."""
+    root = tmp_path_factory.mktemp("photos")
+    data = digits()
+    for label in HELD_OUT:
+        (root / prompt(label)).mkdir()
+        for index, image in enumerate(enlarge(torch.from_numpy(data.images[data.labels == label][:4]))):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(root / prompt(label) / f"{index}.png")
+    return root
+
+
+@pytest.fixture
+def config(photos):
+    """Two rounds of two steps in this process."""
+    task = replace(PRESETS["digits-lora"].task, train_data_dir=str(photos), proportion_empty_prompts=0.0)
+    return replace(
+        PRESETS["digits-lora"], task=task, rounds=2, local_steps=2, train_batch_size=2, learning_rate=1e-3,
+        lr_scheduler="constant", keep_optimizer=False, evaluate_samples=0, features=None, sampling_steps=2, actors=0,
+    )  # fmt: skip
+
+
+def train(config, out, **options):
+    return fedray.run(config, out, **options)
+
+
+# Counts
+
+
+def test_the_papers_adapter_has_its_size():
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SD15)
+        whole = sum(parameter.numel() for parameter in unet.parameters())
+        unet.requires_grad_(False)
+        targets = list(LoRA.target_modules)
+        unet.add_adapter(LoraConfig(r=8, lora_alpha=8, target_modules=targets))
+    trainable = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    assert whole == 859_520_964
+    assert len(trainable) == 256
+    assert sum(parameter.numel() for parameter in trainable) == 1_594_368
+
+
+@pytest.mark.parametrize(("rule", "share"), [(FedAvg(), 1), (FFA(), 0.5), (SVD(), 1), (Flora(), 1)])
+def test_bytes_are_those_of_what_travels(config, tmp_path, rule, share):
+    config = replace(config, rule=rule, codec=Float16())
+    rows = train(config, tmp_path / "run").rows
+    both = sum(load.numel() for load in load_file(adapter(config, tmp_path / "size")).values())
+    sent = [int(row["bytes_up"] / 4) for row in rows]
+    base = 0 if not isinstance(rule, Flora) else 4 * make_plan(config).adapters.base_size
+    if rule == FFA():  # A and B differ in size where a layer is not square
+        assert 0.4 * 2 * both < sent[0] < 0.6 * 2 * both
+    else:
+        assert sent == [2 * both, 2 * both]
+    assert [row["bytes_down"] / 4 for row in rows] == [sent[0], sent[0] + base]
+
+
+def adapter(config, out):
+    plain = replace(config, rule=FedAvg(), rounds=1, codec=fedray.Float32())
+    return train(plain, out).directory / "model/pytorch_lora_weights.safetensors"
+
+
+# Aggregation
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.wide, self.tall = nn.Linear(24, 6), nn.Linear(6, 20)
+
+
+def adapted(seed, rank=3, scale=2.0, frozen_a=False):
+    from peft import inject_adapter_in_model
+
+    torch.manual_seed(seed)
+    module = Two().requires_grad_(False)
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank * scale, target_modules=["wide", "tall"]), module)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(".lora_B." in name or (".lora_A." in name and not frozen_a))
+    flat = FlatParameters(module)
+    return module, flat, adapters(module, flat.layout, scale)
+
+
+def clients(flat, count, seed=0):
+    """Updates of unequal example counts, float32."""
+    rng = torch.Generator().manual_seed(seed)
+    return [Update(k, torch.randn(flat.layout.size, generator=rng), 1 + 3 * k) for k in range(count)]
+
+
+def truth(updates, what):
+    """Σ w_i s B_i A_i per layer, in float64, from the definition."""
+    total = sum(update.examples for update in updates)
+    sums = [torch.zeros(shape, dtype=torch.float64) for shape in what.shapes.values()]
+    for update in updates:
+        for layer, (b, a) in enumerate(what.factors(update.vector)):
+            sums[layer] += update.examples / total * what.scale * (b.double() @ a.double())
+    return sums
+
+
+def made(after, what):
+    """ΔW per layer of an aggregated state."""
+    found = [what.scale * (b.double() @ a.double()) for b, a in what.factors(after.vector)]
+    if after.base is not None:
+        found = [one + change.double() for one, change in zip(found, what.changes(after.base), strict=True)]
+    return found
+
+
+def step(rule, updates, what, state=None):
+    state = state or ServerState(0, torch.zeros(what.layout.size))
+    return rule.step(state, iter(updates), what, torch.Generator().manual_seed(0))
+
+
+def relative(found, expected):
+    return max(
+        (torch.linalg.norm(a - b) / torch.linalg.norm(b)).item() for a, b in zip(found, expected, strict=True)
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("rule", "frozen"), [(FFA(), True), (Flora(), False)])
+@pytest.mark.parametrize("count", [1, 4, 12])
+def test_exact_rules_are_exact(rule, frozen, count):
+    _, flat, what = adapted(0, frozen_a=frozen)
+    updates = clients(flat, count)
+    assert relative(made(step(rule, updates, what), what), truth(updates, what)) < 1e-6
+
+
+def test_averages_of_a_and_b_apart_are_wrong_by_their_covariance():
+    _, flat, what = adapted(0)
+    updates = clients(flat, 5)
+    after, expected = step(FedAvg(), updates, what), truth(updates, what)
+    total = sum(update.examples for update in updates)
+    for layer, (b_mean, a_mean) in enumerate(what.factors(after.vector)):
+        lost = torch.zeros_like(expected[layer])
+        for update in updates:
+            b, a = list(what.factors(update.vector))[layer]
+            lost += update.examples / total * what.scale * ((b - b_mean).double() @ (a - a_mean).double())
+        found = what.scale * b_mean.double() @ a_mean.double()
+        torch.testing.assert_close(expected[layer] - found, lost, rtol=1e-4, atol=1e-4)
+    assert relative(made(after, what), expected) > 0.1
+    alone = clients(flat, 1)
+    assert relative(made(step(FedAvg(), alone, what), what), truth(alone, what)) < 1e-6
+
+
+def test_svd_loses_the_tail_of_the_singular_values():
+    _, flat, what = adapted(0, rank=3)
+    updates = clients(flat, 5)
+    found, expected = made(step(SVD(), updates, what), what), truth(updates, what)
+    for one, other in zip(found, expected, strict=True):
+        tail = torch.linalg.svdvals(other)[3:]
+        assert torch.linalg.norm(one - other) == pytest.approx(tail.square().sum().sqrt().item(), rel=1e-4)
+    alone = clients(flat, 1)
+    assert relative(made(step(SVD(), alone, what), what), truth(alone, what)) < 1e-5
+
+
+@pytest.mark.parametrize("rule", [FedAvg(), SVD(), Flora()])
+def test_weights_are_examples_and_scales_are_kept(rule):
+    _, flat, what = adapted(0, scale=0.25)
+    updates = clients(flat, 3)
+    twice = [replace(update, examples=2 * update.examples) for update in updates]
+    first = made(step(rule, updates, what), what)
+    assert relative(made(step(rule, twice, what), what), first) < 1e-5
+    equal = [replace(update, examples=1) for update in updates]
+    assert relative(made(step(rule, equal, what), what), first) > 0.01
+    absent = [*updates, Update(9, torch.full((flat.layout.size,), 1e6), 0)]
+    assert relative(made(step(rule, absent, what), what), first) < 1e-5
+    turned = made(step(rule, updates[::-1], what), what)
+    assert relative(turned, first) < 1e-5
+
+
+def test_flora_adds_to_the_base_and_starts_new_adapters():
+    module, flat, what = adapted(0)
+    first = step(Flora(), clients(flat, 3), what)
+    second = step(Flora(), clients(flat, 3, seed=1), what, first)
+    expected = [
+        a + b for a, b in zip(truth(clients(flat, 3), what), truth(clients(flat, 3, seed=1), what), strict=True)
+    ]  # fmt: skip
+    assert relative(list(what.changes(second.base.double())), expected) < 1e-6
+    assert all(not b.any() and a.any() for b, a in what.factors(second.vector))
+    before = [module.wide.base_layer.weight.clone(), module.tall.base_layer.weight.clone()]
+    for _ in range(2):  # set, not added
+        what.change_base(module, second.base)
+    for layer, old, change in zip((module.wide, module.tall), before, what.changes(second.base), strict=True):
+        torch.testing.assert_close(layer.base_layer.weight, old + change)
+
+
+@pytest.mark.parametrize("rule", [FedAvg(), FFA(), SVD(), Flora()])
+def test_the_error_in_the_row_is_the_error(rule):
+    _, flat, what = adapted(0, frozen_a=isinstance(rule, FFA))
+    updates = clients(flat, 12)  # more directions than either layer has
+    before = ServerState(0, torch.zeros(flat.layout.size))
+    after = step(rule, updates, what, before)
+    total = WeightedSum(what)
+    for update in updates:
+        total.add(update.vector, update.examples)
+    for (left, right), expected in zip(total.factors(), truth(updates, what), strict=True):
+        torch.testing.assert_close(left @ right, expected)
+        assert len(right) <= right.shape[1]
+    errors = total.errors(before.base, after.vector, after.base)
+    expected = [
+        (torch.linalg.norm(a - b) / torch.linalg.norm(b)).item()
+        for a, b in zip(made(after, what), truth(updates, what), strict=True)
+    ]
+    assert errors.tolist() == pytest.approx(expected, rel=1e-3, abs=1e-7)
+
+
+def test_product_norm():
+    left, right = torch.randn(30, 4, dtype=torch.float64), torch.randn(4, 50, dtype=torch.float64)
+    assert product_norm(left, right) == pytest.approx(torch.linalg.norm(left @ right).item())
+
+
+# Training
+
+
+def test_rows_tell_what_aggregation_loses(config, tmp_path):
+    found = {}
+    for rule in (FedAvg(), FFA(), SVD(), Flora()):
+        config = replace(config, rule=rule, learning_rate=1e-2)
+        found[type(rule)] = train(config, tmp_path / type(rule).__name__).rows[-1]["aggregation"]
+    assert found[FedAvg]["error_max"] > 0.01
+    assert 0 < found[SVD]["error_mean"] < found[FedAvg]["error_mean"]
+    assert found[FFA]["error_max"] < 1e-6
+    assert found[Flora]["error_max"] < 1e-6
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [pytest.param(FedAvg(), marks=pytest.mark.slow), FFA(), SVD(), pytest.param(Flora(), marks=pytest.mark.slow)],
+)
+def test_stopped_and_resumed_and_on_actors_it_is_the_same_run(ray, config, tmp_path, rule):
+    config = replace(config, rule=rule, rounds=3)
+    whole = train(config, tmp_path / "whole").result["vector_sha256"]
+    rounds = fit(config, LocalPool(config), tmp_path / "run")
+    next(rounds)
+    rounds.close()
+    moved = replace(config, actors=2 if rule in (FedAvg(), Flora()) else 0)
+    assert train(moved, tmp_path / "run", resume=True).result["vector_sha256"] == whole
+
+
+@pytest.mark.slow
+def test_floras_change_of_the_base_is_sent_once_a_round(ray, config, tmp_path, monkeypatch):
+    """To training, validation, prompts and samples alike."""
+    from fedray.cluster import actors
+
+    config = replace(config, rule=Flora(), rounds=3, actors=2, held_out_share=0.25, evaluate_samples=4)
+    size, put, sent = make_plan(config).adapters.base_size, ray.put, []
+    monkeypatch.setattr(actors.ray, "put", lambda value: [sent.append(value), put(value)][1])
+    pool = actors.RayPool.start(config)
+    try:
+        rows = list(fit(config, pool, tmp_path / "run"))
+    finally:
+        pool.close()
+    assert [row["bytes_down"] for row in rows[1:]] == [4 * (rows[0]["bytes_down"] // 4 + 4 * size)] * 2
+    bases = [value for value in sent if isinstance(value, np.ndarray) and value.size == size]
+    assert len(bases) == 3  # after each of the three rounds
+    assert all(getattr(value, "base", None) is None for value in sent if not isinstance(value, np.ndarray))
+    assert len(sent) > 9
+
+
+def test_a_client_alone_is_plain_peft_training(config, tmp_path):
+    """One client, one round, against a loop written with diffusers and peft alone."""
+    config = replace(config, clients=1, partition=fedray.IID(), rounds=1, local_steps=3)
+    run = train(config, tmp_path / "run")
+    plan = make_plan(config)
+    learner = build(config, torch.device("cpu"))
+    pipeline = StableDiffusionPipeline.from_pretrained(PIPELINE)
+    scheduler = learner.scheduler
+    rng = generator(0, "train", 0, 0)
+    trainable = [parameter for parameter in learner.unet.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trainable, lr=config.learning_rate, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8, fused=True
+    )
+    order = torch.randperm(len(plan.dataset), generator=rng).split(2)
+    for step in range(3):
+        indices = plan.shards[0][order[step].numpy()]
+        images = torch.from_numpy(plan.dataset.images[indices]).float() / 127.5 - 1
+        with torch.no_grad():
+            # One at a time: a batch's other members change the last bits, which AdamW makes much of where gradients
+            # are next to nothing.
+            found = [pipeline.vae.encode(image[None]).latent_dist for image in images]
+            mean, std = (torch.cat([getattr(each, name) for each in found]) for name in ("mean", "std"))
+            captions = plan.dataset.columns["caption"][indices].tolist()
+            tokens = [
+                pipeline.tokenizer([caption], padding="max_length", return_tensors="pt").input_ids
+                for caption in captions
+            ]
+            embeddings = torch.cat([pipeline.text_encoder(each)[0] for each in tokens])
+        latents = (mean + std * torch.randn(mean.shape, generator=rng)) * pipeline.vae.config.scaling_factor
+        noise = torch.randn(latents.shape, generator=rng)
+        timesteps = torch.randint(1000, (2,), generator=rng)
+        predicted = learner.unet(scheduler.add_noise(latents, noise, timesteps), timesteps, embeddings).sample
+        torch.nn.functional.mse_loss(predicted, noise).backward()
+        torch.nn.utils.clip_grad_norm_([learner.flat.vector], config.max_grad_norm)
+        optimizer.step()
+        learner.flat.gradient.zero_()
+    assert torch.equal(run.state(plan.layout).vector, learner.flat.vector.detach())
+
+
+def test_images_and_captions_are_encoded_once_and_the_encoders_leave(config, monkeypatch):
+    config = replace(config, random_flip=True)
+    plan = make_plan(config)
+    worker = Worker(config, torch.device("cpu"), "test")
+    encoded = []
+    encode = LoRALearner._encode_with
+
+    def spy(learner):
+        vae, text_encoder, tokenizer = encode(learner)
+        plain = vae.encode
+        monkeypatch.setattr(vae, "encode", lambda pixels: encoded.append(len(pixels)) or plain(pixels))
+        return vae, text_encoder, tokenizer
+
+    monkeypatch.setattr(LoRALearner, "_encode_with", spy)
+    job = fedray.client.TrainJob(0, 0, plan.shards[0], np.zeros(0, int))
+    model = Weights(plan.initial.numpy())
+    for _ in range(3):
+        client_update(worker, model, job)
+    assert encoded == [1] * (2 * len(plan.shards[0]))  # both sides, each once
+    assert worker.learner._encoders is None
+
+
+def test_class_images_add_their_loss(config, photos, tmp_path):
+    shutil.copytree(photos / prompt(6), tmp_path / "class")
+    dataset = config.task.dataset()
+    losses = {}
+    for weight in (0.0, 1.0, 2.0):
+        extra = dict(class_data_dir=str(tmp_path / "class"), class_prompt="the digit", prior_loss_weight=weight)
+        learner = build(replace(config, task=replace(config.task, **extra)), torch.device("cpu"))
+        learner.prepare(dataset, np.arange(3), False)
+        batch = fedray.client.batch_of(dataset, np.arange(3))
+        losses[weight] = learner.loss(batch, torch.Generator().manual_seed(0)).item()
+    assert losses[2.0] - losses[0.0] == pytest.approx(2 * (losses[1.0] - losses[0.0]), rel=1e-4)
+    assert losses[1.0] > losses[0.0] > 0
+
+
+def learner_of(config, folder=PIPELINE, **task):
+    """A learner that has encoded the first six examples, both sides of them."""
+    config = replace(config, task=replace(config.task, pretrained_model_name_or_path=str(folder), **task))
+    dataset = config.task.dataset()
+    learner = build(config, torch.device("cpu"))
+    learner.prepare(dataset, np.arange(6), True)
+    return learner, dataset
+
+
+@pytest.mark.parametrize(("kind", "gamma", "offset"), [("v_prediction", 5.0, 0.1), ("epsilon", 5.0, 0.0)])
+def test_the_loss_by_hand(config, tmp_path, kind, gamma, offset):
+    """v-prediction, min-SNR weights and noise offset, by their formulas, in the order of diffusers' script."""
+    shutil.copytree(PIPELINE, tmp_path / "pipeline")
+    path = tmp_path / "pipeline/scheduler/scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": kind}))
+    learner, dataset = learner_of(config, tmp_path / "pipeline", snr_gamma=gamma, noise_offset=offset)
+    batch = fedray.client.batch_of(dataset, np.arange(3))
+    with torch.no_grad():
+        found = learner.loss(batch, torch.Generator().manual_seed(3)).item()
+    rng = torch.Generator().manual_seed(3)
+    parts = [learner._latents[index, False] for index in range(3)]
+    mean, deviation = (torch.stack(part) for part in zip(*parts, strict=True))
+    latents = (mean + deviation * torch.randn(mean.shape, generator=rng)) * learner.scaling_factor
+    noise = torch.randn(latents.shape, generator=rng)
+    if offset:
+        noise = noise + offset * torch.randn((3, 4, 1, 1), generator=rng)
+    timesteps = torch.randint(1000, (3,), generator=rng)
+    alpha = learner.scheduler.alphas_cumprod[timesteps].double()
+    a, s = alpha.sqrt()[:, None, None, None], (1 - alpha).sqrt()[:, None, None, None]
+    embeddings = torch.stack([learner._embeddings[caption] for caption in batch["prompts"]])
+    with torch.no_grad():
+        predicted = learner.unet((a * latents + s * noise).float(), timesteps, embeddings).sample
+    target = a * noise - s * latents if kind == "v_prediction" else noise
+    snr = alpha / (1 - alpha)
+    weight = snr.clamp(max=gamma) / (snr + 1 if kind == "v_prediction" else snr)
+    expected = (weight * (predicted - target).square().mean((1, 2, 3))).mean()
+    assert found == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_mirror_images_dropout_and_empty_prompts_change_the_loss(config):
+    learner, dataset = learner_of(config)
+    plain, turned = learner._latents[0, False][0], learner._latents[0, True][0]
+    assert not torch.allclose(plain, turned, atol=0.1)
+    batch = fedray.client.batch_of(dataset, np.arange(4))
+
+    def loss(learner, batch, grad=True):
+        torch.manual_seed(0)
+        with torch.set_grad_enabled(grad):
+            return learner.loss(batch, torch.Generator().manual_seed(1)).item()
+
+    usual = loss(learner, batch)
+    mirrored = fedray.client.batch_of(dataset, np.arange(4), torch.ones(4, dtype=torch.bool))
+    assert loss(learner, mirrored) != pytest.approx(usual, rel=1e-3)
+    dropping, _ = learner_of(config, lora_dropout=0.5)
+    empty, _ = learner_of(config, proportion_empty_prompts=1.0)
+    for other in (dropping, learner):  # an untrained B is 0, and drops nothing
+        for b, _ in other.adapters.factors(other.flat.vector.detach()):
+            b.fill_(0.05)
+    usual = loss(learner, batch)
+    assert loss(dropping, batch) != pytest.approx(usual, rel=1e-3)
+    assert loss(dropping, batch, grad=False) == pytest.approx(usual, rel=1e-5)  # held-out losses drop nothing
+    nothing = fedray.client.batch_of(dataset, np.arange(4)) | {"prompts": [""] * 4}
+    assert loss(empty, batch) == loss(empty, nothing)
+    assert loss(empty, batch, grad=False) != loss(empty, nothing, grad=False)
+
+
+def test_what_is_kept_of_images_is_bounded(config, monkeypatch):
+    learner, dataset = learner_of(config)
+    assert len(learner._latents) == 12
+    monkeypatch.setattr("fedray.tasks.lora.KEPT", 0)
+    learner.prepare(dataset, np.arange(6, 8), False)
+    assert len(learner._latents) == 2
+    assert len(learner._embeddings) <= 3
+
+
+def test_held_out_losses_are_without_class_images(config, photos, tmp_path):
+    shutil.copytree(photos / prompt(6), tmp_path / "class")
+    extra = dict(class_data_dir=str(tmp_path / "class"), class_prompt="the digit", prior_loss_weight=10.0)
+    found = []
+    for changes in ({}, extra):
+        some = replace(config, task=replace(config.task, **changes), held_out_share=0.25, rounds=1, learning_rate=1e-9)
+        found.append(train(some, tmp_path / f"run-{len(found)}").rows[0]["held_out"]["global"])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("change", ["captions", "class images", "base"])
+def test_a_run_is_held_to_its_captions_class_images_and_base(config, photos, tmp_path, change):
+    for name, source in (("photos", photos), ("class", photos / prompt(6)), ("pipeline", PIPELINE)):
+        shutil.copytree(source, tmp_path / name)
+    task = replace(
+        config.task, train_data_dir=str(tmp_path / "photos"), class_data_dir=str(tmp_path / "class"),
+        class_prompt="the digit", pretrained_model_name_or_path=str(tmp_path / "pipeline"),
+    )  # fmt: skip
+    config = replace(config, task=task)
+    rounds = fit(config, LocalPool(config), tmp_path / "run")
+    next(rounds)
+    rounds.close()
+    if change == "captions":
+        for path in (tmp_path / "photos").rglob("*.png"):
+            path.with_suffix(".txt").write_text("another")
+    elif change == "class images":
+        (tmp_path / "class/0.png").unlink()
+    else:
+        path = tmp_path / "pipeline/unet/diffusion_pytorch_model.safetensors"
+        save_file({name: tensor + 0.01 for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    with pytest.raises(fedray.UserError, match="have changed since it began"):
+        train(config, tmp_path / "run", resume=True)
+
+
+def test_a_folder_of_the_fp16_variant_alone(config, tmp_path):
+    pipeline = tmp_path / "pipeline"
+    shutil.copytree(PIPELINE, pipeline)
+    for part in ("unet", "vae", "text_encoder"):
+        (path,) = (pipeline / part).glob("*.safetensors")
+        save_file(
+            {k: v.half() for k, v in load_file(path).items()}, path.with_suffix(".fp16.safetensors"), {"format": "pt"}
+        )
+        path.unlink()
+    task = replace(config.task, pretrained_model_name_or_path=str(pipeline), base_dtype="float16")
+    row = train(replace(config, task=task, rounds=1), tmp_path / "run").rows[0]
+    assert np.isfinite(row["loss"])
+
+
+# What is saved
+
+
+LOADED = """
+import sys, numpy as np, torch
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+base, adapter, out = sys.argv[1:]
+if adapter != "none":
+    pipeline = StableDiffusionPipeline.from_pretrained(base)
+    pipeline.load_lora_weights(adapter)
+else:
+    pipeline = StableDiffusionPipeline.from_pretrained(base)
+pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+pipeline.set_progress_bar_config(disable=True)
+torch.set_num_threads(1)
+rng = torch.Generator().manual_seed(5)
+images = pipeline(["the digit six", "the digit nine"], num_inference_steps=4, guidance_scale=3.0, generator=rng,
+                  height=16, width=16, output_type="np").images
+np.save(out, (images * 255).round().astype(np.uint8).transpose(0, 3, 1, 2))
+"""
+
+
+@pytest.mark.parametrize(
+    ("rule", "alpha"),
+    [
+        (FedAvg(), None),
+        pytest.param(FFA(), 4.0, marks=pytest.mark.slow),
+        pytest.param(Flora(), None, marks=pytest.mark.slow),
+    ],
+)
+def test_what_is_saved_diffusers_loads_alone_and_draws_the_same(config, tmp_path, rule, alpha):
+    config = replace(config, rule=rule, learning_rate=3e-2, task=replace(config.task, lora_alpha=alpha))
+    run = train(config, tmp_path / "run")
+    merged = isinstance(rule, Flora)
+    where = [str(run.directory / "model"), "none"] if merged else [str(PIPELINE), str(run.directory / "model")]
+    command = [sys.executable, "-c", LOADED, *where, str(tmp_path / "images.npy")]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    learner = build(config, torch.device("cpu"))
+    state = run.state(learner.flat.layout)
+    learner.flat.vector.detach().copy_(state.vector)
+    if state.base is not None:
+        learner.set_base(state.base)
+    learner.prompts = ("the digit six", "the digit nine")
+    ours = learner.sample(2, torch.Generator().manual_seed(5), "dpmsolver++", 4).numpy().astype(int)
+    theirs = np.load(tmp_path / "images.npy").astype(int)
+    assert np.abs(ours - theirs).max() <= 1
+    learner.flat.vector.detach().zero_()
+    if merged:
+        learner.set_base(torch.zeros_like(state.base))
+    untrained = learner.sample(2, torch.Generator().manual_seed(5), "dpmsolver++", 4).numpy().astype(int)
+    assert np.abs(ours - untrained).max() > 3  # not the adapter from before training
+    card = (run.directory / "model/README.md").read_text()
+    assert "base_model: digits_pipeline" in card
+    assert run.result["vector_sha256"] in card
+
+
+def test_sampling_prompts_at_any_strength(config, tmp_path, capsys):
+    out = train(replace(config, learning_rate=3e-2), tmp_path / "run").directory
+    pictures = {}
+    for strength in ("0", "0.5", "1"):
+        path = tmp_path / f"{strength}.png"
+        flags = ["--prompt", "the digit six", "--num-images", "2", "--strength", strength, "--out", str(path)]
+        assert main(["sample", str(out), *flags]) == 0
+        pictures[strength] = np.asarray(Image.open(path)).astype(int)
+    assert len({picture.tobytes() for picture in pictures.values()}) == 3
+    base, half, full = pictures.values()
+    assert np.abs(half - base).mean() < np.abs(full - base).mean()
+
+
+def test_scores_of_a_run_of_adapters(config, tmp_path, capsys):
+    """Images are drawn for the prompts in turn, whatever the batches; `fedray evaluate` gives the run's own scores."""
+    for rule in (FedAvg(), Flora()):
+        config = replace(
+            config, rule=rule, features="digits", evaluate_samples=12, eval_batch_size=5, held_out_share=0.25
+        )  # fmt: skip
+        run = train(config, tmp_path / type(rule).__name__)
+        scores = run.result["scores"]
+        assert {"fd[digits]", "accuracy[digits]", "copies"} <= set(scores)
+        assert len(run.result["held_out"]["clients"]) == 4
+        assert main(["evaluate", str(run.directory)]) == 0
+        printed = capsys.readouterr().out
+        assert f"{scores['fd[digits]']['value']:.4g}" in printed
+        assert main(["sample", str(run.directory), "--num-images", "2", "--strength", "0.5"]) == 0
+
+
+def test_an_accuracy_is_of_each_images_own_prompt():
+    from test_scores import reference
+
+    from fedray.federation.evaluation import turns
+    from fedray.scores.scoring import score
+
+    data = digits()
+    prompts = turns(tuple(prompt(label) for label in range(10)), 0, 400)
+    of = {label: iter(data.images[data.labels == label]) for label in range(10)}
+    images = np.stack([next(of[index % 10]) for index in range(400)])
+    network = networks.load("digits", None, torch.device("cpu"))
+    features, real = (network(torch.from_numpy(one)).numpy() for one in (images, data.images))
+    right = score(features, reference(real), "digits", 100, False, prompts)[0]["accuracy[digits]"]
+    wrong = score(features, reference(real), "digits", 100, False, prompts[1:] + prompts[:1])[0]["accuracy[digits]"]
+    assert right.value > 0.97 > 0.05 > wrong.value
+
+
+def test_prompts_are_drawn_from_round_to_round(config, tmp_path):
+    run = train(replace(config, rounds=4, validation_rounds=2, learning_rate=3e-2), tmp_path / "run")
+    names = [path.name for path in sorted((run.directory / "validation").iterdir())]
+    assert names == ["round-000000.png", "round-000002.png", "round-000004.png"]
+    strips = [np.asarray(Image.open(run.directory / "validation" / name)) for name in names]
+    assert not np.array_equal(strips[0], strips[2])
+    assert Image.open(run.directory / "validation.png").width > 500
+
+
+# Captions and mistakes
+
+
+def captions(task):
+    return task.dataset().columns["caption"].tolist()
+
+
+def test_captions_come_from_where_people_put_them(photos, tmp_path):
+    folder = tmp_path / "photos"
+    shutil.copytree(photos, folder)
+    task = LoRA(train_data_dir=str(folder), resolution=16, pretrained_model_name_or_path=str(PIPELINE))
+    folders = [path.parent.name for path in sorted(folder.rglob("*.png"))]
+    assert captions(task) == folders
+    for path in folder.rglob("*.png"):
+        path.with_suffix(".txt").write_text(f"{path.stem} of {path.parent.name}\n")
+    assert captions(task)[:2] == ["0 of the digit eight", "1 of the digit eight"]
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))
+    pd.DataFrame({"file_name": names, "text": [f"photo {k}" for k in range(16)]}).to_json(
+        folder / "metadata.jsonl", orient="records", lines=True
+    )
+    assert captions(task) == [f"photo {k}" for k in range(16)]
+    assert captions(replace(task, instance_prompt="a dog")) == ["a dog"] * 16
+
+
+def pipeline_without(part, folder):
+    shutil.copytree(PIPELINE, folder)
+    shutil.rmtree(folder / part)
+
+
+def truncated(part, folder):
+    shutil.copytree(PIPELINE, folder)
+    (path,) = (folder / part).glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def weightless(part, folder):
+    shutil.copytree(PIPELINE, folder)
+    (path,) = (folder / part).glob("*.safetensors")
+    path.unlink()
+
+
+def listed(root, column, value):
+    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.png"))
+    return "\n".join([f"file_name,{column}", *(f"{name},{value}" for name in names)])
+
+
+def pipeline_of(kind, folder):
+    shutil.copytree(PIPELINE, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": kind}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "flags", "message"),
+    [
+        (None, "--pretrained-model-name-or-path {tmp}/absent/x", "no such folder, and the hub has none"),
+        (None, "--pretrained-model-name-or-path {photos}", "is no pipeline: it has no model_index.json"),
+        (lambda folder: pipeline_without("unet", folder), "", "the pipeline has no unet"),
+        (lambda folder: pipeline_of("StableDiffusionXLPipeline", folder), "", "XLPipeline, which is not supported yet"),
+        (lambda folder: pipeline_of("FluxPipeline", folder), "", "FluxPipeline, which is not supported yet"),
+        (lambda folder: pipeline_of("StableDiffusion3Pipeline", folder), "", "is not supported yet"),
+        (None, "--target-modules to_q to_z", "--target-modules to_z: no linear layer"),
+        (None, "--rank 0", "--rank 0: it must be at least 1"),
+        (None, "--clients 5", "by-folder has only 4 to deal"),
+        (None, "--resolution 18", "--resolution 18: it must be a multiple of 4"),
+        (None, "--base-dtype float8", "there is no dtype of the base 'float8'"),
+        (None, "--rule flora --keep-optimizer", "say --no-use-ema and --no-keep-optimizer"),
+        (None, "--rule svd --no-keep-optimizer --use-ema", "say --no-use-ema and --no-keep-optimizer"),
+        (None, "--rule flora --no-keep-optimizer --base-dtype bfloat16", "--rule flora needs --base-dtype float32"),
+        (None, "--snr-gamma -5", "--snr-gamma -5.0: it must be above 0"),
+        (None, "--noise-offset nan", "--noise-offset nan: it must not be negative"),
+        (None, "--class-data-dir {tmp}/none --class-prompt x", "--class-data-dir {tmp}/none does not exist"),
+        (None, "--caption-column words", "has no column 'words' of captions, but nothing"),
+        (lambda folder: truncated("unet", folder), "", "is damaged, or not all of it was fetched"),
+        (lambda folder: truncated("vae", folder), "", "is damaged, or not all of it was fetched"),
+        (lambda folder: weightless("unet", folder), "", "unet has no weights"),
+        (None, "--class-prompt x", "--class-data-dir and --class-prompt go together"),
+        (None, "--preset digits", "there is no preset 'digits'; did you mean 'digits-lora'?"),
+        (None, "--sampling-steps 2000", "between 1 and the 1000 steps of training"),
+    ],
+)
+def test_mistakes_get_one_clear_message(photos, tmp_path, capsys, spoil, flags, message):
+    chosen = f"--pretrained-model-name-or-path {tmp_path}/pipeline" if spoil else ""
+    if spoil:
+        spoil(tmp_path / "pipeline")
+    preset = "" if "--preset" in flags else "--preset digits-lora"
+    command = f"finetune {preset} --train-data-dir {photos} --actors 0 --out {tmp_path}/run {chosen} {flags}"
+    assert main(command.format(tmp=tmp_path, photos=photos).split()) == 2
+    printed = capsys.readouterr().err.strip()
+    assert message.format(tmp=tmp_path) in printed
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda root: (root / "metadata.csv").write_text(listed(root, "caption", "a")), "has no column 'text' of capt"),
+        (
+            lambda root: (root / "metadata.csv").write_text(listed(root, "text", "")),
+            "16 images have no caption",
+        ),
+        (
+            lambda root: [path.with_suffix(".txt").write_bytes(b"\xe9t\xe9") for path in root.rglob("*.png")],
+            "is no text in UTF-8",
+        ),
+        (lambda root: (root / "the digit six/0.txt").write_text("six"), "0.txt is absent: where some images"),
+        (
+            lambda root: (root / "metadata.csv").write_text("file_name,text\nthe digit six/0.png,a\n"),
+            "metadata.csv lacks 15 of 16 images",
+        ),
+        (
+            lambda root: (root / "metadata.csv").write_text("file_name,text\ngone.png,a\n"),
+            "metadata.csv names 1 images that are not there, the first of them gone.png",
+        ),
+    ],
+)
+def test_caption_files_that_do_not_fit(photos, tmp_path, capsys, spoil, message):
+    shutil.copytree(photos, tmp_path / "photos")
+    spoil(tmp_path / "photos")
+    command = f"finetune --preset digits-lora --train-data-dir {tmp_path}/photos --actors 0 --out {tmp_path}/run"
+    assert main(command.split()) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_rules_of_adapters_are_not_for_whole_models(tmp_path, capsys):
+    assert main(["train", "--rule", "svd", "--actors", "0", "--out", str(tmp_path / "run")]) == 2
+    assert "--rule svd is for adapters (fedray finetune)" in capsys.readouterr().err
+
+
+def test_a_run_is_resumed_by_the_command_that_began_it(config, tmp_path, capsys):
+    out = train(config, tmp_path / "run").directory
+    assert main(["train", "--resume", str(out)]) == 2
+    assert "is a run of `fedray finetune`" in capsys.readouterr().err
+    assert main(["finetune", "--resume", str(out)]) == 0
+
+
+# CLIP
+
+
+def test_clip_scores(config, photos, tmp_path):
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+    torch.manual_seed(0)
+    small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    tokenizer = CLIPTokenizer.from_pretrained(PIPELINE / "tokenizer")
+    text = small | dict(vocab_size=len(tokenizer), max_position_embeddings=16, eos_token_id=tokenizer.eos_token_id)
+    clip = CLIPModel(
+        CLIPConfig(text_config=text, vision_config=small | dict(image_size=32, patch_size=8), projection_dim=8)
+    ).eval()
+    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    for part in (clip, processor, tokenizer):
+        part.save_pretrained(tmp_path / "clip")
+    config = replace(config, features=f"clip:{tmp_path}/clip", evaluate_samples=8, keep_samples=True)
+    run = train(config, tmp_path / "run")
+    scores = run.result["scores"]
+    assert {"fd[clip]", "clip-text", "clip-image"} <= set(scores)
+    kept = [Image.open(path) for path in sorted((run.directory / "samples/round-000002").iterdir())]
+    prompts = config.task.prompts(config.task.dataset())
+    with torch.no_grad():
+        images = clip.get_image_features(**processor(images=kept, return_tensors="pt"))
+        texts = clip.get_text_features(**tokenizer(list(prompts), padding=True, return_tensors="pt"))
+    images, texts = (getattr(one, "pooler_output", one) for one in (images, texts))
+    expected = nn.functional.cosine_similarity(images, texts[[k % len(prompts) for k in range(8)]])
+    assert scores["clip-text"]["value"] == pytest.approx(expected.mean().item(), abs=1e-4)
+    with pytest.raises(fedray.UserError, match="no CLIP model could be loaded"):
+        make_plan(replace(config, features=f"clip:{photos}"))
+
+
+# Memory and size
+
+
+BASE_MEMORY = """
+import sys
+from fedray.presets import PRESETS
+from fedray.federation.worker import build
+from dataclasses import replace
+import torch
+task = replace(PRESETS["digits-lora"].task, pretrained_model_name_or_path=sys.argv[1], base_dtype=sys.argv[2])
+learner = build(replace(PRESETS["digits-lora"], task=task), torch.device("cpu"))
+total = sum(p.sum().item() for p in learner.unet.parameters())  # touch every page
+print("ready", flush=True)
+sys.stdin.readline()
+rollup = dict(line.split(":", 1) for line in open("/proc/self/smaps_rollup").read().splitlines()[1:])
+print(int(rollup["Pss"].split()[0]), int(rollup["Private_Dirty"].split()[0]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_two_actors_share_one_base(tmp_path, dtype, monkeypatch):
+    """A U-Net of some 60 million parameters, mapped by two processes: neither has it to itself."""
+    monkeypatch.setenv("FEDRAY_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(PIPELINE, tmp_path / "pipeline")
+    shutil.rmtree(tmp_path / "pipeline/unet")
+    shape = json.loads((PIPELINE / "unet/config.json").read_text()) | {"block_out_channels": [256, 512]}
+    unet = UNet2DConditionModel.from_config(shape)
+    size = 1024 * sum(p.numel() for p in unet.parameters()) * (4 if dtype == "float32" else 2) // 1024
+    unet.save_pretrained(tmp_path / "pipeline/unet")
+    del unet
+    shared, private = {}, {}
+    for name, folder in (("small", PIPELINE), ("large", tmp_path / "pipeline")):
+        command = [sys.executable, "-c", BASE_MEMORY, str(folder), dtype]
+        running = [
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)
+        ]  # fmt: skip
+        for process in running:
+            assert process.stdout.readline() == "ready\n"
+        for process in running:
+            process.stdin.write("\n")
+            process.stdin.flush()
+        found = [process.communicate()[0].split() for process in running]
+        shared[name] = sum(int(pss) * 1024 for pss, _ in found)
+        private[name] = max(int(dirty) * 1024 for _, dirty in found)
+    assert size > 50e6
+    assert shared["large"] - shared["small"] < 1.6 * size  # in both processes together the base is once, not twice
+    assert private["large"] - private["small"] < 0.5 * size
+
+
+@pytest.mark.slow
+def test_a_round_at_the_size_of_stable_diffusion_1_5(photos, tmp_path):
+    """Random weights in SD-1.5's full shape, bfloat16, one client, one step at 64×64 pixels: 3,188,736 bytes."""
+    pipeline = tmp_path / "pipeline"
+    shutil.copytree(PIPELINE, pipeline)
+    shutil.rmtree(pipeline / "unet")
+    width = json.loads((PIPELINE / "unet/config.json").read_text())["cross_attention_dim"]
+    assert width != 768  # so its text encoder is made anew
+    from fedray.tasks import embedded
+
+    tokens = embedded.tokenizer()
+    text_config = embedded.text_encoder(tokens).config
+    text_config.hidden_size, text_config.num_attention_heads = 768, 12
+    type(embedded.text_encoder(tokens))(text_config).save_pretrained(pipeline / "text_encoder")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        UNet2DConditionModel(**SD15).save_pretrained(pipeline / "unet")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    task = LoRA(
+        pretrained_model_name_or_path=str(pipeline), train_data_dir=str(photos), resolution=64, base_dtype="bfloat16"
+    )
+    config = replace(
+        PRESETS["sd"], task=task, clients=1, partition=fedray.IID(), rounds=1, local_epochs=None, local_steps=1,
+        evaluate_samples=0, sampling_steps=1, sampler="ddim", actors=0, validation_rounds=10,
+    )  # fmt: skip
+    row = train(config, tmp_path / "run").rows[0]
+    assert row["bytes_up"] == row["bytes_down"] == 3_188_736
+    assert np.isfinite(row["loss"])
+    assert Run(tmp_path / "run").result["rounds"] == 1
