@@ -28,7 +28,7 @@ from fedray.data.sources import digits
 from fedray.federation.evaluation import evaluate, open_reference
 from fedray.federation.plan import make_plan
 from fedray.federation.pool import LocalPool
-from fedray.federation.worker import Weights
+from fedray.federation.worker import model
 from fedray.seeds import generator
 from fedray.tasks.embedded import HELD_OUT, enlarge, prompt
 
@@ -69,7 +69,7 @@ def base_scores(config: fedray.Config) -> dict[str, float]:
     against = open_reference(config, plan.dataset, pool)
     with progress(1) as (_, show):
         found = evaluate(
-            pool, Weights(plan.initial.numpy()), config.evaluate_samples, config, plan.dataset, against, {}, show=show
+            pool, model({"model": plan.initial}), config.evaluate_samples, config, plan.dataset, against, {}, show=show
         )
     return {name: score["value"] for name, score in found.scores.items()}
 

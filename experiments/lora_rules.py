@@ -23,7 +23,8 @@ from rich.table import Table
 import fedray
 from fedray.cluster.actors import connected
 from fedray.commands.terminal import progress
-from fedray.config import RULES
+
+RULES = ("fedavg", "ffa", "svd", "flora")
 
 
 def main(
@@ -42,9 +43,9 @@ def main(
     with connected(None):
         for seed in seeds:
             task = replace(PRESET.task, train_data_dir=str(photos(out, seed)))
-            for name, rule in RULES.items():
+            for name in RULES:
                 config = replace(
-                    PRESET, task=task, seed=seed, rounds=rounds, rule=rule(), keep_optimizer=False,
+                    PRESET, task=task, seed=seed, rounds=rounds, algorithm=name, keep_optimizer=False,
                     learning_rate=learning_rate, validation_rounds=rounds,
                 )  # fmt: skip
                 print(f"\n{name}, seed {seed}")

@@ -1,28 +1,38 @@
-"""A run is its configuration: one frozen dataclass, and the presets."""
+"""A run is its configuration: one frozen dataclass."""
 
 import dataclasses
 import hashlib
 import json
 import math
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
-from fedray.algorithms.lora_rules import FFA, SVD, Flora
-from fedray.algorithms.rules import FedAvg, Rule
-from fedray.data.partition import IID, PARTITIONS, Partition
-from fedray.errors import UserError, check_name, pick, short
+from fedray.algorithms import Algorithm
+from fedray.algorithms.ema import EMA
+from fedray.algorithms.fedavg import FedAvg
+from fedray.algorithms.folds import Fold, Mean
+from fedray.data.partition import IID, Partition
+from fedray.errors import UserError, check_name
+from fedray.forms import Menu, check_types, parse_all
 from fedray.scores import networks
 from fedray.tasks import Task
 from fedray.tasks.ddpm import DDPM
-from fedray.tasks.lora import LoRA
-from fedray.wire.codecs import CODECS, Codec, Float32
+from fedray.tasks.named import task_from_json, task_to_json
+from fedray.vector.optimizer import Optimizer
+from fedray.wire import Link, Wire
 
-TASKS: dict[str, type] = {DDPM.name: DDPM, LoRA.name: LoRA}
-RULES: dict[str, type] = {"fedavg": FedAvg, "ffa": FFA, "svd": SVD, "flora": Flora}
+FORMAT = 2  # of config.json: 1 knew `rule` and `codec`
+ALGORITHMS = Menu("algorithm", Algorithm, "fedray.algorithms")
+FOLDS = Menu("fold", Fold, "fedray.algorithms.folds")
+LINKS = Menu("link", Link, "fedray.wire")
+PARTITIONS = Menu("partition", Partition, "fedray.data.partition")
+EXACT: dict[str, tuple] = {"float32": ()}  # a wire without links
+
 LR_SCHEDULERS = (
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
 )  # fmt: skip
@@ -33,15 +43,29 @@ PRECISIONS = ("no", "bf16", "fp16")
 PLACEMENT = ("actors", "cpus_per_actor", "gpus_per_actor", "address", "client_timeout", "inception_weights")
 
 
-def _short_form(menu: dict[str, type], kind: str) -> PrimitiveConstructorSpec:
-    """How tyro reads and shows what is chosen by name: `--partition dirichlet:0.1`."""
+def _word(parse: Callable[[str], Any], form: Callable[[Any], str], names: str) -> PrimitiveConstructorSpec:
+    """How tyro reads and shows what is named by a short form: `--partition dirichlet:0.1`."""
     return PrimitiveConstructorSpec(
         nargs=1,
-        metavar="|".join(menu),
-        instance_from_str=lambda arguments: pick(kind, arguments[0], menu),
+        metavar=names,
+        instance_from_str=lambda arguments: parse(arguments[0]),
         is_instance=lambda instance: True,
-        str_from_instance=lambda instance: [short(instance, menu)],
+        str_from_instance=lambda instance: [form(instance)],
     )
+
+
+def _of(menu: Menu) -> PrimitiveConstructorSpec:
+    return _word(menu.parse, menu.form, "|".join(menu.classes))
+
+
+def parse_wire(text: str, allowed: Collection[Path] | None = None) -> tuple[Link, ...]:
+    """Make the links of a wire from short forms, separated by commas; `float32` is none."""
+    return parse_all(LINKS, text, EXACT, allowed)
+
+
+def wire_form(links: tuple[Link, ...]) -> str:
+    """Return the inverse of `parse_wire`."""
+    return ",".join(map(LINKS.form, links)) or "float32"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +79,7 @@ class Config:
     """C, how many clients hold the data. One client is centralised training."""
     fraction: float = 1.0
     """Share of the clients that take part in a round, drawn anew each round; in (0, 1]."""
-    partition: Annotated[Partition, _short_form(PARTITIONS, "partition")] = IID()
+    partition: Annotated[Partition, _of(PARTITIONS)] = IID()
     """Who holds which examples: iid, quantity:ALPHA (skewed sizes), by-label, by-attribute:COLUMN, by-folder (or
     identity), or dirichlet:ALPHA[:COLUMN] (the smaller ALPHA, the more skewed)."""
     held_out_share: float = 0.0
@@ -68,11 +92,19 @@ class Config:
     """Train this client alone, on its part of the partition: what it would reach without the others."""
     rounds: int = 10
     """T, communication rounds."""
-    rule: Annotated[Rule, _short_form(RULES, "rule")] = FedAvg()
-    """How updates become the next model: fedavg; of adapters (which fedavg averages as A and B apart) also ffa (A is
-    frozen), svd (the best factors of the mean of B A) or flora (stacking; the mean of B A goes into the base)."""
-    codec: Annotated[Codec, _short_form(CODECS, "codec")] = Float32()
-    """How weights travel: float32 (exact), or float16 (half the bytes)."""
+    algorithm: Annotated[Algorithm, _of(ALGORITHMS), tyro.conf.arg(aliases=["--rule"])] = FedAvg()
+    """The federated method: fedavg; of adapters (which fedavg averages as A and B apart) also ffa (A is frozen), svd
+    (the best factors of the mean of B A) or flora (stacking; the mean of B A goes into the base); ema:DECAY:ALGORITHM;
+    or a class of your own, FILE.py:CLASS:VALUES."""
+    fold: Annotated[Fold, _of(FOLDS)] = Mean()
+    """How the uploads of a round become one: mean, or a class of your own, FILE.py:CLASS:VALUES."""
+    wire: Annotated[
+        tuple[Link, ...],
+        _word(parse_wire, wire_form, "|".join([*EXACT, *LINKS.classes])),
+        tyro.conf.arg(aliases=["--codec"]),
+    ] = ()
+    """How weights travel: float32 (exact), float16 (half the bytes), or links separated by commas, your own by
+    FILE.py:CLASS:VALUES."""
     use_ema: bool = False
     """Keep an exponential moving average of the global model at the server, and sample from it."""
     ema_max_decay: float = 0.9999
@@ -91,8 +123,10 @@ class Config:
     """Optimizer steps that a client makes in a round, in place of local epochs."""
     train_batch_size: int = 16
     """Images in a client's batch; an epoch's last batch may be smaller."""
+    optimizer: Annotated[Optimizer, _word(Optimizer.parse, str, "adamw|adam|sgd|CLASS")] = Optimizer()
+    """Of a client: adamw, adam, sgd, or the name of a class of torch.optim, with options as sgd:momentum=0.9."""
     learning_rate: float = 1e-4
-    """AdamW's learning rate."""
+    """The optimizer's learning rate."""
     lr_scheduler: str = "constant"
     """Learning rate over the whole run: constant, constant_with_warmup, linear, cosine, cosine_with_restarts or
     polynomial."""
@@ -105,13 +139,13 @@ class Config:
     random_flip: bool = False
     """Mirror half of the training images, left to right."""
     adam_beta1: float = 0.95
-    """AdamW's β1."""
+    """β1 of adamw and adam."""
     adam_beta2: float = 0.999
-    """AdamW's β2."""
+    """β2 of adamw and adam."""
     adam_weight_decay: float = 1e-6
-    """AdamW's weight decay."""
+    """Weight decay of adamw and adam."""
     adam_epsilon: float = 1e-8
-    """AdamW's ε."""
+    """ε of adamw and adam."""
     max_grad_norm: float | None = 1.0
     """Clip the gradient to this norm; None does not clip."""
     keep_optimizer: bool = False
@@ -155,13 +189,36 @@ class Config:
     """Seconds after which a client that has not answered ends the run."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.task, LoRA):
-            object.__setattr__(self, "task", replace(self.task, train_a=not isinstance(self.rule, FFA)))
         # Actors and resumed runs have other working directories.
         if self.features is not None:
             object.__setattr__(self, "features", networks.absolute(self.features))
         if self.inception_weights is not None:
             object.__setattr__(self, "inception_weights", str(Path(self.inception_weights).absolute()))
+        for name, parse in FORMS.items():
+            value = getattr(self, name)
+            if isinstance(value, str):
+                object.__setattr__(self, name, parse(value, None))
+
+    @property
+    def method(self) -> Algorithm:
+        """The algorithm, with the average around it that `use_ema` asks for."""
+        if not self.use_ema:
+            return self.algorithm
+        return EMA(self.ema_max_decay, self.algorithm, self.ema_inv_gamma, self.ema_power)
+
+    @property
+    def links(self) -> Wire:
+        """The wire, as what it does to messages."""
+        return Wire(self.wire)
+
+    @property
+    def adam(self) -> dict[str, Any]:
+        """Options of the optimizers adamw and adam."""
+        return {
+            "betas": (self.adam_beta1, self.adam_beta2),
+            "weight_decay": self.adam_weight_decay,
+            "eps": self.adam_epsilon,
+        }
 
     @property
     def threads(self) -> int:
@@ -189,11 +246,6 @@ class Config:
         due = rounds == self.rounds or (self.evaluate_every is not None and rounds % self.evaluate_every == 0)
         return due and self.evaluate_samples > 0
 
-    def ema_decay(self, step: int) -> float:
-        """Decay of the average at an optimizer step, counted from 1 over the whole run: diffusers' `EMAModel`."""
-        warm_up = 1 - (1 + (step - 1) / self.ema_inv_gamma) ** -self.ema_power
-        return min(self.ema_max_decay, warm_up)
-
     @property
     def single(self) -> bool:
         """One client trains: the run is plain training, not a federation."""
@@ -201,6 +253,8 @@ class Config:
 
     def check(self) -> None:
         """Raise `UserError` for what can be seen to be wrong without data or hardware."""
+        check_types(self)
+        check_types(self.task)
         if self.local_epochs is not None and self.local_steps is not None:
             raise UserError("--local-epochs and --local-steps are both given; give one of them.")
         if self.local_epochs is None and self.local_steps is None:
@@ -240,27 +294,32 @@ class Config:
         self.task.check(self.sampler, self.sampling_steps)
         if self.features == "digits" and isinstance(self.task, DDPM) and self.task.dataset_name != "digits":
             raise UserError("--features digits judges digits only; this run learns something else.")
-        if isinstance(self.rule, (FFA, SVD, Flora)) and not isinstance(self.task, LoRA):
-            raise UserError(
-                f"--rule {short(self.rule, RULES)} is for adapters (fedray finetune), not for whole models."
-            )
-        if isinstance(self.rule, (SVD, Flora)) and (self.use_ema or self.keep_optimizer):
-            raise UserError(
-                f"--rule {short(self.rule, RULES)} makes new factors every round, to which an average or an optimizer "
-                f"of the old ones does not fit: say --no-use-ema and --no-keep-optimizer."
-            )
-        if isinstance(self.rule, Flora) and isinstance(self.task, LoRA) and self.task.base_dtype != "float32":
-            raise UserError(
-                f"--rule flora needs --base-dtype float32: {self.task.base_dtype} would round most of a change away."
-            )
+        self._check_fit()
+
+    def _check_fit(self) -> None:
+        """Raise `UserError` where a part of the run needs what no other part offers."""
+        method, parts = self.method, {"algorithm": ALGORITHMS.form(self.algorithm), "fold": FOLDS.form(self.fold)}
+        offered = self.task_offers | method.offers | self.fold.offers | self.optimizer.offers
+        offered = offered.union(*(link.offers for link in self.wire))
+        needs = [(f"--algorithm {parts['algorithm']}", method.needs), (f"--fold {parts['fold']}", self.fold.needs)]
+        needs += [(f"--wire {LINKS.form(link)}", link.needs) for link in self.wire]
+        if self.keep_optimizer:
+            why = "makes new factors every round, to which an optimizer of the old ones does not fit: keep none"
+            needs.append((f"--algorithm {parts['algorithm']}", {"fixed coordinates": why}))
+        for who, needed in needs:
+            for need, why in needed.items():
+                if need not in offered:
+                    raise UserError(f"{who} {why}.")
+
+    @property
+    def task_offers(self) -> frozenset[str]:
+        """What the task offers to an algorithm; a user's own task need not say."""
+        return getattr(self.task, "offers", frozenset())
 
     def to_json(self) -> dict[str, Any]:
-        """A dictionary that JSON can hold, with the short forms of what was chosen by name."""
+        """Return a dictionary that JSON can hold, with the short forms of what was chosen by name."""
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
-        values["task"] = {"name": self.task.name, **dataclasses.asdict(self.task)}  # type: ignore[call-overload]
-        for name, menu in MENUS.items():
-            values[name] = short(values[name], menu)
-        return values
+        return values | {name: form(values[name]) for name, form in TEXTS.items()} | {"task": task_to_json(self.task)}
 
     @property
     def sha256(self) -> str:
@@ -268,31 +327,35 @@ class Config:
         return sha256_of(self.to_json())
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "Config":
-        """The inverse of `to_json`, for fedray's own tasks, partitions, codecs and rules.
+    def from_json(cls, values: Mapping[str, Any], allowed: Collection[Path] = ()) -> "Config":
+        """Return the inverse of `to_json`.
+
+        Args:
+            allowed: the user's own files that may run; what is of another refuses to be used.
 
         Raises:
-            UserError: something in it is the user's own class (use `fedray.run` from the script that defines it),
-                or is of another version.
+            UserError: it is of another version, or its task is code of a file that may not run.
         """
-        values = dict(values)
-        task = dict(values.pop("task"))
-        name = task.pop("name")
-        if name not in TASKS:
-            raise UserError(
-                f"the task {name!r} of this run is not fedray's own; continue it from the Python script that "
-                f"defines it, with fedray.run(config, out, resume=True)."
-            )
         unknown = [key for key in values if key not in {item.name for item in dataclasses.fields(cls)}]
         if unknown:
             raise UserError(f"this run is of another version of fedray: it has a setting {unknown[0]!r}.")
-        for key, menu in MENUS.items():
-            values[key] = pick(key, values[key], menu)
-        lists = {key: tuple(value) if isinstance(value, list) else value for key, value in task.items()}
-        try:
-            return cls(task=TASKS[name](**lists), **values)
-        except TypeError as error:
-            raise UserError(f"this run is of another version of fedray: its task does not fit ({error}).") from None
+        parsed = {name: parse(values[name], allowed) for name, parse in FORMS.items() if name in values}
+        return cls(**{**values, **parsed, "task": task_from_json(values["task"], allowed)})
+
+
+def _optimizer(text: str, allowed: Collection[Path] | None) -> Optimizer:
+    return Optimizer.parse(text)
+
+
+# Settings that have a short form: how it is read, given the files that may run, and how it is written.
+FORMS: dict[str, Any] = {
+    "partition": PARTITIONS.parse, "algorithm": ALGORITHMS.parse, "fold": FOLDS.parse, "wire": parse_wire,
+    "optimizer": _optimizer,
+}  # fmt: skip
+TEXTS: dict[str, Any] = {
+    "partition": PARTITIONS.form, "algorithm": ALGORITHMS.form, "fold": FOLDS.form, "wire": wire_form,
+    "optimizer": str,
+}  # fmt: skip
 
 
 def sha256_of(values: dict[str, Any]) -> str:
@@ -301,31 +364,6 @@ def sha256_of(values: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(matters, sort_keys=True, default=str).encode()).hexdigest()
 
 
-MENUS: dict[str, dict[str, type]] = {"partition": PARTITIONS, "rule": RULES, "codec": CODECS}
-
-
 def flag(name: str) -> str:
     """The command line's spelling of a field."""
     return "--" + name.replace("_", "-")
-
-
-def check_resumable(saved: dict[str, Any], asked: Config) -> None:
-    """Raise `UserError`, naming the setting, if `asked` differs from a saved `to_json` in more than placement."""
-    now = json.loads(json.dumps(asked.to_json(), default=str))  # tuples are lists in JSON
-    for name in now:
-        if name not in PLACEMENT and now[name] != saved.get(name):
-            raise UserError(
-                f"{flag(name)} is {now[name]} now, but was {saved.get(name)} when the run began; a resumed run "
-                f"keeps its settings."
-            )
-    if bool(asked.gpus_per_actor) != bool(saved["gpus_per_actor"]):
-        raise UserError(
-            f"--gpus-per-actor is {asked.gpus_per_actor:g} now, but was {saved['gpus_per_actor']:g} when the run "
-            f"began; a run that began on CPUs stays on CPUs, and one on GPUs on GPUs."
-        )
-    threads = max(1, math.floor(saved["cpus_per_actor"]))
-    if asked.threads != threads:
-        raise UserError(
-            f"--cpus-per-actor {asked.cpus_per_actor:g} computes with {asked.threads} threads, but the run began "
-            f"with {threads}, on which its float sums depend; keep the number of threads."
-        )

@@ -6,7 +6,7 @@ from fedray.data.sources import CELEBA_CROP
 from fedray.tasks.ddpm import DDPM
 from fedray.tasks.embedded import PIPELINE
 from fedray.tasks.lora import LoRA
-from fedray.wire.codecs import Float16
+from fedray.wire.float16 import Float16
 
 # With these, the preset "digits" takes seconds: for trying out, and for tests.
 SMOKE = {"rounds": 2, "test_share": 0.9, "evaluate_samples": 32, "sampling_steps": 4, "kid_subset_size": 16}
@@ -71,7 +71,7 @@ PRESETS = {
     # Chen 2024, section 3.2: rank 8, four clients of four photos, 200 rounds; the learning rate is diffusers'.
     "sd": Config(
         task=LoRA(),
-        codec=Float16(),
+        wire=(Float16(),),
         rounds=200,
         local_epochs=1,
         train_batch_size=1,

@@ -1,0 +1,223 @@
+"""Federated methods, one file each: what a client does and what the server makes of it, in one object.
+
+An algorithm is a frozen dataclass whose fields are its hyperparameters. It holds no state: what a method remembers are
+dictionaries of named tensors, kept at the server and at each client, which the engine saves, restores and sends without
+knowing what they mean. The defaults of `Algorithm` are federated averaging, so a method overrides what it changes.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fedray.seeds import generator
+from fedray.vector import Layout
+from fedray.vector.adapters import Adapters, WeightedSum
+
+Tensors = dict[str, Tensor]  # by name; "model" [d] float32 is the model
+Rows = dict[str, float]  # numbers for the record and for the server
+
+
+@dataclass(frozen=True, eq=False)
+class Round:
+    """A communication round, as server and clients know it before it begins. It has no state.
+
+    number: from 0;  cohort: the clients that are asked, ascending;  clients: how many there are in all;
+    weights: of each of the cohort in means of the model, whole numbers from the plan: its examples, or 1.
+    """
+
+    number: int
+    seed: int
+    cohort: tuple[int, ...]
+    clients: int
+    weights: Mapping[int, int]
+    layout: Layout
+    adapters: Adapters | None = None  # what the vector means, where it is not a whole model
+
+    def weight(self, client: int, name: str) -> int:
+        """Return a client's weight in the mean of the tensors of that name: that of the plan for the model, else 1."""
+        return self.weights[client] if name == "model" else 1
+
+    def total(self, name: str) -> int:
+        """Return the planned weight of the whole cohort, which failures do not change."""
+        return sum(self.weights.values()) if name == "model" else len(self.cohort)
+
+    def rng(self, *key: str | int) -> torch.Generator:
+        """Return a generator for one purpose in this round, the same wherever it is used."""
+        return generator(self.seed, *key, self.number)
+
+
+@dataclass(eq=False)
+class Upload:
+    """What one client returned, decoded: tensors, their weights in means, and numbers, by name."""
+
+    client: int
+    tensors: Tensors
+    weights: dict[str, int]
+    rows: Rows = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Folded:
+    """What all uploads of a round make.
+
+    sums: Σ w x by name, float64;  weights: Σ w;  rows: (client, numbers), ascending by client;  uploads: the uploads
+    themselves, ascending by client, where the fold keeps them.
+    """
+
+    sums: Tensors
+    weights: dict[str, float]
+    rows: list[tuple[int, Rows]]
+    uploads: list[Upload] = field(default_factory=list)
+
+    @property
+    def survivors(self) -> list[int]:
+        """The clients that took part."""
+        return [client for client, _ in self.rows]
+
+    def mean(self, name: str) -> Tensor:
+        """Return the weighted mean of the tensors of that name, float32."""
+        return (self.sums[name] / self.weights[name]).float()
+
+
+class Local(Protocol):
+    """One client's training, as its algorithm sees it."""
+
+    client: int
+    round: Round
+    examples: int
+    steps: int  # optimizer steps that it makes in all
+    step: int  # how many of them it has made
+    weights: Tensor  # [d] float32, what is trained, on its device
+    total_learning_rate: float  # Σ of the learning rates of the steps made: K η where they are all η
+
+    def run(self, correct: Callable[[Tensor], None], stepped: Callable[[], None]) -> None:
+        """Train for `steps` steps: `correct` gets the gradient [d] before each, `stepped` is called after each."""
+
+
+class Algorithm:
+    """A federated method. Derive from it, as a frozen dataclass, and override what differs from federated averaging.
+
+    Arguments of its methods:
+        server: the server's state, by name. Never change it in place: return the next one.
+        down: what the client received. Never change it in place.
+        memory: the client's own copy of what it kept from its last round ({} in its first); changes to it during
+            training are its own, and are lost unless `upload` returns them.
+    """
+
+    abstract = False  # not to be named by users
+
+    @property
+    def needs(self) -> Mapping[str, str]:
+        """What the rest of a run must offer, and what to tell the user where it does not."""
+        return {}
+
+    @property
+    def offers(self) -> frozenset[str]:
+        """What the method offers to the rest: by default that the vector means the same in every round."""
+        return frozenset({"fixed coordinates"})
+
+    @property
+    def uncounted(self) -> frozenset[str]:
+        """Names of tensors that a deployment would not send, and that are not counted."""
+        return frozenset()
+
+    @property
+    def trains(self) -> Callable[[str], bool] | None:
+        """Which adapters' parameters are trained, by name; None for all. The others stay as they are drawn."""
+        return None
+
+    def init(self, model: Tensor, layout: Layout) -> Tensors:
+        """Return the server's state before the first round, from the initial model [d]."""
+        return {"model": model}
+
+    def broadcast(self, server: Tensors, round: Round) -> Tensors:
+        """Return what each client of the cohort receives."""
+        return {"model": server["model"]}
+
+    def start(self, down: Tensors, memory: Tensors) -> Tensor:
+        """Return the weights [d] from which a client begins."""
+        return down["model"]
+
+    def correct(self, gradient: Tensor, weights: Tensor, down: Tensors, memory: Tensors) -> None:
+        """Change a gradient [d] in place, before it is clipped and the optimizer steps."""
+
+    def stepped(self, local: Local, down: Tensors, memory: Tensors) -> None:
+        """Look at the weights after an optimizer step."""
+
+    def train(self, local: Local, down: Tensors, memory: Tensors) -> None:
+        """Train a client: the whole of it, for methods to which `correct` and `stepped` are not enough."""
+        local.run(
+            lambda gradient: self.correct(gradient, local.weights, down, memory),
+            lambda: self.stepped(local, down, memory),
+        )
+
+    def upload(self, local: Local, down: Tensors, memory: Tensors) -> tuple[Tensors, Rows, Tensors]:
+        """Return what a client sends, numbers for the record and the server, and what it keeps for its next round."""
+        return {"model": local.weights}, {}, {}
+
+    def aggregate(self, server: Tensors, folded: Folded, round: Round) -> Tensors:
+        """Return the server's next state."""
+        return server | {"model": folded.mean("model")}
+
+    def diagnose(self, before: Tensors, after: Tensors, folded: Folded, round: Round) -> Rows:
+        """Return what the record says of an aggregation: of adapters, how far ΔW is from the mean of the clients'.
+
+        ‖ΔW − Σ w_i ΔW_i‖ / ‖Σ w_i ΔW_i‖ (Frobenius), the largest and the mean over layers.
+        """
+        if round.adapters is None or not folded.uploads:
+            return {}
+        total = WeightedSum(round.adapters)
+        for upload in folded.uploads:
+            total.add(upload.tensors["model"], upload.weights["model"])
+        errors = total.errors(before.get("base"), after["model"], after.get("base"))
+        return {"error_max": errors.max().item(), "error_mean": errors.mean().item()}
+
+
+class Wrapper(Algorithm):
+    """An algorithm around another: whatever it does not override is the wrapped one's affair."""
+
+    abstract = True
+    algorithm: Algorithm
+
+    @property
+    def needs(self) -> Mapping[str, str]:
+        return self.algorithm.needs
+
+    @property
+    def offers(self) -> frozenset[str]:
+        return self.algorithm.offers
+
+    @property
+    def uncounted(self) -> frozenset[str]:
+        return self.algorithm.uncounted
+
+    @property
+    def trains(self) -> Callable[[str], bool] | None:
+        return self.algorithm.trains
+
+    def init(self, model: Tensor, layout: Layout) -> Tensors:
+        return self.algorithm.init(model, layout)
+
+    def broadcast(self, server: Tensors, round: Round) -> Tensors:
+        return self.algorithm.broadcast(server, round)
+
+    def start(self, down: Tensors, memory: Tensors) -> Tensor:
+        return self.algorithm.start(down, memory)
+
+    def correct(self, gradient: Tensor, weights: Tensor, down: Tensors, memory: Tensors) -> None:
+        self.algorithm.correct(gradient, weights, down, memory)
+
+    def stepped(self, local: Local, down: Tensors, memory: Tensors) -> None:
+        self.algorithm.stepped(local, down, memory)
+
+    def upload(self, local: Local, down: Tensors, memory: Tensors) -> tuple[Tensors, Rows, Tensors]:
+        return self.algorithm.upload(local, down, memory)
+
+    def aggregate(self, server: Tensors, folded: Folded, round: Round) -> Tensors:
+        return self.algorithm.aggregate(server, folded, round)
+
+    def diagnose(self, before: Tensors, after: Tensors, folded: Folded, round: Round) -> Rows:
+        return self.algorithm.diagnose(before, after, folded, round)

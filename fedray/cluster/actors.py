@@ -20,15 +20,18 @@ import torch
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from fedray.config import Config, check_resumable
+from fedray.config import Config
 from fedray.data.dataset import Dataset, Source
 from fedray.errors import RunError, UserError
-from fedray.federation.engine import fit
 from fedray.federation.evaluation import Metric, Show, silent
+from fedray.federation.fit import fit, prepare
 from fedray.federation.plan import make_plan
 from fedray.federation.pool import LocalPool, Pool, Progress, Reply
-from fedray.federation.worker import Weights, Work, Worker, do
-from fedray.record.run import Row, Run, environment
+from fedray.federation.round import Session
+from fedray.federation.worker import Shared, Work, Worker, do
+from fedray.record.provenance import environment
+from fedray.record.resume import check_resumable
+from fedray.record.run import Row, Run
 
 NAMESPACE = "fedray"
 TOKEN = secrets.token_hex(32)  # of a private Ray; Ray reads it once per process
@@ -48,8 +51,8 @@ class ClientActor:
         self.worker = Worker(config, device, f"actor {index}", source, sha256)
 
     @ray.method(num_returns=2)
-    def do(self, work: Work, shared: Any, base: np.ndarray | None, job: Any) -> tuple[dict[str, Any], Any]:
-        return do(self.worker, work, shared if base is None else shared._replace(base=base), job)
+    def do(self, work: Work, job: Any, about: Any, names: tuple[str, ...], *arrays: np.ndarray) -> tuple[Row, Any]:
+        return do(self.worker, work, Shared(dict(zip(names, arrays, strict=True)), about), job)
 
     @ray.method(concurrency_group="progress")
     def steps_done(self) -> int:
@@ -74,7 +77,7 @@ class RayPool:
         self.actors = actors
         self.window = 2 * len(actors)
         self.timeout = timeout
-        self._base: tuple[np.ndarray, Any] | None = None  # a base's change that has been sent, and where it is
+        self._sent: dict[str, tuple[np.ndarray, Any]] = {}  # arrays that have been put, and where they are, by name
 
     @classmethod
     def start(cls, config: Config, dataset: Dataset | None = None) -> "RayPool":
@@ -106,7 +109,8 @@ class RayPool:
         return [RayPool([actor], self.timeout) for actor in self.actors]
 
     def map(self, work: Work, shared: Any, jobs: Iterable[Any], progress: Progress) -> Iterator[Reply]:
-        shared_ref, base_ref = self._send(shared)
+        about = ray.put(shared.about)
+        names, arrays = tuple(shared.arrays), [self._put(name, array) for name, array in shared.arrays.items()]
         queue = enumerate(jobs)
         idle = list(self.actors)
         running: dict[Any, _Running] = {}
@@ -121,7 +125,7 @@ class RayPool:
                 index, job = item
                 drawn = index + 1
                 actor = idle.pop()
-                row, payload = actor.do.remote(work, shared_ref, base_ref, job)
+                row, payload = actor.do.remote(work, job, about, names, *arrays)
                 running[row] = _Running(index, job, payload, actor, time.monotonic() + self.timeout)
             if not running:
                 return
@@ -142,14 +146,13 @@ class RayPool:
                 progress(self._steps_done() - begin)
                 looked = time.monotonic()
 
-    def _send(self, shared: Any) -> tuple[Any, Any]:
-        """Put what jobs share into the object store; a base's change apart, once for all maps until it changes."""
-        if not isinstance(shared, Weights) or shared.base is None:
-            return ray.put(shared), None
-        # The array that was sent is held, so another at its address is the same.
-        if self._base is None or self._base[0].ctypes.data != shared.base.ctypes.data:
-            self._base = (shared.base, ray.put(shared.base))
-        return ray.put(shared._replace(base=None)), self._base[1]
+    def _put(self, name: str, array: np.ndarray) -> Any:
+        """Put an array into the object store, unless it is the last one of that name that was."""
+        sent = self._sent.get(name)
+        # The array that was put is held, so another at its address is the same.
+        if sent is None or sent[0].ctypes.data != array.ctypes.data or sent[0].nbytes != array.nbytes:
+            sent = self._sent[name] = (array, ray.put(array))
+        return sent[1]
 
     def _steps_done(self) -> int:
         counts = [actor.steps_done.remote() for actor in self.actors]
@@ -272,7 +275,9 @@ class DriverActor:
             dataset = config.task.dataset() if source is None else Dataset.open(source.place)
             pool = RayPool.start(config, dataset)
             try:
-                for row in fit(config, pool, out, self._show, resume, provenance, metrics, dataset):
+                plan = prepare(config, Run(out), resume, dataset)
+                session = Session(config, plan, pool, Run(out), self._show, metrics)
+                for row in fit(session, provenance, resume):
                     self.rows.append(row)
             finally:
                 pool.close()
@@ -319,7 +324,7 @@ def run(
     out = Path(out).absolute()
     provenance = environment()
     if resume:
-        check_resumable(Run.open(out).saved["config"], config)
+        check_resumable(Run.open(out), config)
         if Run(out).result is not None:
             return Run.open(out)
     else:
@@ -327,7 +332,9 @@ def run(
         Run(out).check_vacant()
     dataset = config.task.dataset() if dataset is None else dataset
     if config.actors == 0:
-        for row in fit(config, LocalPool(config, dataset), out, show, resume, provenance, metrics, dataset):
+        plan = prepare(config, Run(out), resume, dataset)
+        session = Session(config, plan, LocalPool(config, dataset), Run(out), show, metrics or {})
+        for row in fit(session, provenance, resume):
             on_row(row)
     else:
         plan = make_plan(config, dataset)  # mistakes are told, and images decoded, before Ray starts

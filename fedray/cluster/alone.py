@@ -7,14 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedray.cluster.actors import check_apart, open_pool
-from fedray.config import Config, check_resumable
+from fedray.config import Config
 from fedray.data.dataset import Dataset
 from fedray.errors import UserError
-from fedray.federation.engine import fit
 from fedray.federation.evaluation import Show, silent
+from fedray.federation.fit import fit, prepare
 from fedray.federation.plan import make_plan
 from fedray.federation.pool import Pool
-from fedray.record.run import Row, Run, environment
+from fedray.federation.round import Session
+from fedray.record.provenance import environment
+from fedray.record.resume import check_resumable
+from fedray.record.run import Row, Run
 
 
 def run_local_only(
@@ -43,7 +46,7 @@ def run_local_only(
     data = make_plan(config, dataset).data
     for client, run in enumerate(runs):
         if (run.directory / "config.json").exists():
-            check_resumable(run.saved["config"], replace(config, only_client=client))
+            check_resumable(run, replace(config, only_client=client))
             run.check_data(data)
     waiting = iter([client for client, run in enumerate(runs) if run.result is None])
     done = dict.fromkeys(range(config.clients), 0.0)
@@ -58,7 +61,8 @@ def run_local_only(
             alone, directory = replace(config, only_client=client), runs[client].directory
             begun = (directory / "config.json").exists()
             try:
-                for row in fit(alone, pool, directory, silent, begun, provenance, dataset=dataset):
+                session = Session(alone, prepare(alone, Run(directory), begun, dataset), pool, Run(directory))
+                for row in fit(session, provenance, begun):
                     on_row(row)
                     done[client] = row["round"] / config.rounds
                     show("clients alone", sum(done.values()), config.clients)

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from fedray.config import MENUS, Config
-from fedray.errors import UserError, check_name, pick
+from fedray.config import Config
+from fedray.errors import UserError, check_name
 
 Space = Mapping[str, Sequence[Any] | Callable[[Config], Any]]
 
@@ -32,15 +32,13 @@ def _values(values: Sequence[Any] | Callable[[Config], Any], config: Config) -> 
 def changed(config: Config, name: str, value: Any) -> Config:
     """The configuration with one setting changed: a field of `Config`, or "task.FIELD".
 
-    A partition, rule or codec may be given by its short form. Raises `UserError`.
+    What has a short form (a partition, an algorithm …) may be given by it. Raises `UserError`.
     """
     names = [item.name for item in fields(Config) if item.name != "task"]
     names += [f"task.{item.name}" for item in fields(config.task)]  # type: ignore[arg-type]
     check_name("setting", name, names)
     if name.startswith("task."):
         return replace(config, task=replace(config.task, **{name.removeprefix("task."): value}))  # type: ignore[type-var]
-    if name in MENUS and isinstance(value, str):
-        value = pick(name, value, MENUS[name])
     if name in ("local_epochs", "local_steps") and value is not None:
         config = replace(config, local_epochs=None, local_steps=None)
     return replace(config, **{name: value})

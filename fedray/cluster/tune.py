@@ -34,10 +34,12 @@ from fedray.cluster.actors import (
 from fedray.cluster.trials import Space, expand, images_planned, settings_of
 from fedray.config import Config
 from fedray.errors import RunError, UserError, check_name, reason
-from fedray.federation.engine import fit
 from fedray.federation.evaluation import Metric
+from fedray.federation.fit import fit, prepare
+from fedray.federation.round import Session
 from fedray.files import as_json, read_json, write
-from fedray.record.run import FAILED, RECORD, STOPPED, Run, environment
+from fedray.record.provenance import environment
+from fedray.record.run import FAILED, RECORD, STOPPED, Run
 from fedray.scores.scoring import higher_is_better
 
 RETRIES = 2  # of a trial that fails; it goes on from its last complete round
@@ -303,10 +305,8 @@ def _train(
         images = sum(row["images"] for row in run.rows)
         dataset = config.task.dataset()
         with open_pool(config, dataset) as pool:
-            rows = fit(
-                config, pool, run.directory, resume=begun, provenance=provenance, metrics=metrics, dataset=dataset
-            )
-            for row in rows:
+            session = Session(config, prepare(config, run, begun, dataset), pool, run, metrics=metrics)
+            for row in fit(session, provenance, begun):
                 images += row["images"]
                 scores = {name: score["value"] for name, score in row["scores"].items()}
                 if asha is not None and scores:

@@ -16,7 +16,7 @@ from fedray.data.images import form_of
 from fedray.errors import UserError
 from fedray.federation.evaluation import evaluate, features_of, judge, look_for_copies, open_reference
 from fedray.federation.plan import Plan, make_plan
-from fedray.federation.worker import Weights
+from fedray.federation.worker import Shared
 from fedray.record.run import Run
 from fedray.scores import networks
 from fedray.scores.nearest import LOOKED_AT
@@ -124,10 +124,10 @@ def _evaluate_pipeline(asked: Evaluate) -> None:
     n = asked.samples or 2048
     config = asked.settings(Config(task=task, clients=1, local_steps=1, evaluate_samples=n))
     plan = make_plan(config)
-    _evaluate_model(asked, config, plan, Weights(plan.initial.numpy()), n)
+    _evaluate_model(asked, config, plan, Shared({"model": plan.initial.numpy()}), n)
 
 
-def _evaluate_model(asked: Evaluate, config: Config, plan: Plan, model: Weights, n: int) -> None:
+def _evaluate_model(asked: Evaluate, config: Config, plan: Plan, model: Shared, n: int) -> None:
     """Draw, score, and look for copies where the run held images out."""
     with open_pool(config, plan.dataset) as pool, progress(config.rounds) as (_, show):
         against = open_reference(config, plan.dataset, pool, show)

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 import tyro
@@ -11,11 +12,12 @@ from fedray.cluster.actors import open_pool
 from fedray.commands.terminal import progress
 from fedray.config import Config
 from fedray.errors import UserError
-from fedray.federation.engine import weights
 from fedray.federation.evaluation import prompts_of, sample
-from fedray.federation.worker import Weights, build
-from fedray.record.run import Run, grid
-from fedray.tasks.lora import LoRA, LoRALearner
+from fedray.federation.worker import Shared, build, model, sampled
+from fedray.record.pictures import grid
+from fedray.record.run import Run
+from fedray.tasks import AdapterLearner
+from fedray.tasks.lora import LoRA
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +94,7 @@ def main(arguments: list[str]) -> None:
     print(f"samples   {out}")
 
 
-def model_of(directory: Path, config: Config, strength: float = 1.0) -> Weights:
+def model_of(directory: Path, config: Config, strength: float = 1.0) -> Shared:
     """What a run's samples are drawn from, as of its last complete round.
 
     Args:
@@ -102,8 +104,8 @@ def model_of(directory: Path, config: Config, strength: float = 1.0) -> Weights:
     state = Run.open(directory).state(learner.flat.layout)
     if state is None:
         raise UserError(f"the run at {directory} has no complete round yet.")
+    delivered = sampled(state.tensors)
     if strength == 1:
-        return weights(state.sampled, state)
-    assert isinstance(learner, LoRALearner)
-    base = None if state.base is None else state.base * strength
-    return weights(learner.adapters.weakened(state.sampled, strength), replace(state, base=base))
+        return model(delivered)
+    weakened = {"model": cast(AdapterLearner, learner).adapters.weakened(delivered["model"], strength)}
+    return model(weakened | ({"base": delivered["base"] * strength} if "base" in delivered else {}))

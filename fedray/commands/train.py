@@ -9,14 +9,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from fedray.algorithms.lora_rules import Flora
 from fedray.cluster.actors import run
 from fedray.cluster.alone import run_local_only
 from fedray.commands.settings import ask
 from fedray.commands.terminal import print_table, program, progress
 from fedray.config import Config
 from fedray.errors import RunError, UserError, check_name
-from fedray.federation.plan import make_plan, steps_planned
+from fedray.federation.plan import bytes_planned, make_plan, steps_planned
 from fedray.presets import PRESETS
 from fedray.record.run import Run
 from fedray.reports.results import summary
@@ -103,9 +102,8 @@ def _print_plan(config: Config) -> None:
     steps = steps_planned(config, plan)
     sizes = plan.shards.sizes
     actors = {None: "as many as fit", 0: "none (this process)"}.get(config.actors, config.actors)
-    # The base's change goes down to every client of every round but the first.
-    changes = plan.adapters is not None and isinstance(config.rule, Flora)
-    base = 4 * plan.adapters.base_size * sum(map(len, steps[1:])) if changes and plan.adapters else 0
+    planned, messages = bytes_planned(config, plan), sum(map(len, steps))
+    down = planned.first * len(steps[0]) + planned.down * (messages - len(steps[0]))
     table = Table("what", "value", title="dry run: nothing is trained")
     for name, value in {
         "clients": f"{config.clients}, of which {config.cohort_size} take part in a round",
@@ -114,9 +112,8 @@ def _print_plan(config: Config) -> None:
         "actors": f"{actors}, {config.cpus_per_actor:g} CPUs and {config.gpus_per_actor:g} GPUs each",
         "parameters": f"{plan.layout.size:,}",
         "steps": f"{sum(map(sum, steps)):,} in all; {sum(map(max, steps)):,} one after the other",
-        "bytes": f"{plan.payload:,} per client, round and direction",
-        "bytes in all": f"{(plan.payload * sum(map(len, steps)) + base) / 1e6:,.1f} MB down, "
-        f"{plan.payload * sum(map(len, steps)) / 1e6:,.1f} up",
+        "bytes": f"{planned.down:,} down to a client in a round, {planned.up:,} up",
+        "bytes in all": f"{down / 1e6:,.1f} MB down, {planned.up * messages / 1e6:,.1f} up",
     }.items():
         table.add_row(name, value)
     Console().print(table)

@@ -1,7 +1,6 @@
 """Who holds which examples."""
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -54,13 +53,16 @@ def hold_out(shards: Shards, shares: tuple[float, ...], rng: torch.Generator) ->
     return [_shards(parts) for parts in kept]
 
 
-class Partition(Protocol):
+class Partition:
+    """Who holds which examples. Derive from it, as a frozen dataclass."""
+
     def split(self, dataset: Dataset, clients: int, rng: torch.Generator) -> Shards:
         """Deal all examples to `clients` clients, each at least one."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class IID:
+class IID(Partition):
     """Shuffled and cut into equal parts."""
 
     def split(self, dataset: Dataset, clients: int, rng: torch.Generator) -> Shards:
@@ -68,7 +70,7 @@ class IID:
 
 
 @dataclass(frozen=True)
-class Quantity:
+class Quantity(Partition):
     """Shuffled, and cut into parts of sizes drawn from Dir(α): the smaller α, the more skewed the sizes.
 
     Li et al. 2022 (arXiv:2102.02079), "quantity skew". A client that would get nothing takes one example.
@@ -85,19 +87,23 @@ class Quantity:
 
 
 @dataclass(frozen=True)
-class ByLabel:
+class ByLabel(Partition):
     """Sorted by label and cut into equal parts: each client sees as few labels as possible.
 
     McMahan et al. 2017, section 3, with one part per client instead of two.
     """
+
+    name = "by-label"
 
     def split(self, dataset: Dataset, clients: int, rng: torch.Generator) -> Shards:
         return ByAttribute("label").split(dataset, clients, rng)
 
 
 @dataclass(frozen=True)
-class ByAttribute:
+class ByAttribute(Partition):
     """As by-label, by any column: "Smiling" gives clients who smile and clients who do not."""
+
+    name = "by-attribute"
 
     column: str
 
@@ -108,11 +114,13 @@ class ByAttribute:
 
 
 @dataclass(frozen=True)
-class ByFolder:
+class ByFolder(Partition):
     """A folder is a client: all examples of one folder (or identity, where there are any) have one owner.
 
     With fewer clients than folders, shuffled folders are dealt to the clients in turn.
     """
+
+    name = "by-folder"
 
     def split(self, dataset: Dataset, clients: int, rng: torch.Generator) -> Shards:
         column = "identity" if "identity" in dataset.columns else "folder"
@@ -126,7 +134,7 @@ class ByFolder:
 
 
 @dataclass(frozen=True)
-class Dirichlet:
+class Dirichlet(Partition):
     """Each label's examples are dealt in proportions drawn from Dir(α): the smaller α, the more skewed.
 
     Hsu, Qi and Brown 2019 (arXiv:1909.06335), with the draw per label (Yurochkin et al. 2019), so that every
@@ -149,16 +157,6 @@ class Dirichlet:
             sizes = np.diff(_cuts(shares, len(members)), prepend=0, append=len(members))
             owners.append(np.repeat(np.arange(clients), sizes))
         return _shards(_none_empty(_by_owner(np.concatenate(order), np.concatenate(owners), clients)))
-
-
-PARTITIONS: dict[str, type] = {
-    "iid": IID,
-    "quantity": Quantity,
-    "by-label": ByLabel,
-    "by-attribute": ByAttribute,
-    "by-folder": ByFolder,
-    "dirichlet": Dirichlet,
-}
 
 
 def _permutation(n: int, rng: torch.Generator) -> np.ndarray:

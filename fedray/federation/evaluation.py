@@ -13,12 +13,11 @@ from fedray.data.dataset import Dataset
 from fedray.errors import RunError, UserError
 from fedray.federation.pool import Pool, in_order
 from fedray.federation.sampling import FeatureJob, NearestJob, SampleJob, dataset_features, nearest_images, sample_batch
-from fedray.federation.worker import Weights, Work, threads
+from fedray.federation.worker import Shared, Work, threads
 from fedray.scores import networks
 from fedray.scores.nearest import EXPECTED, LOOKED_AT, copies
 from fedray.scores.reference import Reference, reference
 from fedray.scores.scoring import Score, score
-from fedray.tasks.lora import LoRA
 
 GRID = 64  # images that are kept of every evaluation, for its picture
 
@@ -67,12 +66,12 @@ def features_of(config: Config, n: int, pool: Pool, show: Show = silent) -> Iter
     """Features of the n images that the pool's workers have as their dataset, in batches."""
     size = config.eval_batch_size
     jobs = [FeatureJob(start, min(start + size, n)) for start in range(0, n, size)]
-    return _results(pool, dataset_features, None, jobs, "features", show)
+    return _results(pool, dataset_features, Shared({}), jobs, "features", show)
 
 
 def sample(
     pool: Pool,
-    model: Weights,
+    model: Shared,
     n: int,
     config: Config,
     seed: int,
@@ -105,7 +104,7 @@ def sample(
 
 def evaluate(
     pool: Pool,
-    model: Weights,
+    model: Shared,
     n: int,
     config: Config,
     dataset: Dataset,
@@ -140,7 +139,7 @@ def turns(prompts: tuple[str, ...], start: int, stop: int) -> tuple[str, ...]:
 
 def prompts_of(config: Config, dataset: Dataset) -> tuple[str, ...]:
     """What a run's samples are drawn for; nothing, where its task knows no prompts."""
-    return config.task.prompts(dataset) if isinstance(config.task, LoRA) else ()
+    return getattr(config.task, "prompts", lambda dataset: ())(dataset)
 
 
 def judge(
@@ -193,7 +192,9 @@ def look_for_copies(
 
     def found(looked_at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         jobs = [NearestJob(start, looked_at[start : start + 64]) for start in range(0, len(looked_at), 64)]
-        parts = zip(*_results(pool, nearest_images, trained, jobs, "looking for copies", show), strict=True)
+        parts = zip(
+            *_results(pool, nearest_images, Shared({"trained": trained}), jobs, "looking for copies", show), strict=True
+        )
         index, distance = map(np.concatenate, parts)
         return index, distance
 

@@ -1,7 +1,7 @@
 """Local training of one client, and the loss on what it holds out. Knows nothing of Ray."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,13 +9,14 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch import Tensor
 
+from fedray.algorithms import Round, Rows, Tensors
 from fedray.config import Config
 from fedray.data.dataset import Dataset
-from fedray.federation.worker import Weights, Worker
-from fedray.record.run import Memory, Row
+from fedray.federation.worker import Shared, Worker
+from fedray.record.run import Row
 from fedray.seeds import generator
 from fedray.vector import as_tensor
-from fedray.wire.codecs import Payload
+from fedray.wire import Payload, counted
 
 DRAWS = 16  # timesteps and noises at which each held-out example's loss is taken
 
@@ -28,8 +29,7 @@ class TrainJob:
     client: int
     indices: np.ndarray  # int64 [examples], into the dataset
     held_out: np.ndarray  # int64, the examples that it does not train on
-    memory: Memory | None = None
-    ema: np.ndarray | None = None  # the average so far, where it is taken at every step
+    memory: Payload = field(default_factory=dict)  # what it kept, by name
 
     @property
     def key(self) -> tuple[str | int, ...]:
@@ -55,100 +55,151 @@ class ValidateJob:
 
 
 class Trained(NamedTuple):
-    """What a client returns beside its row."""
+    """What a client returns beside its row: the message to the server, the algorithm's numbers, what it keeps."""
 
     payload: Payload
-    memory: Memory | None
-    ema: np.ndarray | None
+    rows: Rows
+    memory: Payload
 
 
-def client_update(worker: Worker, model: Weights, job: TrainJob) -> tuple[Row, Trained]:
-    """Local training (McMahan et al. 2017, algorithm 1, ClientUpdate; AdamW in place of SGD).
+class LocalTraining:
+    """One client's training in one round: what an algorithm's hooks see, and the loop of optimizer steps."""
+
+    def __init__(self, worker: Worker, round: Round, job: TrainJob) -> None:
+        config, flat = worker.config, worker.learner.flat
+        self.worker = worker
+        self.round = round
+        self.job = job
+        self.client = job.client
+        self.examples = len(job.indices)
+        self.steps = config.steps(self.examples)
+        self.step = 0
+        self.weights = flat.vector.detach()
+        self.total_learning_rate = 0.0
+        self.loss_sum = torch.zeros((), device=worker.device)
+        self.batches = 0
+        self.images = 0
+        self.optimizer = config.optimizer.make([flat.vector], config.learning_rate, config.adam)
+        self.scaler = torch.amp.GradScaler(worker.device.type, enabled=config.mixed_precision == "fp16")
+
+    def run(self, correct: Callable[[Tensor], None], stepped: Callable[[], None]) -> None:
+        """Train for `steps` steps: `correct` gets the gradient [d] before each, `stepped` is called after each."""
+        worker, config, job, flat = self.worker, self.worker.config, self.job, self.worker.learner.flat
+        learning_rate = lr_schedule(config, self.steps)
+        rng = generator(config.seed, *job.key)
+        for step, group in enumerate(steps_of(self.examples, config, rng)):
+            rate = learning_rate(job.round * self.steps + step)
+            self.optimizer.param_groups[0]["lr"] = rate
+            self._accumulate([job.indices[indices.numpy()] for indices in group], rng)
+            self.scaler.unscale_(self.optimizer)
+            correct(flat.gradient)
+            if config.max_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_([flat.vector], config.max_grad_norm)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.step += 1
+            self.total_learning_rate += rate
+            stepped()
+            worker.step()
+
+    def _accumulate(self, batches: list[np.ndarray], rng: torch.Generator) -> None:
+        """Make the gradient that of the mean loss of some batches."""
+        config, learner = self.worker.config, self.worker.learner
+        learner.flat.gradient.zero_()
+        for indices in batches:
+            mirrored = torch.rand(len(indices), generator=rng) < 0.5 if config.random_flip else None
+            batch = batch_of(self.worker.dataset, indices, mirrored)
+            with precision(config, self.worker.device):
+                loss = learner.loss(batch, rng)
+            self.scaler.scale(loss / config.gradient_accumulation_steps).backward()
+            self.loss_sum += loss.detach()
+            self.batches += 1
+            self.images += len(indices)
+
+    # The optimizer between rounds
+
+    def restore(self, memory: Tensors) -> None:
+        """Make the optimizer what it was in the client's last round."""
+        if not memory:
+            return
+        if self.scaler.is_enabled():
+            scale = {"scale": memory.pop("scale").item(), "_growth_tracker": int(memory.pop("growth_tracker"))}
+            self.scaler.load_state_dict(self.scaler.state_dict() | scale)
+        self.optimizer.state[self.worker.learner.flat.vector] = memory
+
+    def keep(self) -> Tensors:
+        """Return the optimizer's state."""
+        state = self.optimizer.state[self.worker.learner.flat.vector]
+        kept = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        if self.scaler.is_enabled():
+            scale = self.scaler.state_dict()
+            kept |= {"scale": torch.tensor(scale["scale"]), "growth_tracker": torch.tensor(scale["_growth_tracker"])}
+        return kept
+
+
+def client_update(worker: Worker, shared: Shared, job: TrainJob) -> tuple[Row, Trained]:
+    """Train one client (McMahan et al. 2017, algorithm 1, ClientUpdate; any optimizer in place of SGD).
+
+    `shared` is what goes down to all clients, and the `Round`.
 
     Raises:
         ValueError: the client has no examples.
-        FloatingPointError: the trained weights are not finite.
+        FloatingPointError: what it would send is not finite.
     """
-    config, learner = worker.config, worker.learner
-    flat, examples = learner.flat, len(job.indices)
-    device = flat.vector.device
-    if examples == 0:
+    config, learner, round, device = worker.config, worker.learner, shared.about, worker.device
+    method, wire = config.method, config.links
+    if len(job.indices) == 0:
         raise ValueError("the client holds no examples")
-    start = config.codec.decode_model(model.vector)
-    flat.check()
-    worker.load(start, model.base)
+    received = wire.arrive(shared.arrays, round)
+    down = {name: tensor.to(device) for name, tensor in received.items()}
+    memory = {name: as_tensor(array).to(device, copy=True) for name, array in job.memory.items()}
+    own = under("algorithm/", memory)
+    learner.flat.check()
+    worker.load(method.start(down, own), down.get("base"))
     learner.prepare(worker.dataset, job.indices, config.random_flip)
-    optimizer = torch.optim.AdamW(
-        [flat.vector],
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.adam_weight_decay,
-        eps=config.adam_epsilon,
-        fused=True,
-    )
-    scaler = torch.amp.GradScaler(device.type, enabled=config.mixed_precision == "fp16")
-    if job.memory is not None:
-        kept = {name: as_tensor(array).to(device, copy=True) for name, array in job.memory.items()}
-        if scaler.is_enabled():
-            scale = {"scale": kept.pop("scale").item(), "_growth_tracker": int(kept.pop("growth_tracker"))}
-            scaler.load_state_dict(scaler.state_dict() | scale)
-        optimizer.state[flat.vector] = kept
-    ema = None if job.ema is None else as_tensor(job.ema).to(device, copy=True)
-    steps = config.steps(examples)
-    learning_rate = lr_schedule(config, steps)
-    rng = generator(config.seed, *job.key)
-    loss_sum = torch.zeros((), device=device)
-    batch_count = image_count = 0
-    for step, group in enumerate(steps_of(examples, config, rng)):
-        optimizer.param_groups[0]["lr"] = learning_rate(job.round * steps + step)
-        flat.gradient.zero_()
-        for indices in group:
-            mirrored = torch.rand(len(indices), generator=rng) < 0.5 if config.random_flip else None
-            batch = batch_of(worker.dataset, job.indices[indices.numpy()], mirrored)
-            with precision(config, device):
-                loss = learner.loss(batch, rng)
-            scaler.scale(loss / config.gradient_accumulation_steps).backward()
-            loss_sum += loss.detach()
-            batch_count += 1
-            image_count += len(indices)
-        scaler.unscale_(optimizer)
-        if config.max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_([flat.vector], config.max_grad_norm)
-        scaler.step(optimizer)
-        scaler.update()
-        if ema is not None:
-            ema.lerp_(flat.vector.detach(), 1 - config.ema_decay(job.round * steps + step + 1))
-        worker.step()
-    flat.check()
-    trained = flat.vector.detach().to("cpu", copy=True)
-    if not torch.isfinite(trained).all():
-        raise FloatingPointError("the trained weights are not finite (lower the learning rate?)")
-    payload = config.codec.encode_update(trained, start)
+    local = LocalTraining(worker, round, job)
+    if config.keep_optimizer:
+        local.restore(under("optimizer/", memory))
+    method.train(local, down, own)
+    learner.flat.check()
+    tensors, rows, kept = method.upload(local, down, own)
+    sent = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+    for name, tensor in sent.items():
+        if not torch.isfinite(tensor).all():
+            what = "trained weights" if name == "model" else name
+            raise FloatingPointError(f"the {what} are not finite (lower the learning rate?)")
+    if wire.lossy:
+        sent["model"] = sent["model"] - received["model"]
+    links = {name: tensor.cpu() for name, tensor in memory.items() if name.startswith("link")}
+    payload, kept_by_links = wire.encode(sent, links, round, job.client)
     row = {
-        "client": job.client, "examples": examples, "steps": steps, "images": image_count,
-        "loss": loss_sum.item() / batch_count, "bytes_up": payload.nbytes,
+        "client": job.client, "examples": local.examples, "steps": local.steps, "images": local.images,
+        "loss": local.loss_sum.item() / local.batches, "bytes_up": counted(payload, method.uncounted),
     }  # fmt: skip
     if len(job.held_out):
         row["held_out_local"] = held_out_loss(worker, job.client, job.held_out)
-    memory = None
+    after = {f"algorithm/{name}": tensor for name, tensor in kept.items()} | kept_by_links
     if config.keep_optimizer:
-        memory = {name: value.cpu().numpy() for name, value in optimizer.state[flat.vector].items()}
-        if scaler.is_enabled():
-            state = scaler.state_dict()
-            memory |= {"scale": np.array(state["scale"]), "growth_tracker": np.array(state["_growth_tracker"])}
-    return row, Trained(payload, memory, None if ema is None else ema.cpu().numpy())
+        after |= {f"optimizer/{name}": tensor for name, tensor in local.keep().items()}
+    return row, Trained(payload, rows, {name: tensor.detach().cpu().numpy() for name, tensor in after.items()})
 
 
-def validate(worker: Worker, model: Weights, job: ValidateJob) -> tuple[Row, None]:
-    """The loss of a model (a float32 vector) on one client's held-out examples."""
-    worker.load(as_tensor(model.vector), model.base)
+def under(prefix: str, tensors: Tensors) -> Tensors:
+    """Return the tensors whose names begin so, without that."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def validate(worker: Worker, shared: Shared, job: ValidateJob) -> tuple[Row, None]:
+    """Measure the loss of a model on one client's held-out examples."""
+    tensors = {name: as_tensor(array) for name, array in shared.arrays.items()}
+    worker.load(tensors["model"], tensors.get("base"))
     worker.step()
     return {"held_out": held_out_loss(worker, job.client, job.held_out)}, None
 
 
 @torch.no_grad()
 def held_out_loss(worker: Worker, client: int, held_out: np.ndarray) -> float:
-    """Mean loss of the learner as it is, each example at `DRAWS` timesteps and noises, the same in every round."""
+    """Return the learner's mean loss, each example at `DRAWS` timesteps and noises, the same in every round."""
     config, rng = worker.config, generator(worker.config.seed, "held out", client)
     worker.learner.prepare(worker.dataset, held_out, False)
     losses = []
@@ -161,7 +212,7 @@ def held_out_loss(worker: Worker, client: int, held_out: np.ndarray) -> float:
 
 
 def batch_of(dataset: Dataset, indices: np.ndarray, mirrored: Tensor | None = None) -> dict[str, Any]:
-    """Examples as tensors. Only a batch is copied: the dataset is mapped, and shared by all processes of a node."""
+    """Return examples as tensors. Only a batch is copied: the dataset is mapped, one for all processes of a node."""
     images = torch.from_numpy(dataset.images[indices])
     if mirrored is None:
         mirrored = torch.zeros(len(indices), dtype=torch.bool)
@@ -176,7 +227,7 @@ def batch_of(dataset: Dataset, indices: np.ndarray, mirrored: Tensor | None = No
 
 
 def steps_of(examples: int, config: Config, rng: torch.Generator) -> Iterator[tuple[Tensor, ...]]:
-    """Indices of the batches of each optimizer step: epoch after epoch, each in a new order.
+    """Yield the indices of the batches of each optimizer step: epoch after epoch, each in a new order.
 
     An epoch's last batch may be smaller, and its last step may have fewer batches.
     """
@@ -191,7 +242,7 @@ def steps_of(examples: int, config: Config, rng: torch.Generator) -> Iterator[tu
 
 
 def precision(config: Config, device: torch.device) -> torch.autocast:
-    """The context in which a loss is computed."""
+    """Return the context in which a loss is computed."""
     dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.mixed_precision]
     return torch.autocast(device.type, dtype, enabled=config.mixed_precision != "no")
 

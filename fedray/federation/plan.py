@@ -1,11 +1,14 @@
 """What a run is going to do, worked out without training anything."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from fedray.algorithms import Round, Upload
 from fedray.config import Config
 from fedray.data.dataset import Dataset
 from fedray.data.partition import Shards, hold_out
@@ -14,9 +17,9 @@ from fedray.federation import cohort
 from fedray.federation.worker import build
 from fedray.scores import networks
 from fedray.seeds import generator
-from fedray.tasks.lora import LoRA
 from fedray.vector import Layout
 from fedray.vector.adapters import Adapters
+from fedray.wire import counted
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +32,6 @@ class Plan:
     test: Shards
     layout: Layout
     initial: torch.Tensor  # [d], the weights it starts from
-    payload: int  # bytes per client and direction
     only_client: int | None
     fingerprint: dict[str, str]  # of what else the task learns from
     features: str | None  # names the network that scores are measured on, and its weights
@@ -54,6 +56,14 @@ class Plan:
     def unseen(self) -> np.ndarray:
         """The dataset's images that no client trains on: held out, or kept for tests."""
         return np.concatenate([self.held_out.indices, self.test.indices])
+
+    def round(self, config: Config, number: int) -> Round:
+        """Return the round of that number, from 0: its cohort, and what each of it weighs."""
+        clients = cohort_of(config, number)
+        uniform = any(link.uniform for link in config.wire)
+        weights = {client: 1 if uniform else len(self.shards[client]) for client in clients}
+        count = 1 if config.single else config.clients
+        return Round(number, config.seed, tuple(clients), count, weights, self.layout, self.adapters)
 
     @property
     def parts(self) -> dict[str, Shards]:
@@ -88,9 +98,8 @@ def make_plan(config: Config, dataset: Dataset | None = None) -> Plan:
         test=test,
         layout=flat.layout,
         initial=flat.vector.detach().clone(),
-        payload=config.codec.encode_model(flat.vector.detach()).nbytes,
         only_client=config.only_client,
-        fingerprint=config.task.fingerprint(dataset) if isinstance(config.task, LoRA) else {},
+        fingerprint=getattr(config.task, "fingerprint", lambda dataset: {})(dataset),
         features=scored,
         adapters=getattr(learner, "adapters", None),
     )
@@ -108,3 +117,50 @@ def cohort_of(config: Config, number: int) -> list[int]:
     if config.only_client is not None:
         return [config.only_client]
     return cohort.choose(config.clients, config.cohort_size, generator(config.seed, "cohort", number))
+
+
+class PlannedBytes(NamedTuple):
+    """Bytes of a client's messages: down in the first round, down in later ones, and up."""
+
+    first: int
+    down: int
+    up: int
+
+
+def bytes_planned(config: Config, plan: Plan) -> PlannedBytes:
+    """Return the bytes of messages, from a round of one client that trains nothing.
+
+    Where the size of a message depends on what is in it, those of training are others.
+    """
+    round = plan.round(config, 0)
+    method, wire, fold = config.method, config.links, config.fold
+    server = method.init(plan.initial, plan.layout)
+    payload = wire.send(method.broadcast(server, round), round)
+    first, down, memory = counted(payload, method.uncounted), wire.arrive(payload, round), dict[str, torch.Tensor]()
+    local = Idle(config, plan, round, method.start(down, memory))
+    tensors, rows, _ = method.upload(local, down, memory)
+    if wire.lossy:
+        tensors = tensors | {"model": tensors["model"] - down["model"]}
+    sent, _ = wire.encode(tensors, {}, round, local.client)
+    received = wire.decode(sent, round)
+    weights = {name: max(1, round.weight(local.client, name)) for name in received}
+    rows = {"examples": max(1, local.examples), "steps": local.steps} | rows
+    partial = fold.add(fold.start(round), Upload(local.client, received, weights, rows), round)
+    after = method.aggregate(server, wire.finish(fold.result(partial, round), server, round), round)
+    later = wire.send(method.broadcast(after, plan.round(config, 1)), round)
+    return PlannedBytes(first, counted(later, method.uncounted), counted(sent, method.uncounted))
+
+
+class Idle:
+    """A client that makes no step, as an algorithm sees it."""
+
+    def __init__(self, config: Config, plan: Plan, round: Round, start: torch.Tensor) -> None:
+        self.client = round.cohort[0]
+        self.round = round
+        self.examples = len(plan.shards[self.client])
+        self.steps = self.step = config.steps(self.examples)
+        self.weights = start
+        self.total_learning_rate = self.steps * config.learning_rate
+
+    def run(self, correct: Callable[[torch.Tensor], None], stepped: Callable[[], None]) -> None:
+        """Make no step."""

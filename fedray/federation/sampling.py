@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fedray.federation.worker import Weights, Worker
+from fedray.federation.worker import Shared, Worker
 from fedray.record.run import Row
 from fedray.scores.nearest import nearest
 from fedray.seeds import generator
@@ -63,9 +63,10 @@ class NearestJob:
         return f"the nearest training images of images from {self.start} on"
 
 
-def sample_batch(worker: Worker, model: Weights, job: SampleJob) -> tuple[Row, tuple[np.ndarray | None, np.ndarray]]:
+def sample_batch(worker: Worker, model: Shared, job: SampleJob) -> tuple[Row, tuple[np.ndarray | None, np.ndarray]]:
     """One batch from the model (a float32 vector): features [size, d], and images uint8 [keep, c, h, w]."""
-    worker.load(as_tensor(model.vector), model.base)
+    tensors = {name: as_tensor(array) for name, array in model.arrays.items()}
+    worker.load(tensors["model"], tensors.get("base"))
     if job.prompts:
         worker.learner.prompts = job.prompts  # type: ignore[attr-defined]
     images = worker.learner.sample(job.size, generator(job.seed, *job.key), job.sampler, job.steps)
@@ -74,7 +75,7 @@ def sample_batch(worker: Worker, model: Weights, job: SampleJob) -> tuple[Row, t
     return {}, (found, images[: job.keep].numpy())
 
 
-def dataset_features(worker: Worker, _: None, job: FeatureJob) -> tuple[Row, np.ndarray]:
+def dataset_features(worker: Worker, _: Shared, job: FeatureJob) -> tuple[Row, np.ndarray]:
     """Features [stop − start, d] of images of the dataset."""
     images = torch.from_numpy(worker.dataset.images[job.start : job.stop].copy())
     found = worker.features(images).numpy()
@@ -82,10 +83,10 @@ def dataset_features(worker: Worker, _: None, job: FeatureJob) -> tuple[Row, np.
     return {}, found
 
 
-def nearest_images(worker: Worker, trained: np.ndarray, job: NearestJob) -> tuple[Row, tuple[np.ndarray, ...]]:
+def nearest_images(worker: Worker, shared: Shared, job: NearestJob) -> tuple[Row, tuple[np.ndarray, ...]]:
     """Indices of the nearest images trained on, and the distances, of uint8 images (or of those indexed)."""
     dataset = worker.dataset.images
     images = job.images if job.images.ndim > 1 else dataset[job.images]
-    found = nearest(images, dataset, trained, worker.config.random_flip)
+    found = nearest(images, dataset, shared.arrays["trained"], worker.config.random_flip)
     worker.step()
     return {}, found

@@ -6,9 +6,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,25 +16,17 @@ from fedray.data.dataset import Dataset, Source
 from fedray.record.run import Row
 from fedray.scores import networks
 from fedray.seeds import number
-from fedray.tasks import Learner
-from fedray.vector import as_tensor
-from fedray.wire.codecs import Payload
+from fedray.tasks import AdapterLearner, AdapterTask, Learner
+from fedray.wire import Payload
 
 BUILDING = threading.Lock()  # torch's global generator is seeded for it
 
 
-class Weights(NamedTuple):
-    """A model as it goes down: the payload (or, to be measured or sampled, the float32 vector itself).
+class Shared(NamedTuple):
+    """What the jobs of one map share: named arrays, each sent to a process once, and whatever else is small."""
 
-    base: what is added to frozen weights, float32, where a rule has changed them.
-    """
-
-    vector: Payload
-    base: np.ndarray | None = None
-
-    @property
-    def nbytes(self) -> int:
-        return self.vector.nbytes + (0 if self.base is None else self.base.nbytes)
+    arrays: Payload
+    about: Any = None
 
 
 class Worker:
@@ -49,7 +40,7 @@ class Worker:
         self.name = name
         self.source = source  # where this node's cache may have the data
         self.sha256 = sha256  # of the images that the run is about
-        self._base: np.ndarray | None = None
+        self._base: Tensor | None = None
         self.steps_done = 0  # optimizer steps and sampled batches since the process started
         self.on_step: Callable[[int], None] = lambda steps_done: None
 
@@ -62,12 +53,12 @@ class Worker:
     def learner(self) -> Learner:
         return build(self.config, self.device)
 
-    def load(self, vector: Tensor, base: np.ndarray | None) -> None:
+    def load(self, vector: Tensor, base: Tensor | None = None) -> None:
         """Make the learner this model: the vector, and the change of its frozen weights, if there is one."""
         self.learner.flat.vector.detach().copy_(vector)
         # While the last one is held, another at its address is the same: Ray maps an object once.
-        if base is not None and (self._base is None or base.ctypes.data != self._base.ctypes.data):
-            self.learner.set_base(as_tensor(base))  # type: ignore[attr-defined]
+        if base is not None and (self._base is None or base.data_ptr() != self._base.data_ptr()):
+            cast(AdapterLearner, self.learner).set_base(base)
             self._base = base
 
     @cached_property
@@ -94,9 +85,12 @@ Work = Callable[[Worker, Any, Any], tuple[Row, Any]]
 
 
 def build(config: Config, device: torch.device) -> Learner:
-    """The task's learner with the run's initial weights, the same in every process (and in several threads)."""
+    """Build the task's learner with the run's initial weights, the same in every process (and in several threads)."""
     with BUILDING, _seeded(device, config.seed, "init"):
-        return config.task.build(device)
+        trains = config.method.trains
+        if trains is None:
+            return config.task.build(device)
+        return cast(AdapterTask, config.task).build(device, trains)
 
 
 def do(worker: Worker, work: Work, shared: Any, job: Any) -> tuple[Row, Any]:
@@ -129,3 +123,14 @@ def _seeded(device: torch.device, seed: int, *key: str | int) -> Iterator[None]:
     with torch.random.fork_rng([] if device.type == "cpu" else [device]):
         torch.manual_seed(number(seed, *key))
         yield
+
+
+def model(tensors: dict[str, Tensor]) -> Shared:
+    """Return a model to measure or to sample from, as jobs share it: its vector, and a change of its base."""
+    return Shared({name: tensors[name].numpy() for name in ("model", "base") if name in tensors})
+
+
+def sampled(server: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return what is sampled of a server's state: its average in place of the model, where there is one."""
+    average = {"model": server["ema/model"]} if "ema/model" in server else {}
+    return {name: server[name] for name in ("model", "base") if name in server} | average

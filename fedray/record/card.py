@@ -17,7 +17,7 @@ def model_card(config: Config, result: dict[str, Any], command: list[str]) -> st
         "base": base,
         "data": f"{Path(str(data)).name}, {result['examples']:,} images among {config.clients} clients",
         "partition": settings["partition"],
-        "rounds": f"{result['rounds']}, aggregated by {settings['rule']}",
+        "rounds": f"{result['rounds']}, aggregated by {settings['algorithm']}",
         "local training": f"{config.local_steps} steps" if config.local_steps else f"{config.local_epochs} epochs",
         "sent": f"{result['bytes_down']:,} bytes down, {result['bytes_up']:,} up",
         **{name: f"{score['value']:.4g} (n = {score['n']})" for name, score in result["scores"].items()},

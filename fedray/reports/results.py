@@ -10,9 +10,13 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 
 import pandas as pd
 
-from fedray.config import PLACEMENT, TASKS, Config, sha256_of
+from fedray.config import PLACEMENT, Config, sha256_of
 from fedray.errors import UserError, reason
+from fedray.record.upgrade import upgrade
+from fedray.tasks.named import OURS, task_class
 from fedray.record.run import FAILED, RECORD, STOPPED, Row, Run
+from fedray.record.upgrade import upgrade
+from fedray.tasks.named import OURS, task_class
 from fedray.record.run import write as write_text
 
 TABLE = "results.parquet"
@@ -25,7 +29,9 @@ def _kind(hint: Any) -> type:
 
 RUN = {"directory": str, "run": str, "sha256": str, "complete": bool}
 SETTINGS = {name: _kind(hint) for name, hint in get_type_hints(Config).items() if name != "task"}
-OF_TASKS = {f"task.{name}": _kind(hint) for task in TASKS.values() for name, hint in get_type_hints(task).items()}
+OF_TASKS = {
+    f"task.{name}": _kind(hint) for task in map(task_class, OURS) for name, hint in get_type_hints(task).items()
+}
 ROUND = {
     "round": int, "loss": float, "steps": int, "sequential_steps": int, "images": int, "bytes_down": int,
     "bytes_up": int, "training_seconds": float,

@@ -1,6 +1,6 @@
 """What is learned. A task is a frozen dataclass (the configuration *is* the object) that builds a learner."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fedray.data.dataset import Dataset
 from fedray.vector import FlatParameters
+from fedray.vector.adapters import Adapters
 
 # "images": uint8 [b, c, h, w], some of which are "mirrored": bool [b]; "index": int64 [b], in the dataset;
 # "labels": int64 [b] and "prompts": list of b texts, where the dataset has them.
@@ -47,3 +48,21 @@ class Task(Protocol):
 
     def check(self, sampler: str, steps: int) -> None:
         """Raise `UserError` if the task cannot be built, or cannot sample so."""
+
+
+class AdapterLearner(Learner, Protocol):
+    """A learner of adapters on a frozen base."""
+
+    adapters: Adapters
+
+    def set_base(self, change: Tensor) -> None:
+        """Compute with the base's weights changed by this much: float32, in the order of `adapters`."""
+
+
+class AdapterTask(Task, Protocol):
+    """A task that learns adapters: it `offers` "adapters" to algorithms."""
+
+    offers: frozenset[str]
+
+    def build(self, device: torch.device, trains: Callable[[str], bool] = lambda name: True) -> AdapterLearner:
+        """Build a learner of which those parameters are trained whose names `trains` is true of."""

@@ -4,6 +4,7 @@ import hashlib
 import math
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,17 +106,31 @@ def sha256(vector: Tensor) -> str:
     return hashlib.sha256(vector.detach().cpu().contiguous().numpy().astype("<f4", copy=False).data).hexdigest()
 
 
-def save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write tensors as safetensors: complete or not at all (written aside, flushed to disk, then renamed)."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+def sha256_of(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of named tensors: of their names and bytes, by name."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def save(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors as safetensors: complete or not at all (in a temporary file, flushed to disk, then renamed)."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    seen: set[int] = set()
+    own = {}
+    for name, tensor in tensors.items():  # safetensors refuses tensors that share memory, as two names of one do
+        tensor = tensor.detach().cpu().contiguous()
+        own[name] = tensor.clone() if tensor.untyped_storage().data_ptr() in seen else tensor
+        seen.add(tensor.untyped_storage().data_ptr())
     try:
-        # Clones: safetensors refuses tensors that share memory, as views of one vector do.
-        save_file({name: t.detach().clone() for name, t in tensors.items()}, aside, metadata)
-        with open(aside, "rb+") as file:
+        save_file(own, temporary, metadata)
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        aside.replace(path)
+        temporary.replace(path)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def load(path: Path, layout: Layout, prefix: str = "") -> Tensor:

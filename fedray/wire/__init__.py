@@ -1,0 +1,158 @@
+"""What happens to messages between the server and clients: a chain of links, counted in the bytes that they make.
+
+A message is a dictionary of named arrays of any dtype; its bytes are their sum. Without a lossy link, clients send
+their tensors as they are. With one, links see the difference to what the client received, the fold adds differences
+up, and the server adds their mean to its own exact model, once.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from fedray.algorithms import Folded, Round, Tensors
+from fedray.vector import as_tensor
+
+Payload = dict[str, np.ndarray]
+VALUES = "values"  # of what a link makes, what the next one sees
+
+
+class Link:
+    """One transform of messages, both halves of it. Derive from it, as a frozen dataclass.
+
+    A link acts on the model, and on the other tensors that `tensors` names. What it makes of a vector is a vector of
+    any dtype, or a dictionary of them: then the next link sees its "values", and the rest travels beside.
+    """
+
+    abstract = False  # not to be named by users
+    lossy = False  # what arrives is not what was sent
+    uniform = False  # clients must count alike, whatever the number of their examples
+    tensors: tuple[str, ...] = ("model",)
+
+    @property
+    def needs(self) -> Mapping[str, str]:
+        """What the rest of a run must offer, and what to tell the user where it does not."""
+        return {}
+
+    @property
+    def offers(self) -> frozenset[str]:
+        """What the link offers to the rest of a run."""
+        return frozenset()
+
+    def send(self, x: Tensor, round: Round) -> Tensor | Tensors:
+        """Return what goes down for a tensor [d] of the server's."""
+        return x
+
+    def arrive(self, payload: Tensor | Tensors, round: Round) -> Tensor:
+        """Return the tensor [d] that a client makes of what came down."""
+        assert isinstance(payload, Tensor)
+        return payload
+
+    def encode(self, x: Tensor, memory: Tensors, round: Round, client: int) -> tuple[Tensor | Tensors, Tensors]:
+        """Return what goes up for a client's tensor [d], and what the client keeps for this link's next round."""
+        return x, {}
+
+    def decode(self, payload: Tensor | Tensors, round: Round) -> Tensor:
+        """Return the tensor [d] that is folded for what came up."""
+        assert isinstance(payload, Tensor)
+        return payload
+
+    def finish(self, total: Tensor, weight: float, round: Round, survivors: list[int]) -> tuple[Tensor, float]:
+        """Return the sum [d] of all that was folded, float64, and its weight, with what belongs to all of them."""
+        return total, weight
+
+
+@dataclass(frozen=True)
+class Wire:
+    """A chain of links. On the way up the first link acts first, on the way down too."""
+
+    links: tuple[Link, ...] = ()
+
+    @property
+    def lossy(self) -> bool:
+        """Whether differences travel."""
+        return any(link.lossy for link in self.links)
+
+    def send(self, down: Tensors, round: Round) -> Payload:
+        """Return the message that goes down to every client."""
+        message: Tensors = {}
+        for name, x in down.items():
+            for index, link in self._of(name):
+                x = _pack(message, f"{name}/{index}.", link.send(x, round))
+            message[name] = x
+        return _arrays(message)
+
+    def arrive(self, payload: Payload, round: Round) -> Tensors:
+        """Return what a client receives. It must not be written to."""
+        return self._unpack(payload, round, "arrive")
+
+    def encode(self, tensors: Tensors, memory: Tensors, round: Round, client: int) -> tuple[Payload, Tensors]:
+        """Return the message that a client sends, and what its links keep."""
+        message: Tensors = {}
+        kept: Tensors = {}
+        for name, x in tensors.items():
+            for index, link in self._of(name):
+                prefix = f"link{index}.{type(link).__name__.lower()}/" + ("" if name == "model" else f"{name}/")
+                own = {key.removeprefix(prefix): value for key, value in memory.items() if key.startswith(prefix)}
+                made, after = link.encode(x, own, round, client)
+                kept |= {prefix + key: value for key, value in after.items()}
+                x = _pack(message, f"{name}/{index}.", made)
+            message[name] = x
+        return _arrays(message), kept
+
+    def decode(self, payload: Payload, round: Round) -> Tensors:
+        """Return what is folded of a client's message."""
+        return self._unpack(payload, round, "decode")
+
+    def finish(self, folded: Folded, server: Tensors, round: Round) -> Folded:
+        """Finish sums; of differences, make the model that they lead to, in place of them."""
+        for name in folded.sums:
+            for _, link in reversed(self._of(name)):
+                done = link.finish(folded.sums[name], folded.weights[name], round, folded.survivors)
+                folded.sums[name], folded.weights[name] = done
+        if self.lossy:
+            mean = folded.sums["model"] / folded.weights["model"]
+            folded.sums["model"], folded.weights["model"] = server["model"].double() + mean, 1
+            for upload in folded.uploads:
+                upload.tensors["model"] = server["model"] + upload.tensors["model"]
+        return folded
+
+    def _of(self, name: str) -> list[tuple[int, Link]]:
+        """The links that act on the tensor of that name."""
+        return [(index, link) for index, link in enumerate(self.links) if name in link.tensors]
+
+    def _unpack(self, payload: Payload, round: Round, verb: str) -> Tensors:
+        message = {name: as_tensor(array) for name, array in payload.items()}
+        tensors = {}
+        for name in [name for name in message if not _beside(name, message)]:
+            x = message[name]
+            for index, link in reversed(self._of(name)):
+                prefix = f"{name}/{index}."
+                beside = {key.removeprefix(prefix): each for key, each in message.items() if key.startswith(prefix)}
+                x = getattr(link, verb)({VALUES: x, **beside} if beside else x, round)
+            tensors[name] = x
+        return tensors
+
+
+def counted(payload: Payload, uncounted: frozenset[str]) -> int:
+    """Return the bytes of a message, without tensors that a deployment would not send."""
+    return sum(array.nbytes for name, array in payload.items() if name not in uncounted)
+
+
+def _pack(message: Tensors, prefix: str, made: Tensor | Tensors) -> Tensor:
+    """Put what a link made beside the values into the message, and return the values."""
+    if isinstance(made, Tensor):
+        return made
+    message |= {prefix + key: value for key, value in made.items() if key != VALUES}
+    return made[VALUES]
+
+
+def _beside(name: str, message: Tensors) -> bool:
+    """Whether an entry of a message is what a link put beside a tensor's values: NAME/INDEX.KEY."""
+    owner, _, rest = name.rpartition("/")
+    return owner in message and rest.partition(".")[0].isdigit()
+
+
+def _arrays(message: Tensors) -> Payload:
+    return {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in message.items()}

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -67,8 +67,6 @@ class LoRA(Images):
     """Dropout before the adapters, in training."""
     target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     """Ends of the names of the U-Net's layers that get an adapter."""
-    train_a: Annotated[bool, tyro.conf.Suppress] = True
-    """Whether A is trained and travels; the rule ffa freezes it."""
     caption_column: str = "text"
     """Column of metadata.jsonl or .csv (or of the dataset) that has the captions."""
     instance_prompt: str | None = None
@@ -162,14 +160,19 @@ class LoRA(Images):
         """What samples are drawn for: the validation prompts, else the captions, each once."""
         return self.validation_prompt or tuple(dict.fromkeys(dataset.columns["caption"]))
 
-    def build(self, device: torch.device) -> "LoRALearner":
-        return LoRALearner(self, device)
+    @property
+    def offers(self) -> frozenset[str]:
+        """What the task offers to algorithms."""
+        return frozenset({"adapters"} | ({"float32 base"} if self.base_dtype == "float32" else set()))
+
+    def build(self, device: torch.device, trains: Callable[[str], bool] = lambda name: True) -> "LoRALearner":
+        return LoRALearner(self, device, trains)
 
 
 class LoRALearner:
     """A frozen U-Net with adapters on a device. The VAE and the text encoder come and go."""
 
-    def __init__(self, task: LoRA, device: torch.device) -> None:
+    def __init__(self, task: LoRA, device: torch.device, trains: Callable[[str], bool]) -> None:
         self.task, self.device = task, device
         self.dtype = DTYPES[task.base_dtype]
         self.folder = pipeline_folder(task.pretrained_model_name_or_path)
@@ -192,7 +195,7 @@ class LoRALearner:
         for name, parameter in self.unet.named_parameters():
             if ".lora_" in name:
                 parameter.data = parameter.data.float()
-                parameter.requires_grad_(task.train_a or ".lora_B." in name)
+                parameter.requires_grad_(trains(name))
         self.flat = FlatParameters(self.unet)
         self.adapters = adapters(self.unet, self.flat.layout, task.scale)
         self.prompts: tuple[str, ...] = task.validation_prompt

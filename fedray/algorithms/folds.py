@@ -1,0 +1,122 @@
+"""Folds: how the uploads of a round become one. A fold is a monoid: uploads are added to a partial, partials merged."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from fedray.algorithms import Folded, Round, Rows, Tensors, Upload
+
+
+class Fold:
+    """How the uploads of a round become one. Derive from it, as a frozen dataclass."""
+
+    abstract = False  # not to be named by users
+
+    @property
+    def needs(self) -> Mapping[str, str]:
+        """What the rest of a run must offer, and what to tell the user where it does not."""
+        return {}
+
+    @property
+    def offers(self) -> frozenset[str]:
+        """What the fold offers to the rest of a run: "uploads" where it keeps them."""
+        return frozenset()
+
+    def start(self, round: Round) -> Any:
+        """Return the partial of no upload."""
+        raise NotImplementedError
+
+    def add(self, partial: Any, upload: Upload, round: Round) -> Any:
+        """Return the partial with one more upload; `partial` may be changed."""
+        raise NotImplementedError
+
+    def merge(self, first: Any, second: Any, round: Round) -> Any:
+        """Return the partial of the uploads of both; both may be changed."""
+        raise NotImplementedError
+
+    def result(self, partial: Any, round: Round) -> Folded:
+        """Return what all uploads make."""
+        raise NotImplementedError
+
+
+class Collect(Fold):
+    """All uploads, to be combined at once by `combine`: memory grows with the cohort."""
+
+    abstract = True
+
+    def start(self, round: Round) -> list[Upload]:
+        return []
+
+    def add(self, partial: list[Upload], upload: Upload, round: Round) -> list[Upload]:
+        return [*partial, upload]
+
+    def merge(self, first: list[Upload], second: list[Upload], round: Round) -> list[Upload]:
+        return first + second
+
+    def result(self, partial: list[Upload], round: Round) -> Folded:
+        uploads = sorted(partial, key=lambda upload: upload.client)
+        names = uploads[0].tensors if uploads else ()
+        combined = {name: self.combine([upload.tensors[name] for upload in uploads]) for name in names}
+        rows = [(upload.client, upload.rows) for upload in uploads]
+        return Folded(
+            {name: tensor.double() for name, tensor in combined.items()}, dict.fromkeys(combined, 1), rows, uploads
+        )
+
+    def combine(self, tensors: list[Tensor]) -> Tensor:
+        """Return what takes the mean's place, from each client's tensor [d], ascending by client."""
+        raise NotImplementedError
+
+
+@dataclass
+class _Means:
+    """A partial of `Mean`: running means and their weights by name, numbers by client, and uploads if they are kept."""
+
+    means: Tensors = field(default_factory=dict)
+    weights: dict[str, int] = field(default_factory=dict)
+    rows: list[tuple[int, Rows]] = field(default_factory=list)
+    uploads: list[Upload] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Mean(Fold):
+    """Σ w x / Σ w, as a running mean: it holds one upload at a time, and of one upload alone it is x itself.
+
+    Adapters' uploads are kept: products of factors are no sums of vectors.
+    """
+
+    @property
+    def offers(self) -> frozenset[str]:
+        return frozenset({"uploads"})
+
+    def start(self, round: Round) -> _Means:
+        return _Means()
+
+    def add(self, partial: _Means, upload: Upload, round: Round) -> _Means:
+        for name, tensor in upload.tensors.items():
+            self._add(partial, name, tensor, upload.weights[name])
+        partial.rows.append((upload.client, upload.rows))
+        if round.adapters is not None:
+            partial.uploads.append(upload)
+        return partial
+
+    def _add(self, partial: _Means, name: str, tensor: Tensor, weight: int) -> None:
+        if weight == 0:
+            return
+        partial.weights[name] = total = partial.weights.get(name, 0) + weight
+        if name not in partial.means:
+            partial.means[name] = tensor.clone()
+        else:
+            partial.means[name].lerp_(tensor, weight / total)
+
+    def merge(self, first: _Means, second: _Means, round: Round) -> _Means:
+        for name, mean in second.means.items():
+            self._add(first, name, mean, second.weights[name])
+        return _Means(first.means, first.weights, first.rows + second.rows, first.uploads + second.uploads)
+
+    def result(self, partial: _Means, round: Round) -> Folded:
+        sums = {name: mean.double() * partial.weights[name] for name, mean in partial.means.items()}
+        uploads = sorted(partial.uploads, key=lambda upload: upload.client)
+        weights: dict[str, float] = {**partial.weights}
+        return Folded(sums, weights, sorted(partial.rows, key=lambda row: row[0]), uploads)

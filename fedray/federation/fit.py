@@ -1,0 +1,175 @@
+"""The whole run: rounds, checkpoints, samples and scores, one after the other, until all rounds are complete."""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from tensorboardX import SummaryWriter
+
+from fedray import vector
+from fedray.config import Config
+from fedray.data import partition_picture
+from fedray.data.dataset import Dataset
+from fedray.federation.evaluation import (
+    GRID,
+    evaluate,
+    look_for_copies,
+    open_reference,
+    prompts_of,
+    sample,
+)
+from fedray.federation.plan import Plan, make_plan
+from fedray.federation.round import Session, run_round, validate_round
+from fedray.federation.worker import build, model, sampled
+from fedray.record import pictures
+from fedray.record.checkpoint import State
+from fedray.record.resume import check_resumable
+from fedray.record.run import Row, Run
+from fedray.scores.nearest import LOOKED_AT
+from fedray.scores.reference import Reference
+
+PROMPTS_DRAWN = 10  # of a run's prompts, those that are drawn as it goes
+IMAGES_PER_PROMPT = 2
+
+
+def prepare(config: Config, run: Run, resume: bool = False, dataset: Dataset | None = None) -> Plan:
+    """Work out a run, and check that its directory allows it. `dataset` is the task's, if it is loaded already.
+
+    Raises:
+        UserError: the configuration, the data or the directory does not allow it.
+    """
+    plan = make_plan(config, dataset)
+    if resume:
+        check_resumable(Run.open(run.directory), config)
+        run.check_data(plan.data)
+    else:
+        run.check_vacant()
+    run.check_disk(config, plan.layout)
+    return plan
+
+
+def fit(session: Session, provenance: dict[str, Any], resume: bool = False) -> Iterator[Row]:
+    """Do all rounds that are left: yields a row per round, and writes the run directory.
+
+    `provenance` is what config.json says of versions, machine and command.
+
+    Raises:
+        UserError: the images cannot be scored against, or the directory is not writable (nothing is written then).
+        RunError: the run cannot go on; what was saved stays, and it can be resumed.
+    """
+    config, plan, run = session.config, session.plan, session.run
+    scored = config.evaluate_samples and config.features is not None
+    against = open_reference(config, plan.dataset, session.pool, session.show) if scored else None
+    if not resume:
+        frame, picture = partition_picture.make(plan.dataset, plan.parts)
+        run.create(config, plan.data, provenance)
+        frame.to_csv(run.directory / "partition.csv", index=False)
+        picture.savefig(run.directory / "partition.png", dpi=100)
+    with run.locked(), SummaryWriter(str(run.directory / "tensorboard"), flush_secs=1) as board:
+        state, row = run.state(plan.layout), None
+        if state is None:
+            state = State(0, config.method.init(plan.initial, plan.layout))
+        if resume:
+            row = run.recover(state.round)
+        if state.round == 0 and prompts_of(config, plan.dataset):
+            draw_prompts(session, state)
+        while row is not None or state.round < config.rounds:
+            if row is None:
+                state, row = run_round(session, state)
+                if plan.held_out.sizes.any() and config.validates(state.round):
+                    row["held_out"] = validate_round(session, state, row)
+                began = time.perf_counter()
+                run.complete(state, row, plan.layout, config.checkpoints_total_limit)
+                row["seconds"]["save"] = time.perf_counter() - began
+            if config.validates(state.round) and prompts_of(config, plan.dataset):
+                draw_prompts(session, state)
+            if config.evaluates(state.round):
+                evaluate_round(session, state, row, against)
+            run.append(row)
+            _plot(board, row)
+            yield row
+            row = None
+        if run.result is None:
+            _finish(session, state)
+
+
+def evaluate_round(session: Session, state: State, row: Row, against: Reference | None) -> None:
+    """Score the model (its average, where there is one) into `row`, and draw its samples.
+
+    After the last round also: the scores' intervals, and whether samples copy what was trained on.
+    """
+    config, plan, run = session.config, session.plan, session.run
+    began, last = time.perf_counter(), state.round == config.rounds
+    look = last and len(plan.unseen) > 0
+    keep = LOOKED_AT if look else GRID
+    found = evaluate(
+        session.pool, model(sampled(state.tensors)), config.evaluate_samples, config, plan.dataset, against,
+        session.metrics, keep, intervals=last, show=session.show,
+    )  # fmt: skip
+    row["scores"], row["evaluation"] = found.scores, found.about
+    pictures.draw(run.directory, "samples", found.images[:GRID], state.round)
+    if config.keep_samples:
+        pictures.keep_samples(run.directory, found.images, state.round)
+    if look:
+        share, closest, nearest = look_for_copies(session.pool, found.images, plan.trained, plan.unseen, session.show)
+        row["scores"]["copies"] = share.to_json()
+        pictures.draw_nearest(run.directory, found.images[closest], plan.dataset.images[nearest], state.round)
+    row["seconds"]["evaluate"] = time.perf_counter() - began
+
+
+def draw_prompts(session: Session, state: State) -> None:
+    """Draw samples for each prompt, from the same noise in every round (Chen 2024, figures 6 and 7)."""
+    config = session.config
+    prompts = prompts_of(config, session.plan.dataset)[:PROMPTS_DRAWN]
+    plain = replace(config, features=None, eval_batch_size=len(prompts))
+    count = len(prompts) * IMAGES_PER_PROMPT
+    shared = model(sampled(state.tensors))
+    _, images = sample(session.pool, shared, count, plain, config.seed, session.show, prompts=prompts)
+    pictures.draw_prompts(session.run.directory, images, prompts, state.round, final=state.round == config.rounds)
+
+
+def _plot(board: SummaryWriter, row: Row) -> None:
+    """Add a round's numbers to TensorBoard."""
+    held_out = {f"held_out/{name}": value for name, value in row["held_out"].items() if name != "clients"}
+    scalars = {"loss": row["loss"], "seconds": row["seconds"]["round"], "bytes": row["bytes_down"] + row["bytes_up"]}
+    scores = {name: score["value"] for name, score in row["scores"].items()}
+    for name, value in (scalars | held_out | scores).items():
+        if value is not None:
+            board.add_scalar(name, value, row["round"])
+
+
+def _finish(session: Session, state: State) -> None:
+    """Write the model for diffusers, then the result: when result.json is there, all is there."""
+    config, plan, run = session.config, session.plan, session.run
+    learner: Any = build(config, torch.device("cpu"))
+    delivered = sampled(state.tensors)
+    learner.flat.vector.detach().copy_(delivered["model"])
+    if "base" in delivered:
+        learner.set_base(delivered["base"])
+    learner.save(run.directory / "model")
+    rows = run.rows
+    totals: dict[str, Any] = {
+        name: sum(row[name] for row in rows)
+        for name in ("steps", "sequential_steps", "images", "bytes_down", "bytes_up")
+    }
+    trained = [state.tensors[name] for name in ("model", "base") if name in state.tensors]
+    result: Row = {
+        "vector_sha256": vector.sha256(torch.cat(trained)),
+        "state_sha256": vector.sha256_of(state.tensors),
+        "rounds": state.round,
+        "loss": rows[-1]["loss"],
+        "scores": rows[-1]["scores"],
+        "evaluation": rows[-1]["evaluation"],
+        "held_out": rows[-1]["held_out"],
+        **totals,
+        "examples": len(plan.dataset),
+        "passes": totals["images"] / len(plan.dataset),
+        "seconds": math.fsum(
+            sum(row["seconds"].get(k, 0) for k in ("round", "validate", "save", "evaluate")) for row in rows
+        ),
+    }
+    run.write_card(config, result)
+    run.finish(result)

@@ -1,0 +1,194 @@
+"""A communication round on one page (Chen 2024, section 2.4.1), and how the model does on what clients hold out.
+
+The server sends w to a random subset of the clients, each trains locally and returns v, the server takes the mean
+weighted by examples as the new w: or whatever the algorithm, the fold and the wire make of these steps. Who computes
+is the pool's affair.
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fedray.algorithms import Round, Upload
+from fedray.config import Config
+from fedray.errors import RunError
+from fedray.federation.evaluation import Metric, Show, silent
+from fedray.federation.local import Trained, TrainJob, ValidateJob, client_update, validate
+from fedray.federation.plan import Plan
+from fedray.federation.pool import Pool, Reply, in_order
+from fedray.federation.worker import Shared, model
+from fedray.record.checkpoint import State
+from fedray.record.run import Row, Run
+from fedray.vector import as_tensor
+from fedray.wire import Payload, counted
+
+
+@dataclass(frozen=True, eq=False)
+class Session:
+    """A run that is going on: what was asked, what it comes to, who computes, where it is written, who looks on."""
+
+    config: Config
+    plan: Plan
+    pool: Pool
+    run: Run
+    show: Show = silent
+    metrics: Mapping[str, Metric] = field(default_factory=dict)  # scores of the user's own, by name
+
+
+def run_round(session: Session, state: State) -> tuple[State, Row]:
+    """Do one communication round.
+
+    Raises:
+        RunError: no client returned a usable model.
+    """
+    config, server = session.config, state.tensors
+    method, fold, wire = config.method, config.fold, config.links
+    round = session.plan.round(config, state.round)
+    started, ledger = time.perf_counter(), Ledger(round)
+    try:
+        down = wire.send(method.broadcast(server, round), round)
+    except OverflowError as error:
+        raise RunError(f"round {round.number + 1}: {error}") from None
+    ledger.bytes_down = counted(down, method.uncounted)
+    partial = fold.start(round)
+    for reply in train(session, round, down):  # in cohort order, so that float sums are reproducible
+        if not ledger.add(reply):
+            continue
+        began = time.perf_counter()
+        client, trained = reply.job.client, reply.fetch()
+        tensors = wire.decode(trained.payload, round)
+        weights = {name: round.weight(client, name) for name in tensors}
+        partial = fold.add(partial, Upload(client, tensors, weights, ledger.numbers(reply, trained)), round)
+        remember(session, client, round, trained)
+        ledger.folding += time.perf_counter() - began
+    ledger.check()
+    folded = wire.finish(fold.result(partial, round), server, round)
+    after = method.aggregate(server, folded, round)
+    row = ledger.row(method.diagnose(server, after, folded, round))
+    row["seconds"]["round"] = time.perf_counter() - started
+    return State(round.number + 1, after), row
+
+
+def train(session: Session, round: Round, down: Payload) -> Iterator[Reply]:
+    """Train the cohort, and yield each client's reply, ascending by client."""
+    config, plan, run = session.config, session.plan, session.run
+    total = sum(config.steps(len(plan.shards[client])) for client in round.cohort)
+
+    def progress(done: int) -> None:
+        session.show("training", round.number + done / total, config.rounds)
+
+    def jobs() -> Iterator[TrainJob]:  # drawn only as fast as they are done: a memory may be as large as two models
+        for client in round.cohort:
+            memory = run.recall(client, run.generation(client, round.number))
+            arrays = {name: tensor.numpy() for name, tensor in memory.items()}
+            yield TrainJob(round.number, client, plan.shards[client], plan.held_out[client], arrays)
+
+    progress(0)
+    return in_order(session.pool.map(client_update, Shared(down, round), jobs(), progress))
+
+
+def remember(session: Session, client: int, round: Round, trained: Trained) -> None:
+    """Save what a client keeps: it counts once the round is complete."""
+    if trained.memory:
+        memory = {name: as_tensor(array) for name, array in trained.memory.items()}
+        session.run.remember(client, round.number + 1, memory)
+
+
+class Ledger:
+    """What happened in a round: a row for each client of the cohort, and what they make together."""
+
+    def __init__(self, round: Round) -> None:
+        self.round = round
+        self.bytes_down = 0  # to each client
+        self.folding = 0.0  # seconds
+        self.rows: list[Row] = []
+        self.failures: list[tuple[int, str, str]] = []  # client, reason, trace
+
+    def add(self, reply: Reply) -> bool:
+        """Note a client's reply. Returns whether it took part."""
+        job: TrainJob = reply.job
+        row = {"client": job.client, "examples": len(job.indices), "bytes_down": self.bytes_down, **reply.row}
+        self.rows.append(row)
+        row["outcome"] = row.pop("error", "ok")
+        if not reply.ok:
+            self.failures.append((job.client, row["outcome"], row.pop("trace")))
+        return reply.ok
+
+    def numbers(self, reply: Reply, trained: Trained) -> dict[str, float]:
+        """Return a client's numbers for the algorithm's other half, its own among them; those go to the row too."""
+        if trained.rows:
+            self.rows[-1]["algorithm"] = trained.rows
+        return {"examples": reply.row["examples"], "steps": reply.row["steps"], **trained.rows}
+
+    def check(self) -> None:
+        """Raise `RunError` where nobody took part."""
+        if len(self.failures) == len(self.rows):
+            client, reason, trace = self.failures[0]
+            failed = RunError(f"round {self.round.number + 1}: no client returned a model. Client {client}: {reason}.")
+            failed.add_note(trace)
+            raise failed
+
+    def row(self, aggregation: Mapping[str, float]) -> Row:
+        """Return the round's row. Means are weighted by examples."""
+        took_part = [row for row in self.rows if row["outcome"] == "ok"]
+        examples = sum(row["examples"] for row in took_part)
+        return {
+            "round": self.round.number + 1,
+            "cohort": list(self.round.cohort),
+            "loss": sum(row["examples"] * row["loss"] for row in took_part) / examples,
+            "examples": examples,
+            "steps": sum(row["steps"] for row in took_part),
+            "sequential_steps": max(row["steps"] for row in took_part),
+            "images": sum(row["images"] for row in took_part),
+            "bytes_down": sum(row["bytes_down"] for row in self.rows),
+            "bytes_up": sum(row["bytes_up"] for row in took_part),
+            "seconds": {"fold": self.folding},
+            "aggregation": dict(aggregation),
+            "held_out": {},
+            "scores": {},
+            "evaluation": {},
+            "clients": self.rows,
+        }
+
+
+def validate_round(session: Session, state: State, row: Row) -> Row:
+    """Measure held-out losses of a round, means weighted by examples; {} where no client has held any out.
+
+    local: before aggregation, over the cohort, each client's own model on its own examples;  aggregated: of the
+    aggregated model on the same;  global: of it, over all clients;  spread: its standard deviation over clients;
+    clients: each of them.
+    """
+    config, held_out = session.config, session.plan.held_out
+    began = time.perf_counter()
+    clients = range(config.clients) if config.only_client is None else [config.only_client]
+    sizes = {client: len(held_out[client]) for client in clients if len(held_out[client])}
+    if not sizes:
+        return {}
+    jobs = [ValidateJob(client, held_out[client]) for client in sizes]
+    losses = {}
+    for reply in in_order(session.pool.map(validate, model(plain(state)), jobs, lambda done: None)):
+        if not reply.ok:
+            failed = RunError(f"round {state.round}: {reply.job} could not be measured: {reply.row['error']}.")
+            failed.add_note(reply.row["trace"])
+            raise failed
+        losses[reply.job.client] = reply.row["held_out"]
+    local = {client["client"]: client["held_out_local"] for client in row["clients"] if "held_out_local" in client}
+    row["seconds"]["validate"] = time.perf_counter() - began
+
+    def mean(values: dict[int, float]) -> float | None:
+        return float(np.average(list(values.values()), weights=[sizes[c] for c in values])) if values else None
+
+    spread = float(np.std(list(losses.values())))
+    aggregated = {client: losses[client] for client in local}
+    return {
+        "local": mean(local), "aggregated": mean(aggregated), "global": mean(losses), "spread": spread,
+        "clients": losses,
+    }  # fmt: skip
+
+
+def plain(state: State) -> dict[str, Any]:
+    """Return the model that clients train, without its average."""
+    return {name: tensor for name, tensor in state.tensors.items() if name in ("model", "base")}

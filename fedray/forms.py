@@ -1,0 +1,238 @@
+"""Short forms: objects that a user names in one word, on the command line, in JSON and in Python.
+
+dirichlet:0.1              a class of fedray's, and the values of its fields in order
+fedadam:lr=0.01            or by name
+ema:0.999:fedadam:lr=0.01  a wrapper takes the rest for what it wraps
+mine.py:FedProx:0.1        a class of the user's own, in a file
+"""
+
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+import re
+import types
+import typing
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fedray import own
+from fedray.errors import UserError, check_name, reason
+
+
+@dataclass(frozen=True)
+class Menu:
+    """The classes of one kind that can be named: those that a module, or the files of a package, define.
+
+    kind: a word for messages;  base: the class that they, and users' own, derive from;  module: where ours are.
+    """
+
+    kind: str
+    base: type
+    module: str
+
+    @cached_property
+    def classes(self) -> dict[str, type]:
+        """The classes by name: their own `name`, else the class's in lower case."""
+        module = importlib.import_module(self.module)
+        modules = [module]
+        for entry in pkgutil.iter_modules(getattr(module, "__path__", [])):
+            modules.append(importlib.import_module(f"{self.module}.{entry.name}"))
+        return {
+            name_of(cls): cls
+            for each in modules
+            for cls in vars(each).values()
+            if isinstance(cls, type) and issubclass(cls, self.base) and cls.__module__ == each.__name__
+            if cls is not self.base and not cls.__name__.startswith("_") and not vars(cls).get("abstract", False)
+        }
+
+    def parse(self, text: str, allowed: Collection[Path] | None = None) -> Any:
+        """Make the object that a short form names.
+
+        Args:
+            allowed: the user's own files that may run; None for all. What is in another becomes an `Unloaded`.
+
+        Raises:
+            UserError: there is no such class, or it takes other values.
+        """
+        name, *values = text.split(":")
+        if not name.endswith(".py"):
+            check_name(self.kind, name, self.classes)
+            return self._make(self.classes[name], text, values, allowed)
+        file = Path(name).absolute()
+        if allowed is not None and file.resolve() not in allowed:
+            return Unloaded(self.kind, ":".join([str(file), *values]))
+        own_name, *values = values or [""]
+        cls = getattr(own.load_file(file), own_name, None)
+        if not (isinstance(cls, type) and issubclass(cls, self.base)):
+            raise UserError(
+                f"{self.kind} {text!r}: {name} has no class {own_name!r} that derives from fedray's "
+                f"{self.base.__name__} (the form is FILE.py:CLASS:VALUES)."
+            )
+        return self._make(cls, text, values, allowed)
+
+    def form(self, chosen: Any) -> str:
+        """Return the short form that `parse` reads; the repr of an object whose class is in no file."""
+        if isinstance(chosen, Unloaded):
+            return chosen.text
+        cls = type(chosen)
+        if self.classes.get(name_of(cls)) is cls:
+            name = name_of(cls)
+        else:
+            try:
+                file = inspect.getsourcefile(cls)
+            except TypeError:
+                file = None
+            if file is None or not file.endswith(".py") or "." in cls.__qualname__:
+                return repr(chosen)
+            name = f"{Path(file).absolute()}:{cls.__qualname__}"
+        words, nested, in_order = [name], [], True
+        for field in fields_of(cls):
+            value = getattr(chosen, field.name)
+            if self._nests(field):
+                nested = [self.form(value)]
+            elif value == field.default:
+                in_order = False
+            else:
+                text = _text(value)
+                words.append(text if in_order else f"{field.name}={text}")
+        return ":".join([*words, *nested])
+
+    def _nests(self, field: "Field") -> bool:
+        return isinstance(field.type, type) and issubclass(field.type, self.base)
+
+    def _make(self, cls: type, text: str, values: list[str], allowed: Collection[Path] | None) -> Any:
+        """Call a class with the values that a short form gives."""
+        fields = fields_of(cls)
+        by_name = {field.name: field for field in fields}
+        waiting, given = list(fields), {}
+        form = name_of(cls) + "".join(f":{f.name}" if f.required else f"[:{f.name}]" for f in fields)
+        while values:
+            value = values.pop(0)
+            key, equals, named = value.partition("=")
+            field = by_name.get(key) if equals else None
+            if field is None:
+                field = next((field for field in waiting if field.name not in given), None)
+            else:
+                value = named
+            if field is None:
+                raise UserError(f"{self.kind} {text!r} is not of the form {form!r}.")
+            if self._nests(field):
+                given[field.name] = self.parse(":".join([value, *values]), allowed)
+                break
+            given[field.name] = _value(value, field.type, f"{self.kind} {text!r}", form)
+        if any(field.required and field.name not in given for field in fields):
+            raise UserError(f"{self.kind} {text!r} is not of the form {form!r}.")
+        try:
+            return cls(**given)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{self.kind} {text!r}: {reason(error)}.") from None
+
+
+@dataclass(frozen=True)
+class Unloaded:
+    """An object of a user's own file that a run directory names and the user has not: code there never runs by itself.
+
+    It is told apart by its text, and refuses to be used.
+    """
+
+    kind: str
+    text: str
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        file = self.text.partition(".py:")[0] + ".py"
+        raise UserError(
+            f"this needs the {self.kind} {self.text}, which is code of a file that the run names: if you trust it, "
+            f"name the file again (--code {file})."
+        )
+
+
+@dataclass(frozen=True)
+class Field:
+    """A parameter of a class: its name, its type and its default (`inspect.Parameter.empty` for none)."""
+
+    name: str
+    type: Any
+    default: Any
+
+    @property
+    def required(self) -> bool:
+        return self.default is inspect.Parameter.empty
+
+
+def fields_of(cls: type) -> list[Field]:
+    """Return the parameters that a class is made with."""
+    hints = typing.get_type_hints(vars(cls).get("__init__", object.__init__))
+    parameters = inspect.signature(cls).parameters.values()
+    return [Field(each.name, _plain(hints.get(each.name, str)), each.default) for each in parameters]
+
+
+def name_of(cls: type) -> str:
+    """Return the name of a class in short forms."""
+    return vars(cls).get("name", cls.__name__.lower())
+
+
+def _plain(hint: Any) -> Any:
+    """The type of `X | None` is X."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return next(each for each in typing.get_args(hint) if each is not type(None))
+    return hint
+
+
+def _value(text: str, kind: Any, what: str, form: str) -> Any:
+    """A value as its field's type."""
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise UserError(f"{what}: {text!r} is neither true nor false (the form is {form!r}).")
+        return text.lower() == "true"
+    if kind not in (int, float):
+        return text
+    try:
+        return kind(text)
+    except ValueError:
+        number = "a whole number" if kind is int else "a number"
+        raise UserError(f"{what}: {text!r} is not {number} (the form is {form!r}).") from None
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value).removesuffix(".0")
+
+
+def files_named(arguments: Collection[str]) -> set[Path]:
+    """Return the Python files that command-line arguments name, as `FILE.py:Class` or alone: these may run."""
+    found = set()
+    for argument in arguments:
+        for word in re.split(r"[=,]", argument):
+            head = word.partition(".py")[0] + ".py"
+            if ".py" in word and Path(head).is_file():
+                found.add(Path(head).resolve())
+    return found
+
+
+def parse_all(menu: Menu, text: str, plain: Mapping[str, tuple], allowed: Collection[Path] | None = None) -> tuple:
+    """Make the objects of a list of short forms, separated by commas; `plain` are names for whole lists."""
+    if text in plain:
+        return plain[text]
+    return tuple(menu.parse(each, allowed) for each in text.split(","))
+
+
+def check_types(settings: Any) -> None:
+    """Raise `UserError` where a field of a dataclass that is a number or text holds something else."""
+    hints = typing.get_type_hints(type(settings))
+    for each in dataclasses.fields(settings):
+        kinds = typing.get_args(hints[each.name]) or (hints[each.name],)
+        value = getattr(settings, each.name)
+        if not all(kind in WORDS for kind in kinds):
+            continue
+        fits = isinstance(value, kinds) or (float in kinds and isinstance(value, int))
+        if not fits or (isinstance(value, bool) and bool not in kinds):
+            words = " or ".join(WORDS[kind] for kind in kinds)
+            raise UserError(f"--{each.name.replace('_', '-')} {value!r}: it must be {words}.")
+
+
+WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "None"}

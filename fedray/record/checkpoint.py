@@ -1,0 +1,78 @@
+"""The state of a run between rounds, on disk: named tensors in one safetensors file, and the row of its round."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fedray.errors import UserError
+from fedray.vector import Layout, load, save
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """Everything that the next round depends on, but for what clients keep.
+
+    round: complete rounds;  tensors: the server's, by name: "model" [d], and what the algorithm has.
+    """
+
+    round: int
+    tensors: dict[str, Tensor]
+
+
+def save_state(path: Path, state: State, layout: Layout, row: Mapping[str, object]) -> None:
+    """Write a state and the row of its round: complete or not at all."""
+    shapes = dict(zip(layout.names, layout.shapes, strict=True))
+    metadata = {"round": str(state.round), "layout": json.dumps(shapes), "row": json.dumps(row)}
+    save(path, state.tensors, metadata)
+
+
+def load_state(path: Path, layout: Layout) -> State:
+    """Read a state; also one that a version before named state wrote.
+
+    Raises:
+        UserError: it is damaged, or of another model.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            if "layout" not in metadata:
+                return _load_format_1(path, layout)
+            shapes = {name: tuple(shape) for name, shape in json.loads(metadata["layout"]).items()}
+            _check_layout(path, shapes, layout)
+            return State(int(metadata["round"]), {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is damaged: {error}.") from None
+
+
+def load_row(path: Path) -> dict[str, object]:
+    """Read the row of a checkpoint's round."""
+    with safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()["row"])
+
+
+def _check_layout(path: Path, shapes: Mapping[str, tuple[int, ...]], layout: Layout) -> None:
+    for name, shape in zip(layout.names, layout.shapes, strict=True):
+        if name not in shapes:
+            raise UserError(f"{path} has no tensor {name!r}: it is of another model.")
+        if shapes[name] != shape:
+            raise UserError(
+                f"{path}: {name!r} has shape {list(shapes[name])}, not {list(shape)}: it is of another model."
+            )
+
+
+def _load_format_1(path: Path, layout: Layout) -> State:
+    """A checkpoint whose tensors are the model's parameters by name, of its average `ema.NAME`, and `base`."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata, names = file.metadata(), set(file.keys())
+            tensors = {"base": file.get_tensor("base")} if "base" in names and "base" not in layout.names else {}
+        tensors["model"] = load(path, layout)
+        if metadata["ema"] == "True":
+            tensors["ema/model"] = load(path, layout, "ema.")
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return State(int(metadata["round"]), tensors)

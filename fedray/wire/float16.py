@@ -1,0 +1,43 @@
+"""Half the bytes."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedray.algorithms import Round, Tensors
+from fedray.wire import Link
+
+
+@dataclass(frozen=True)
+class Float16(Link):
+    """Half the bytes: down goes fp16(w), up comes fp16(v − fp16(w)), which the server adds to its float32 w.
+
+    Differences, because rounding the weights themselves to float16 would freeze most of them.
+
+    Raises:
+        OverflowError: a value is beyond float16's largest, 65,504.
+    """
+
+    lossy = True
+
+    def send(self, x: Tensor, round: Round) -> Tensor:
+        return _half(x, "model")
+
+    def arrive(self, payload: Tensor | Tensors, round: Round) -> Tensor:
+        assert isinstance(payload, Tensor)
+        return payload.float()
+
+    def encode(self, x: Tensor, memory: Tensors, round: Round, client: int) -> tuple[Tensor, Tensors]:
+        return _half(x, "update"), {}
+
+    def decode(self, payload: Tensor | Tensors, round: Round) -> Tensor:
+        assert isinstance(payload, Tensor)
+        return payload.float()
+
+
+def _half(values: Tensor, what: str) -> Tensor:
+    half = values.to(torch.float16)
+    if not torch.isfinite(half).all():
+        raise OverflowError(f"the {what} has values beyond float16's range; use wire float32.")
+    return half
