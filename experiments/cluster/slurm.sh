@@ -9,10 +9,10 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #
-# A run on a Slurm allocation. Checked with ShellCheck and on one node with a stand-in for srun; not run on Slurm.
+# A run on a Slurm allocation. Run on one node with a stand-in for srun; not run on Slurm.
 # From the top of the repository, which lies with .venv and the run on storage that all nodes see:
 #
-#   .venv/bin/ray get-auth-token --generate     # once: ~/.ray/auth_token
+#   .venv/bin/ray get-auth-token --generate > /dev/null && chmod 600 ~/.ray/auth_token     # once
 #   sbatch experiments/cluster/slurm.sh train /shared/runs/digits --preset digits --gpus-per-actor 1
 #
 # --exclusive: Ray's ports are fixed, and `ray stop` at the end of the job stops every Ray of yours on the node.

