@@ -13,7 +13,8 @@ _HOME = {
     "Dataset": "data.dataset", "FlatParameters": "vector", "DDPM": "tasks.ddpm", "Run": "record.run",
     "IID": "data.partition", "Quantity": "data.partition", "ByLabel": "data.partition", "ByAttribute": "data.partition",
     "ByFolder": "data.partition", "Dirichlet": "data.partition", "Shards": "data.partition", 
-    "run_local_only": "cluster.alone",     "Float16": "wire.float16",
+    "run_local_only": "cluster.alone",     "Float16": "wire.float16", "Algorithm": "algorithms", "Wrapper": "algorithms",
+    "Fold": "algorithms.folds", "Collect": "algorithms.folds", "Mean": "algorithms.folds", "Link": "wire",
     "FedAvg": "algorithms.fedavg", "grid": "record.pictures", 
     "run": "cluster.actors",    "summary": "reports.results", "score_table": "reports.results",
 }  # fmt: skip
