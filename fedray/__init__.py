@@ -12,9 +12,10 @@ _HOME = {
     "Config": "config", "PRESETS": "presets", "SMOKE": "presets", "RunError": "errors", "UserError": "errors",
     "Dataset": "data.dataset", "FlatParameters": "vector", "DDPM": "tasks.ddpm", "Run": "record.run",
     "IID": "data.partition", "Quantity": "data.partition", "ByLabel": "data.partition", "ByAttribute": "data.partition",
-    "ByFolder": "data.partition", "Dirichlet": "data.partition", "Shards": "data.partition", 
-    "run_local_only": "cluster.alone",     "Float16": "wire.codecs", "Float32": "wire.codecs", "FedAvg": "algorithms.rules", "grid": "record.run", 
-    "run": "cluster.actors",    "summary": "reports.results", "score_table": "reports.results",
+    "ByFolder": "data.partition", "Dirichlet": "data.partition", "Shards": "data.partition", "grid": "record.run",
+    "Float16": "wire.codecs", "Float32": "wire.codecs", "FedAvg": "algorithms.rules",
+    "summary": "reports.results", "score_table": "reports.results",
+    "run": "cluster.driver", "run_local_only": "cluster.alone", "sweep": "cluster.tune", "Experiment": "cluster.trials",
 }  # fmt: skip
 __all__ = list(_HOME)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from fedray.cluster.actors import open_pool
+from fedray.cluster.pool import open_pool
 from fedray.commands.terminal import progress
 from fedray.config import Config
 from fedray.errors import UserError

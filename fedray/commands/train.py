@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fedray.algorithms.lora_rules import Flora
-from fedray.cluster.actors import run
 from fedray.cluster.alone import run_local_only
+from fedray.cluster.driver import run
 from fedray.commands.settings import ask
 from fedray.commands.terminal import print_table, program, progress
 from fedray.config import Config

@@ -18,7 +18,7 @@ from PIL import Image
 import fedray
 from fedray import files
 from fedray.cli import main
-from fedray.cluster.actors import RayPool
+from fedray.cluster.pool import RayPool
 from fedray.data.sources import digits
 from fedray.errors import RunError, UserError
 from fedray.federation.engine import fit

@@ -278,12 +278,12 @@ def test_stopped_and_resumed_and_on_actors_it_is_the_same_run(ray, config, tmp_p
 @pytest.mark.slow
 def test_floras_change_of_the_base_is_sent_once_a_round(ray, config, tmp_path, monkeypatch):
     """To training, validation, prompts and samples alike."""
-    from fedray.cluster import actors
+    from fedray.cluster import pool as ray_pool
 
     config = replace(config, rule=Flora(), rounds=3, actors=2, held_out_share=0.25, evaluate_samples=4)
     size, put, sent = make_plan(config).adapters.base_size, ray.put, []
-    monkeypatch.setattr(actors.ray, "put", lambda value: [sent.append(value), put(value)][1])
-    pool = actors.RayPool.start(config)
+    monkeypatch.setattr(ray_pool.ray, "put", lambda value: [sent.append(value), put(value)][1])
+    pool = ray_pool.RayPool.start(config)
     try:
         rows = list(fit(config, pool, tmp_path / "run"))
     finally:
