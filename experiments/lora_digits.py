@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fedray
-from fedray.cluster.actors import connected
+from fedray.cluster.connection import connected
 from fedray.commands.terminal import program, progress
 from fedray.data.sources import digits
 from fedray.federation.evaluation import evaluate, open_reference

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import tyro
 
-from fedray.cluster.actors import open_pool
+from fedray.cluster.pool import open_pool
 from fedray.commands.sample import Draw, model_of
 from fedray.commands.terminal import print_scores, progress
 from fedray.config import Config

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 import tyro
 
-from fedray.cluster.actors import open_pool
+from fedray.cluster.pool import open_pool
 from fedray.commands.terminal import progress
 from fedray.config import Config
 from fedray.errors import UserError

@@ -9,8 +9,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from fedray.cluster.actors import run
 from fedray.cluster.alone import run_local_only
+from fedray.cluster.driver import run
 from fedray.commands.settings import ask
 from fedray.commands.terminal import print_table, program, progress
 from fedray.config import Config

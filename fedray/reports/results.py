@@ -12,12 +12,9 @@ import pandas as pd
 
 from fedray.config import PLACEMENT, Config, sha256_of
 from fedray.errors import UserError, reason
-from fedray.record.upgrade import upgrade
-from fedray.tasks.named import OURS, task_class
 from fedray.record.run import FAILED, RECORD, STOPPED, Row, Run
-from fedray.record.upgrade import upgrade
-from fedray.tasks.named import OURS, task_class
 from fedray.record.run import write as write_text
+from fedray.tasks.named import OURS, task_class
 
 TABLE = "results.parquet"
 

@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDPMScheduler, UNet2DModel
+from fedray.federation.engine import fit
 from PIL import Image
 
 import fedray
 from fedray import files
 from fedray.cli import main
-from fedray.cluster.actors import RayPool
+from fedray.cluster.pool import RayPool
 from fedray.data.sources import digits
 from fedray.errors import RunError, UserError
-from fedray.federation.engine import fit
 from fedray.federation.evaluation import evaluate, open_reference
 from fedray.federation.plan import make_plan
 from fedray.federation.pool import LocalPool

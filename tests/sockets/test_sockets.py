@@ -13,7 +13,7 @@ import pytest
 import torch
 from runs import fit, sha, train
 
-from fedray.cluster.actors import RayPool
+from fedray.cluster.pool import RayPool
 from fedray.config import Config
 from fedray.errors import UserError
 from fedray.federation.fit import prepare

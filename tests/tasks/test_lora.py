@@ -11,6 +11,10 @@ import pandas as pd
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from fedray.algorithms.lora_rules import FFA, SVD, Flora
+from fedray.algorithms.rules import FedAvg, ServerState, Update
+from fedray.federation.engine import fit
+from fedray.wire.codecs import Float16
 from lora_payload import SD15
 from peft import LoraConfig
 from PIL import Image
@@ -18,11 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fedray
-from fedray.algorithms.lora_rules import FFA, SVD, Flora
-from fedray.algorithms.rules import FedAvg, ServerState, Update
 from fedray.cli import main
 from fedray.data.sources import digits
-from fedray.federation.engine import fit
 from fedray.federation.local import client_update
 from fedray.federation.plan import make_plan
 from fedray.federation.pool import LocalPool
@@ -35,7 +36,6 @@ from fedray.tasks.embedded import HELD_OUT, PIPELINE, enlarge, prompt
 from fedray.tasks.lora import LoRA, LoRALearner
 from fedray.vector import FlatParameters
 from fedray.vector.adapters import WeightedSum, adapters, product_norm
-from fedray.wire.codecs import Float16
 
 
 @pytest.fixture(scope="session")
@@ -278,12 +278,12 @@ def test_stopped_and_resumed_and_on_actors_it_is_the_same_run(ray, config, tmp_p
 @pytest.mark.slow
 def test_floras_change_of_the_base_is_sent_once_a_round(ray, config, tmp_path, monkeypatch):
     """To training, validation, prompts and samples alike."""
-    from fedray.cluster import actors
+    from fedray.cluster import pool as ray_pool
 
     config = replace(config, rule=Flora(), rounds=3, actors=2, held_out_share=0.25, evaluate_samples=4)
     size, put, sent = make_plan(config).adapters.base_size, ray.put, []
-    monkeypatch.setattr(actors.ray, "put", lambda value: [sent.append(value), put(value)][1])
-    pool = actors.RayPool.start(config)
+    monkeypatch.setattr(ray_pool.ray, "put", lambda value: [sent.append(value), put(value)][1])
+    pool = ray_pool.RayPool.start(config)
     try:
         rows = list(fit(config, pool, tmp_path / "run"))
     finally:
