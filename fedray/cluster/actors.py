@@ -22,9 +22,14 @@ class ClientActor:
     """A process that has a fraction of the machine and does one job at a time."""
 
     def __init__(self, config: Config, index: int, source: Source | None, sha256: str | None) -> None:
-        device = torch.device("cuda" if config.gpus_per_actor else "cpu")
         keep_to_fraction(config)
-        self.worker = Worker(config, device, f"actor {index}", source, sha256)
+        self.index = index
+        self.renew(config, source, sha256)
+
+    def renew(self, config: Config, source: Source | None, sha256: str | None) -> None:
+        """Do jobs of another run from now on, with the same share of the machine."""
+        device = torch.device("cuda" if config.gpus_per_actor else "cpu")
+        self.worker = Worker(config, device, f"actor {self.index}", source, sha256)
 
     @ray.method(num_returns=2)
     def do(self, work: Work, job: Any, about: Any, names: tuple[str, ...], *arrays: np.ndarray) -> tuple[Row, Any]:

@@ -72,6 +72,15 @@ class RayPool:
             raise RunError(f"a client actor could not start: {explain(error)}.") from None
         return pool
 
+    def renew(self, config: Config, dataset: Dataset | None = None) -> None:
+        """Make the actors those of another run that asks for the same share of the machine: they keep their imports."""
+        send_own_code()
+        data = (None, None) if dataset is None else (dataset.source, dataset.sha256)
+        done = [actor.renew.remote(config, *data) for actor in self.actors]
+        for index, ref in enumerate(done):
+            _fetch(ref, f"the next run (actor {index})")
+        self.timeout = config.client_timeout
+
     def apart(self) -> list["RayPool"]:
         return [RayPool([actor], self.timeout) for actor in self.actors]
 

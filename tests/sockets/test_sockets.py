@@ -78,19 +78,22 @@ def test_a_round_that_is_done_again_reads_the_memories_from_before_it(config, tm
     assert sha(tmp_path / "killed") == sha(tmp_path / "whole")
 
 
+@pytest.fixture(scope="module")
+def pool(ray):
+    """Two actors for all of these runs."""
+    pool = RayPool.start(Config(local_steps=1, actors=2))
+    yield pool
+    pool.close()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("actors", [1, 2])
-def test_the_same_on_actors(config, tmp_path, ray, actors):
+def test_the_same_on_two_actors_and_after_a_stop_on_one(config, tmp_path, pool):
     train(config, tmp_path / "here")
-    config = replace(config, actors=actors)
-    pool = RayPool.start(config)
-    try:
-        for row in fit(config, pool, tmp_path / "stopped"):
-            if row["round"] == 2:
-                break
-        list(fit(config, pool, tmp_path / "stopped", resume=True))
-    finally:
-        pool.close()
+    pool.renew(config)
+    for row in fit(config, pool, tmp_path / "stopped"):
+        if row["round"] == 2:
+            break
+    list(fit(config, pool.apart()[1], tmp_path / "stopped", resume=True))
     assert sha(tmp_path / "stopped") == sha(tmp_path / "here")
 
 
