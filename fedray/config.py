@@ -238,8 +238,6 @@ class Config:
         if self.mixed_precision == "fp16" and not self.gpus_per_actor:
             raise UserError("--mixed-precision fp16 needs a GPU (--gpus-per-actor); on a CPU use bf16.")
         self.task.check(self.sampler, self.sampling_steps)
-        if self.features == "digits" and isinstance(self.task, DDPM) and self.task.dataset_name != "digits":
-            raise UserError("--features digits judges digits only; this run learns something else.")
         if isinstance(self.rule, (FFA, SVD, Flora)) and not isinstance(self.task, LoRA):
             raise UserError(
                 f"--rule {short(self.rule, RULES)} is for adapters (fedray finetune), not for whole models."

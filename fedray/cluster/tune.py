@@ -35,10 +35,10 @@ from fedray.cluster.trials import Space, expand, images_planned, settings_of
 from fedray.config import Config
 from fedray.errors import RunError, UserError, check_name, reason
 from fedray.federation.engine import fit
-from fedray.federation.evaluation import Metric
+from fedray.federation.evaluation import Metric, check_features
 from fedray.files import as_json, read_json, write
 from fedray.record.run import FAILED, RECORD, STOPPED, Run, environment
-from fedray.scores.scoring import higher_is_better
+from fedray.scores.metrics import higher_is_better
 
 RETRIES = 2  # of a trial that fails; it goes on from its last complete round
 
@@ -115,6 +115,9 @@ def sweep(
     for trial in trials:
         if _settled(trial) and trial.config.task == base.task:
             Run(trial.directory).check_data({"images_sha256": dataset.sha256})
+    for config in {trial.config.features: trial.config for trial in trials if not _settled(trial)}.values():
+        if config.task == base.task:
+            check_features(config, dataset)
     with connected(base.address):
         left = [trial for trial in trials if not _settled(trial)]
         left = [replace(trial, config=_with_actors(trial, len(left))) for trial in left]

@@ -23,7 +23,9 @@ from fedray.data.dataset import Dataset
 from fedray.errors import RunError
 from fedray.federation.evaluation import (
     GRID,
+    Comparison,
     Metric,
+    Scoring,
     Show,
     evaluate,
     look_for_copies,
@@ -35,6 +37,7 @@ from fedray.federation.evaluation import (
 from fedray.federation.local import TrainJob, ValidateJob, client_update, validate
 from fedray.federation.plan import Plan, cohort_of, make_plan
 from fedray.federation.pool import Pool, in_order
+from fedray.federation.sampling import Sampling
 from fedray.federation.worker import Weights, build
 from fedray.record.run import Row, Run, environment
 from fedray.scores.nearest import LOOKED_AT
@@ -198,11 +201,10 @@ def evaluate_round(
     """
     began, last = time.perf_counter(), state.round == config.rounds
     look = last and len(plan.unseen) > 0
-    keep = LOOKED_AT if look else GRID
-    found = evaluate(
-        pool, weights(state.sampled, state), config.evaluate_samples, config, plan.dataset, against, metrics, keep,
-        intervals=last, show=show,
-    )  # fmt: skip
+    keep = config.evaluate_samples if config.keep_samples else LOOKED_AT if look else GRID
+    sampling = Sampling.of(config, config.evaluate_samples, prompts_of(config, plan.dataset))
+    comparison = Comparison(plan.dataset, Scoring.of(config), against, metrics, intervals=last)
+    found = evaluate(pool, weights(state.sampled, state), sampling, comparison, keep, show)
     row["scores"], row["evaluation"] = found.scores, found.about
     run.draw("samples", found.images[:GRID], state.round)
     if config.keep_samples:
@@ -217,9 +219,8 @@ def evaluate_round(
 def draw_prompts(state: ServerState, config: Config, plan: Plan, pool: Pool, run: Run, show: Show = silent) -> None:
     """Samples for each prompt from the same noise in every round: what training changes (Chen 2024, figures 6, 7)."""
     prompts = prompts_of(config, plan.dataset)[:PROMPTS_DRAWN]
-    plain = replace(config, features=None, eval_batch_size=len(prompts))
-    count = len(prompts) * IMAGES_PER_PROMPT
-    _, images = sample(pool, weights(state.sampled, state), count, plain, config.seed, show, prompts=prompts)
+    sampling = replace(Sampling.of(config, len(prompts) * IMAGES_PER_PROMPT, prompts), batch_size=len(prompts))
+    _, images = sample(pool, weights(state.sampled, state), sampling, show)
     run.draw_prompts(images, prompts, state.round, final=state.round == config.rounds)
 
 
@@ -251,8 +252,8 @@ def fit(
     else:
         run.check_vacant()
     run.check_disk(config, plan.layout)
-    scored = config.evaluate_samples and config.features is not None
-    against = open_reference(config, plan.dataset, pool, show) if scored else None
+    scoring = Scoring.of(config) if config.evaluate_samples else None
+    against = open_reference(scoring, plan.dataset, pool, show) if scoring else None
     if not resume:
         frame, picture = partition_picture.make(plan.dataset, plan.parts)
         run.create(config, plan.data, provenance or environment())
