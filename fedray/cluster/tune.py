@@ -41,12 +41,12 @@ from fedray.cluster.pool import open_pool
 from fedray.cluster.trials import Experiment, expand, images_planned, settings_of
 from fedray.config import Config
 from fedray.errors import RunError, UserError, check_name, reason
-from fedray.federation.evaluation import Metric
+from fedray.federation.evaluation import Metric, check_features
 from fedray.federation.fit import fit, prepare
 from fedray.federation.round import Session
 from fedray.record.provenance import environment
 from fedray.record.run import FAILED, STOPPED, Run
-from fedray.scores.scoring import higher_is_better
+from fedray.scores.metrics import higher_is_better
 
 RETRIES = 2  # of a trial that fails; it continues from its last complete round
 
@@ -102,6 +102,9 @@ def sweep(
     for trial in trials:
         if settled(trial) and trial.config.task == experiment.base.task:
             Run(trial.directory).check_data({"images_sha256": dataset.sha256})
+    for config in {trial.config.features: trial.config for trial in trials if not settled(trial)}.values():
+        if config.task == experiment.base.task:
+            check_features(config, dataset)
     with connected(experiment.base.address):
         left = [trial for trial in trials if not settled(trial)]
         left = [replace(trial, config=_with_actors(trial, len(left))) for trial in left]

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,12 +14,11 @@ import torch
 from fedray.federation.engine import fit
 
 from fedray.cli import main
-from fedray.cluster import driver
-from fedray.cluster.actors import count_actors
-from fedray.cluster.pool import RayPool
+from fedray.cluster import actors
 from fedray.errors import RunError, UserError
 from fedray.federation.evaluation import sample
 from fedray.federation.pool import LocalPool
+from fedray.federation.sampling import Sampling
 from fedray.federation.worker import Weights
 from fedray.record.run import Run
 
@@ -61,7 +61,7 @@ def test_nor_does_it_on_two_threads(ray, tmp_path):
 
 @pytest.mark.slow
 def test_actors_share_the_clients(ray, toy_config, tmp_path):
-    run = driver.run(toy_config(actors=2, slow=(0, 1, 2, 3), local_epochs=1), tmp_path / "run")
+    run = actors.run(toy_config(actors=2, slow=(0, 1, 2, 3), local_epochs=1), tmp_path / "run")
     assert {client["actor"] for row in run.rows for client in row["clients"]} == {"actor 0", "actor 1"}
     assert run.saved["command"] == sys.argv  # the user's, not the driver actor's
 
@@ -69,38 +69,38 @@ def test_actors_share_the_clients(ray, toy_config, tmp_path):
 @pytest.mark.slow
 def test_stopped_here_and_resumed_there(ray, toy_config, tmp_path):
     config = toy_config(keep_optimizer=True, use_ema=True)
-    whole = driver.run(config, tmp_path / "whole").result["vector_sha256"]
+    whole = actors.run(config, tmp_path / "whole").result["vector_sha256"]
     rounds = fit(config, LocalPool(config), tmp_path / "run")
     next(rounds)
     rounds.close()
     moved = toy_config(keep_optimizer=True, use_ema=True, actors=2, cpus_per_actor=0.5)
     rows = []
-    resumed = driver.run(moved, tmp_path / "run", resume=True, on_row=rows.append)
+    resumed = actors.run(moved, tmp_path / "run", resume=True, on_row=rows.append)
     assert [row["round"] for row in rows] == [2, 3]
     assert resumed.result["vector_sha256"] == whole
 
 
 def test_samples_do_not_depend_on_the_pool(ray, toy_config):
     config = toy_config(eval_batch_size=3)
-    model = torch.linspace(0, 1, 16)
-    here = sample(LocalPool(config), Weights(model.numpy()), 10, config, seed=4)[1]
-    pool = RayPool.start(toy_config(eval_batch_size=3, actors=2))
+    model, sampling = Weights(torch.linspace(0, 1, 16).numpy()), replace(Sampling.of(config, 10), seed=4)
+    here = sample(LocalPool(config), model, sampling)[1]
+    pool = actors.RayPool.start(toy_config(eval_batch_size=3, actors=2))
     try:
-        there = sample(pool, Weights(model.numpy()), 10, config, seed=4)[1]
+        there = sample(pool, model, sampling)[1]
     finally:
         pool.close()
     assert here.shape == (10, 1, 2, 2)
     assert np.array_equal(here, there)
-    assert not np.array_equal(here, sample(LocalPool(config), Weights(model.numpy()), 10, config, seed=5)[1])
+    assert not np.array_equal(here, sample(LocalPool(config), model, replace(sampling, seed=5))[1])
 
 
 @pytest.mark.slow
 def test_errors_of_the_driver_reach_the_caller(ray, toy_config, tmp_path):
     for resume in (False, True):
         with pytest.raises(RunError, match="no client returned a model. Client 0: ValueError"):
-            driver.run(toy_config(failing=(0, 1, 2, 3), actors=2), tmp_path / "run", resume=resume)
+            actors.run(toy_config(failing=(0, 1, 2, 3), actors=2), tmp_path / "run", resume=resume)
     with pytest.raises(UserError, match="only 32 examples"):
-        driver.run(toy_config(clients=40, actors=2), tmp_path / "more")
+        actors.run(toy_config(clients=40, actors=2), tmp_path / "more")
     assert not (tmp_path / "more").exists()
 
 
@@ -108,7 +108,7 @@ def test_errors_of_the_driver_reach_the_caller(ray, toy_config, tmp_path):
 def test_a_killed_actor_ends_the_run_which_can_be_resumed(ray, toy_config, tmp_path):
     """SIGKILL of a client's process, from outside, in the second round; then --resume."""
     slow = {"slow": (0, 1, 2, 3), "local_epochs": 1, "rounds": 3}
-    whole = driver.run(toy_config(**slow), tmp_path / "whole").result["vector_sha256"]
+    whole = actors.run(toy_config(**slow), tmp_path / "whole").result["vector_sha256"]
 
     def kill(row):
         out = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True).stdout
@@ -118,10 +118,10 @@ def test_a_killed_actor_ends_the_run_which_can_be_resumed(ray, toy_config, tmp_p
 
     started = time.monotonic()
     with pytest.raises(RunError, match="died: its process ended"):
-        driver.run(toy_config(**slow, actors=2), tmp_path / "run", on_row=kill)
+        actors.run(toy_config(**slow, actors=2), tmp_path / "run", on_row=kill)
     assert time.monotonic() - started < 60
     assert len(Run.open(tmp_path / "run").rows) == 1
-    assert driver.run(toy_config(**slow, actors=2), tmp_path / "run", resume=True).result["vector_sha256"] == whole
+    assert actors.run(toy_config(**slow, actors=2), tmp_path / "run", resume=True).result["vector_sha256"] == whole
 
 
 def _descends_from(pid, ancestor):
@@ -133,12 +133,42 @@ def _descends_from(pid, ancestor):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_more_actors_than_the_machine_has(ray, toy_config, tmp_path):
     with pytest.raises(UserError, match=r"--actors 3 needs 3 CPUs, and there are 2 CPUs and 0 GPUs: at most 2 fit"):
-        driver.run(toy_config(actors=3), tmp_path / "run")
+        actors.run(toy_config(actors=3), tmp_path / "run")
     with pytest.raises(UserError, match="no GPU"):
-        driver.run(toy_config(actors=1, gpus_per_actor=0.5), tmp_path / "run")
+        actors.run(toy_config(actors=1, gpus_per_actor=0.5), tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    assert count_actors(toy_config(actors=None)) == 2
-    assert count_actors(toy_config(actors=None, cpus_per_actor=0.25)) == 4  # never more than the cohort
+    assert actors.count_actors(toy_config(actors=None)) == 2
+    assert actors.count_actors(toy_config(actors=None, cpus_per_actor=0.25)) == 4  # never more than the cohort
+
+
+@pytest.mark.slow
+def test_a_private_ray_asks_for_a_token():
+    """Ray listens on every interface: nobody without the token may join, nor may one that says it needs none."""
+    code = """
+import os, subprocess, sys
+import ray
+from fedray.cluster.actors import connected
+with connected(None):
+    address = ray.get_runtime_context().gcs_address
+    join = "import ray; ray.init(address=sys.argv[1], log_to_driver=False); print('joined', ray.cluster_resources())"
+    env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    for token in ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 64}, {"RAY_AUTH_MODE": "disabled"}):
+        ran = subprocess.run([sys.executable, "-c", "import sys; " + join, address], env=env | token,
+                             capture_output=True, text=True, timeout=100)
+        print(ran.returncode != 0, "joined" in ran.stdout)
+"""
+    env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    ran = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
+    assert ran.stdout.splitlines() == ["True False"] * 2, ran.stdout + ran.stderr
+
+
+def test_no_cluster_at_the_address(monkeypatch):
+    monkeypatch.setattr(actors.ray, "is_initialized", lambda: False)
+    started = time.monotonic()
+    for address in ("127.0.0.1:1", "nowhere", "host:port"):
+        with pytest.raises(UserError, match=f"--address {address}: no Ray cluster"), actors.connected(address):
+            pass
+    assert time.monotonic() - started < 30
 
 
 @pytest.mark.slow

@@ -535,14 +535,14 @@ def test_what_is_saved_diffusers_loads_alone_and_draws_the_same(config, tmp_path
     learner.flat.vector.detach().copy_(state.vector)
     if state.base is not None:
         learner.set_base(state.base)
-    learner.prompts = ("the digit six", "the digit nine")
-    ours = learner.sample(2, torch.Generator().manual_seed(5), "dpmsolver++", 4).numpy().astype(int)
+    prompts = ("the digit six", "the digit nine")
+    ours = learner.sample(2, torch.Generator().manual_seed(5), "dpmsolver++", 4, prompts).numpy().astype(int)
     theirs = np.load(tmp_path / "images.npy").astype(int)
     assert np.abs(ours - theirs).max() <= 1
     learner.flat.vector.detach().zero_()
     if merged:
         learner.set_base(torch.zeros_like(state.base))
-    untrained = learner.sample(2, torch.Generator().manual_seed(5), "dpmsolver++", 4).numpy().astype(int)
+    untrained = learner.sample(2, torch.Generator().manual_seed(5), "dpmsolver++", 4, prompts).numpy().astype(int)
     assert np.abs(ours - untrained).max() > 3  # not the adapter from before training
     card = (run.directory / "model/README.md").read_text()
     assert "base_model: digits_pipeline" in card
@@ -581,11 +581,11 @@ def test_scores_of_a_run_of_adapters(config, tmp_path, capsys):
 def test_an_accuracy_is_of_each_images_own_prompt():
     from test_scores import reference
 
-    from fedray.federation.evaluation import turns
+    from fedray.federation.sampling import Sampling
     from fedray.scores.scoring import score
 
     data = digits()
-    prompts = turns(tuple(prompt(label) for label in range(10)), 0, 400)
+    prompts = Sampling(400, "ddim", 2, 64, 0, tuple(prompt(label) for label in range(10))).prompts_of(0, 400)
     of = {label: iter(data.images[data.labels == label]) for label in range(10)}
     images = np.stack([next(of[index % 10]) for index in range(400)])
     network = networks.load("digits", None, torch.device("cpu"))
