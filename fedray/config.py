@@ -18,7 +18,7 @@ from fedray.algorithms.fedavg import FedAvg
 from fedray.algorithms.folds import Fold, Mean
 from fedray.data.partition import IID, Partition
 from fedray.errors import UserError, check_name
-from fedray.forms import Menu, check_types, parse_all
+from fedray.forms import Menu, Unloaded, check_types, parse_all
 from fedray.scores import networks
 from fedray.tasks import Task
 from fedray.tasks.ddpm import DDPM
@@ -190,7 +190,7 @@ class Config:
 
     def __post_init__(self) -> None:
         # Actors and resumed runs have other working directories.
-        if self.features is not None:
+        if isinstance(self.features, str):
             object.__setattr__(self, "features", networks.absolute(self.features))
         if self.inception_weights is not None:
             object.__setattr__(self, "inception_weights", str(Path(self.inception_weights).absolute()))
@@ -340,7 +340,17 @@ class Config:
         if unknown:
             raise UserError(f"this run is of another version of fedray: it has a setting {unknown[0]!r}.")
         parsed = {name: parse(values[name], allowed) for name, parse in FORMS.items() if name in values}
+        parsed["features"] = _saved_features(values.get("features"), allowed)
+        # A cluster is joined where the user says so: on the command line, or by RAY_ADDRESS.
+        parsed["address"] = None
         return cls(**{**values, **parsed, "task": task_from_json(values["task"], allowed)})
+
+
+def _saved_features(name: str | None, allowed: Collection[Path]) -> Any:
+    """Return features that a run was scored on; of code (Python, TorchScript) that may not run, an `Unloaded`."""
+    if name is None or not networks.network_of(name).runs_code or Path(name.partition(":")[0]).resolve() in allowed:
+        return name
+    return Unloaded("features", name)
 
 
 def _optimizer(text: str, allowed: Collection[Path] | None) -> Optimizer:
@@ -355,6 +365,7 @@ FORMS: dict[str, Any] = {
 TEXTS: dict[str, Any] = {
     "partition": PARTITIONS.form, "algorithm": ALGORITHMS.form, "fold": FOLDS.form, "wire": wire_form,
     "optimizer": str,
+    "features": lambda name: name and str(name),
 }  # fmt: skip
 
 

@@ -22,6 +22,8 @@ from typing import Any
 from fedray import own
 from fedray.errors import UserError, check_name, reason
 
+CODE = (".py", ".pt", ".pth", ".ts")  # files that run when they are loaded
+
 
 @dataclass(frozen=True)
 class Menu:
@@ -145,11 +147,14 @@ class Unloaded:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        file = self.text.partition(".py:")[0] + ".py"
+        place, _, _ = self.text.partition(":")
+        again = f"the file again (--code {place})" if place.endswith(CODE) else f"it again (--{self.kind} {self.text})"
         raise UserError(
-            f"this needs the {self.kind} {self.text}, which is code of a file that the run names: if you trust it, "
-            f"name the file again (--code {file})."
+            f"this needs the {self.kind} {self.text}, which is code that the run names: if you trust it, name {again}."
         )
+
+    def __str__(self) -> str:
+        return self.text
 
 
 @dataclass(frozen=True)
@@ -204,14 +209,10 @@ def _text(value: Any) -> str:
 
 
 def files_named(arguments: Collection[str]) -> set[Path]:
-    """Return the Python files that command-line arguments name, as `FILE.py:Class` or alone: these may run."""
-    found = set()
-    for argument in arguments:
-        for word in re.split(r"[=,]", argument):
-            head = word.partition(".py")[0] + ".py"
-            if ".py" in word and Path(head).is_file():
-                found.add(Path(head).resolve())
-    return found
+    """Return the files of code that command-line arguments name, as `FILE.py:Class` or alone: these may run."""
+    words = [word.strip(":") for argument in arguments for word in re.split(r"[=,]", argument)]
+    parts = [part for word in words for part in (word, *word.split(":"))]
+    return {Path(part).resolve() for part in parts if part.endswith(CODE) and Path(part).is_file()}
 
 
 def parse_all(menu: Menu, text: str, plain: Mapping[str, tuple], allowed: Collection[Path] | None = None) -> tuple:
@@ -227,7 +228,7 @@ def check_types(settings: Any) -> None:
     for each in dataclasses.fields(settings):
         kinds = typing.get_args(hints[each.name]) or (hints[each.name],)
         value = getattr(settings, each.name)
-        if not all(kind in WORDS for kind in kinds):
+        if not all(kind in WORDS for kind in kinds) or isinstance(value, Unloaded):
             continue
         fits = isinstance(value, kinds) or (float in kinds and isinstance(value, int))
         if not fits or (isinstance(value, bool) and bool not in kinds):

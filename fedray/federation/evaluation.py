@@ -252,11 +252,14 @@ def look_for_copies(
 
 
 def _results(pool: Pool, work: Work, shared: Any, jobs: Iterable[Any], phase: str, show: Show) -> Iterator[Any]:
-    """Yield the payloads of jobs, in their order. Raises `RunError` for one that failed."""
+    """Yield the payloads of jobs, in their order. Raises `RunError` for one that failed, or the user's mistake."""
     jobs = list(jobs)
     show(phase, 0, len(jobs))
     for reply in in_order(pool.map(work, shared, jobs, lambda done: show(phase, done, len(jobs)))):
         if not reply.ok:
+            kind, _, said = reply.row["error"].partition(": ")
+            if kind == UserError.__name__:
+                raise UserError(said)
             error = RunError(f"{reply.job} could not be made: {reply.row['error']}.")
             error.add_note(reply.row["trace"])
             raise error

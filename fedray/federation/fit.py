@@ -67,6 +67,7 @@ def fit(session: Session, provenance: dict[str, Any], resume: bool = False) -> I
     scoring = Scoring.of(config) if config.evaluate_samples else None
     against = open_reference(scoring, plan.dataset, session.pool, session.show) if scoring else None
     if not resume:
+        look_at_a_sample(session)
         frame, picture = partition_picture.make(plan.dataset, plan.parts)
         run.create(config, plan.data, provenance)
         frame.to_csv(run.directory / "partition.csv", index=False)
@@ -97,6 +98,17 @@ def fit(session: Session, provenance: dict[str, Any], resume: bool = False) -> I
             row = None
         if run.result is None:
             _finish(session, state)
+
+
+def look_at_a_sample(session: Session) -> None:
+    """Sample one image of the untrained model: what cannot be scored or drawn is found before round 1, not at the end.
+
+    A task that knows prompts is drawn before round 1 anyhow.
+    """
+    config, plan = session.config, session.plan
+    if config.evaluate_samples and not prompts_of(config, plan.dataset):
+        one = replace(Sampling.of(config, 1), steps=1)
+        sample(session.pool, model({"model": plan.initial}), one)
 
 
 def evaluate_round(session: Session, state: State, row: Row, against: Reference | None) -> None:

@@ -23,6 +23,7 @@ class FeatureNetwork:
 
     name: str
 
+    runs_code: ClassVar[bool] = False  # of the user's own, which must not run because a run directory names it
     takes_weights: ClassVar[bool] = False  # from --inception-weights
     own: ClassVar[tuple[str, ...]] = ()  # names of scores that it can always give beside the common ones
 

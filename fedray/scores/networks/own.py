@@ -1,15 +1,14 @@
 """Feature networks of the user's own: TorchScript files and Python functions."""
 
 import importlib
-import importlib.util
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedray.errors import UserError, reason
+from fedray.own import load_file
 from fedray.scores.networks.network import FeatureNetwork
 
 FILES = (".pt", ".pth", ".ts")  # how TorchScript files' names end
@@ -17,6 +16,8 @@ FILES = (".pt", ".pth", ".ts")  # how TorchScript files' names end
 
 class TorchScript(FeatureNetwork):
     """A TorchScript module in a file."""
+
+    runs_code = True
 
     def build(self, device: torch.device) -> Callable[[Tensor], Any]:
         try:
@@ -30,17 +31,12 @@ class TorchScript(FeatureNetwork):
 class Function(FeatureNetwork):
     """A Python function, MODULE:FUNCTION or FILE.py:FUNCTION."""
 
+    runs_code = True
+
     def build(self, device: torch.device) -> Callable[[Tensor], Any]:
         home, _, function = self.name.rpartition(":")
         try:
-            if home.endswith(".py"):
-                spec = importlib.util.spec_from_file_location(Path(home).stem, home)
-                assert spec is not None
-                assert spec.loader is not None
-                module = importlib.util.module_from_spec(spec)
-                spec.loader.exec_module(module)
-            else:
-                module = importlib.import_module(home)
+            module = load_file(home) if home.endswith(".py") else importlib.import_module(home)
             return getattr(module, function)
         except Exception as error:  # it is anybody's code
             raise UserError(f"--features {self.name}: {reason(error)}.") from None

@@ -1,0 +1,69 @@
+"""Public names as type checkers and editors see them."""
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+import fedray
+
+SCRIPT = """
+from dataclasses import dataclass
+
+from torch import Tensor
+
+import fedray
+
+
+@dataclass(frozen=True)
+class FedProx(fedray.Algorithm):
+    mu: float
+
+    def correct(
+        self, gradient: Tensor, weights: Tensor, down: dict[str, Tensor], memory: dict[str, Tensor]
+    ) -> None:
+        gradient.add_(weights - down["model"], alpha=self.mu)
+
+
+config = fedray.Config(clients=2, local_epochs=1, algorithm=FedProx(0.1), partition=fedray.Dirichlet(0.5))
+run: fedray.Run = fedray.run(config, "runs/one", on_row=lambda row: print(row["loss"]))
+sweep = fedray.sweep(fedray.Experiment(config, {"clients": [2, 4]}), "runs/sweep")
+complete: list[fedray.Run] = sweep.runs
+"""
+WRONG = {
+    'fedray.Config(clients="four")': "arg-type",
+    "fedray.run(fedray.Config())": "call-arg",
+    "fedray.run(fedray.Config(), 'out').nothing": "attr-defined",
+    "fedray.swep": "attr-defined",
+}
+
+
+def mypy(folder, text):
+    (folder / "script.py").write_text(text)
+    command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(folder.parent / "cache"), "script.py"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_a_users_script_passes_strict_checks(tmp_path):
+    done = mypy(tmp_path, SCRIPT)
+    assert done.returncode == 0, done.stdout
+    done = mypy(tmp_path, "import fedray\n" + "\n".join(WRONG))
+    for line, (text, code) in enumerate(WRONG.items(), start=2):
+        assert any(said.startswith(f"script.py:{line}:") and code in said for said in done.stdout.splitlines()), text
+
+
+def test_names_are_listed_and_have_signatures():
+    names = set(dir(fedray))
+    assert {"run", "sweep", "Config", "Run", "Algorithm", "Link", "Fold", "LoRA", "image_folder", "load"} <= names
+    for name in names - {"PRESETS", "SMOKE"}:
+        assert getattr(fedray, name) is not None
+    assert list(inspect.signature(fedray.run).parameters)[:2] == ["config", "out"]
+    assert list(inspect.signature(fedray.sweep).parameters)[:2] == ["experiment", "out"]
+
+
+def test_importing_the_package_imports_neither_torch_nor_ray():
+    code = "import fedray, sys; dir(fedray); print(sorted({'torch', 'ray'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
