@@ -7,9 +7,10 @@ rectified flow (Liu et al. 2022: the velocity from noise to image) in place of d
 one shape only (partition by-label), yet the shared model learns both.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -84,7 +85,7 @@ class Flow:
     def prepare(self, dataset: fedray.Dataset, indices: np.ndarray, mirrored: bool) -> None:
         """Nothing has to be encoded before training."""
 
-    def loss(self, batch: dict[str, Tensor], rng: torch.Generator) -> Tensor:
+    def loss(self, batch: Mapping[str, Any], rng: torch.Generator) -> Tensor:
         image = batch["images"].to(self.device).float() / 127.5 - 1
         noise = torch.randn(image.shape, generator=rng).to(self.device)
         t = torch.rand(len(image), generator=rng).to(self.device)
@@ -127,7 +128,7 @@ def main(out: Path = Path("runs/shapes"), rounds: int = 30, examples: int = 1000
     )
     with progress(rounds) as (on_row, show):
         run = fedray.run(config, out, resume=(out / "config.json").exists(), on_row=on_row, show=show)
-    print(f"loss      {run.result['loss']:.4f}\nsamples   {run.directory / 'samples.png'}")
+    print(f"loss      {run.rows[-1]['loss']:.4f}\nsamples   {run.directory / 'samples.png'}")
 
 
 if __name__ == "__main__":

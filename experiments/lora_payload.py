@@ -80,7 +80,7 @@ def main(smoke: bool = False) -> None:
         with tempfile.TemporaryDirectory() as folder:
             config = fedray.PRESETS["digits-lora"]
             config = replace(
-                config, task=replace(config.task, train_data_dir=str(photos(Path(folder), 0))), wire="float16",
+                config, task=replace(config.task, train_data_dir=str(photos(Path(folder), 0))), wire=(fedray.Float16(),),
                 rounds=1, local_steps=1, evaluate_samples=0, features=None, actors=0,
             )  # fmt: skip
             client = fedray.run(config, Path(folder) / "run").rows[0]["clients"][0]

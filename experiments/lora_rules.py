@@ -24,7 +24,9 @@ import fedray
 from fedray.cluster.connection import connected
 from fedray.commands.terminal import progress
 
-RULES = ("fedavg", "ffa", "svd", "flora")
+RULES: dict[str, fedray.Algorithm] = {
+    "fedavg": fedray.FedAvg(), "ffa": fedray.FFA(), "svd": fedray.SVD(), "flora": fedray.Flora()
+}  # fmt: skip
 
 
 def main(
@@ -43,9 +45,9 @@ def main(
     with connected(None):
         for seed in seeds:
             task = replace(PRESET.task, train_data_dir=str(photos(out, seed)))
-            for name in RULES:
+            for name, rule in RULES.items():
                 config = replace(
-                    PRESET, task=task, seed=seed, rounds=rounds, algorithm=name, keep_optimizer=False,
+                    PRESET, task=task, seed=seed, rounds=rounds, algorithm=rule, keep_optimizer=False,
                     learning_rate=learning_rate, validation_rounds=rounds,
                 )  # fmt: skip
                 print(f"\n{name}, seed {seed}")

@@ -49,10 +49,10 @@ def change(config: Config, name: str, value: Any) -> Config:
     What has a short form (a partition, an algorithm …) may be given by it. Raises `UserError`.
     """
     names = [item.name for item in fields(Config) if item.name != "task"]
-    names += [f"task.{item.name}" for item in fields(config.task)]  # type: ignore[arg-type]
+    names += [f"task.{item.name}" for item in fields(config.task)]
     check_name("setting", name, names)
     if name.startswith("task."):
-        return replace(config, task=replace(config.task, **{name.removeprefix("task."): value}))  # type: ignore[type-var]
+        return replace(config, task=replace(config.task, **{name.removeprefix("task."): value}))
     if name in ("local_epochs", "local_steps") and value is not None:
         config = replace(config, local_epochs=None, local_steps=None)
     return replace(config, **{name: value})

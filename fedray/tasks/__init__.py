@@ -1,6 +1,7 @@
 """What is learned. A task is a frozen dataclass (the configuration *is* the object) that builds a learner."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import Field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -42,6 +43,7 @@ class Task(Protocol):
     """What is learned from what: picklable, since every actor builds its own learner and reads its own data."""
 
     name: ClassVar[str]
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
     def dataset(self) -> Dataset:
         """The examples that the clients hold."""

@@ -30,7 +30,7 @@ def task_class(name: str) -> type:
 def task_to_json(task: Task) -> dict[str, Any]:
     """Return a task's name and settings; of a user's own also its class, as FILE.py:CLASS, where it is in a file."""
     cls = type(task)
-    values = {"name": task.name, **dataclasses.asdict(task)}  # type: ignore[call-overload]
+    values = {"name": task.name, **dataclasses.asdict(task)}
     if cls.__module__.startswith("fedray.tasks."):
         return values
     try:
