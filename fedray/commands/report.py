@@ -12,7 +12,7 @@ from fedray.reports import page
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Make one page of runs or sweeps: what was asked, the answer, tables, curves and samples. It needs no network."""
+    """Make one page of runs or sweeps: question, answer, tables, curves and samples. It needs no network."""
 
     places: tyro.conf.Positional[tuple[Path, ...]]
     """Directories of runs, of sweeps, or folders that hold such."""

@@ -1,4 +1,4 @@
-"""Curves of a report, for plotly.js: over rounds, and the last round's score against what varies."""
+"""Charts of a report, for plotly.js: curves over rounds, and the last round's score against what varies."""
 
 import html
 import json
@@ -16,7 +16,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8
 POINTS = 200  # of a line, at most
 DASHES = ("solid", "dash", "dot", "dashdot")
 COSTS = {
-    "total.sequential_steps": "steps one after the other",
+    "total.sequential_steps": "sequential steps",
     "total.images": "images seen",
     "total.bytes": "bytes sent, both ways",
     "total.training_seconds": "seconds of training",
@@ -24,7 +24,7 @@ COSTS = {
 
 
 def charts(rounds: pd.DataFrame, free: list[str]) -> Iterable[dict[str, Any]]:
-    """The charts of a report, as plotly's JSON, with what they can be drawn against.
+    """Draw the charts of a report, as plotly's JSON, with what they can be drawn against.
 
     Args:
         rounds: of `with_settings`.
@@ -53,23 +53,23 @@ def charts(rounds: pd.DataFrame, free: list[str]) -> Iterable[dict[str, Any]]:
 
 
 def _curves(title: str, measured: str, lines: list[tuple[str, pd.DataFrame, str]], real: float | None = None) -> Any:
-    """Over rounds, a line per setting: the mean over seeds, in a band from the lowest to the highest."""
+    """Draw a line per setting over rounds: the mean over seeds, in a band from the lowest to the highest."""
     figure = go.Figure()
     for index, (name, rows, column) in enumerate(lines):
         by_round = rows.dropna(subset=[column]).groupby("round")
-        found = by_round[column].agg(["mean", "min", "max", "count"]).astype(float)
-        found = found.join(by_round[list(COSTS)].mean())
-        found = found.iloc[np.unique(np.linspace(0, len(found) - 1, POINTS).round().astype(int))]
-        found["where"] = [f"round {number}" for number in found.index]
-        across = {"round": found.index.tolist()} | {cost: found[cost].tolist() for cost in COSTS}
-        if found["count"].max() > 1:
+        points = by_round[column].agg(["mean", "min", "max", "count"]).astype(float)
+        points = points.join(by_round[list(COSTS)].mean())
+        points = points.iloc[np.unique(np.linspace(0, len(points) - 1, POINTS).round().astype(int))]
+        points["where"] = [f"round {number}" for number in points.index]
+        across = {"round": points.index.tolist()} | {cost: points[cost].tolist() for cost in COSTS}
+        if points["count"].max() > 1:
             shade = f"rgba{(*bytes.fromhex(COLOURS[index % len(COLOURS)][1:]), 0.2)}"
             for bound, fill in (("min", None), ("max", "tonexty")):
                 figure.add_scatter(
-                    y=found[bound].tolist(), x=across["round"], meta=across, mode="lines", line_width=0, fill=fill,
+                    y=points[bound].tolist(), x=across["round"], meta=across, mode="lines", line_width=0, fill=fill,
                     fillcolor=shade, hoverinfo="skip", showlegend=False, legendgroup=index,
                 )  # fmt: skip
-        _line(figure, name, index, found, across, column)
+        _line(figure, name, index, points, across, column)
     numbers = sorted({number for _, rows, _ in lines for number in rows["round"].tolist()})
     ticks = numbers if len(numbers) <= 10 else None  # none between rounds
     axes = [{"key": "round", "title": "round", "type": "linear", "ticks": ticks}]
@@ -77,7 +77,7 @@ def _curves(title: str, measured: str, lines: list[tuple[str, pd.DataFrame, str]
 
 
 def _against(free: list[str], done: pd.DataFrame, score: str, real: float | None) -> dict[str, Any]:
-    """The last round's score against what varies."""
+    """Draw the last round's score against what varies."""
     done = done.assign(setting=done["setting"].map(html.escape))
     numbers = [name for name in free if done[name].dtype in ("Int64", "float64") and done[name].nunique() > 1]
     along = numbers[0] if numbers else "setting"
@@ -89,13 +89,13 @@ def _against(free: list[str], done: pd.DataFrame, score: str, real: float | None
     groups = done.groupby(others, sort=False, dropna=False) if others else [((), done)]
     for index, (_, rows) in enumerate(groups):
         by_setting = rows.dropna(subset=[along]).groupby("setting", sort=False)
-        found = by_setting[score].agg(["mean", "std", "min", "max", "count"]).astype(float)
-        found["where"] = found.index
+        points = by_setting[score].agg(["mean", "std", "min", "max", "count"]).astype(float)
+        points["where"] = points.index
         across = {along: by_setting[along].first().tolist()}
         across |= {cost: by_setting[cost].mean().tolist() for cost in COSTS}
         given = [other for other in others if rows[other].notna().all()]
         name = ", ".join(f"{field_of(other)}={value_of(rows[other].iloc[0])}" for other in given)
-        _line(figure, name, index, found, across, score)
+        _line(figure, name, index, points, across, score)
     values = sorted(done[along].dropna().unique().tolist())
     wide = bool(numbers) and values[0] > 0 and values[-1] >= 8 * values[0]
     kind = "category" if not numbers else "log" if wide else "linear"
@@ -105,11 +105,11 @@ def _against(free: list[str], done: pd.DataFrame, score: str, real: float | None
 
 
 def _line(
-    figure: go.Figure, name: str, index: int, found: pd.DataFrame, across: dict[str, list[Any]], measured: str
+    figure: go.Figure, name: str, index: int, points: pd.DataFrame, across: dict[str, list[Any]], measured: str
 ) -> None:
-    """A line that can be drawn against each of `across`, at first the first, and says on hover what a point is."""
+    """Add a line that can be drawn against each of `across`, at first the first, with a text for each point."""
     hover = []
-    for point in found.to_dict("records"):
+    for point in points.to_dict("records"):
         several = f"<br>{number(point['min'])} to {number(point['max'])} over {point['count']:.0f} seeds"
         value = f"{html.escape(LOSSES.get(measured, measured))} {number(point['mean'], 4)}"
         lines = [html.escape(name), point["where"], value + (several if point["count"] > 1 else "")]
@@ -117,16 +117,16 @@ def _line(
     places = next(iter(across.values()))
     joined = len(places) < 2 or not isinstance(places[0], str)
     figure.add_scatter(
-        x=places, y=found["mean"].tolist(), meta=across, name=html.escape(name), legendgroup=index,
+        x=places, y=points["mean"].tolist(), meta=across, name=html.escape(name), legendgroup=index,
         mode=("lines" if len(places) > 50 else "lines+markers") if joined else "markers",
         line={"color": COLOURS[index % len(COLOURS)], "dash": DASHES[index // len(COLOURS) % len(DASHES)]},
         marker={"size": 7}, text=hover, hovertemplate="%{text}<extra></extra>",
-        error_y={"array": found["std"].fillna(0).tolist()} if "std" in found else None,
+        error_y={"array": points["std"].fillna(0).tolist()} if "std" in points else None,
     )  # fmt: skip
 
 
 def _chart(figure: go.Figure, title: str, measured: str, axes: list[dict[str, Any]], real: float | None) -> Any:
-    """A figure as JSON for plotly.js (which reads its texts as markup), with what it can be drawn against."""
+    """Write a figure as JSON for plotly.js (which reads texts as markup), with what it can be drawn against."""
     shown = [value for line in figure.data for value in line.y if pd.notna(value)]
     wide = bool(shown) and min(shown) > 0 and max(shown) > 10 * min(shown)
     near = real is not None and real > min(shown, default=0) / 5

@@ -1,4 +1,4 @@
-"""Runs and sweeps as one page to look at, in one file that needs no network: what was asked, and the answer first."""
+"""The report: runs and sweeps on one HTML page that needs no network, with the question and the answer first."""
 
 import base64
 import functools
@@ -65,7 +65,7 @@ def write(places: Sequence[str | Path], out: Path) -> None:
 
 
 def make(places: Sequence[str | Path]) -> str:
-    """The page, as HTML.
+    """Make the page, as HTML.
 
     Raises:
         UserError: a place does not exist, or none holds a run with a complete round.
@@ -95,25 +95,26 @@ def make(places: Sequence[str | Path]) -> str:
     )
 
 
-# What was asked
+# Questions
 
 
 def _chapters(places: Sequence[str | Path], rounds: pd.DataFrame) -> Iterable[Chapter]:
+    """Divide runs into sweeps, and those that belong to none."""
     where = rounds["directory"].map(lambda directory: Path(directory).resolve())
     told = pd.Series(False, index=rounds.index)
     for path in dict.fromkeys(path for place in places for path in _records(Path(place))):
         try:
-            asked = json.loads(path.read_text())
-            mine = where.isin([(path.parent / trial["directory"]).resolve() for trial in asked["trials"]])
-            free = [name for name in asked["varied"] if name != "seed" and name in rounds]
-            texts = re.split(r"\n\s*\n", asked.get("question", ""))
+            record = json.loads(path.read_text())
+            mine = where.isin([(path.parent / trial["directory"]).resolve() for trial in record["trials"]])
+            free = [name for name in record["varied"] if name != "seed" and name in rounds]
+            texts = re.split(r"\n\s*\n", record.get("question", ""))
         except (OSError, ValueError, KeyError, TypeError):  # `load` has named it
             continue
         told |= mine
         if mine.any():
             title, question = path.name.removesuffix(RECORD), [text.strip("\n") for text in texts if text.strip()]
-            of_sweep, commands = with_settings(rounds[mine], free), [_command(asked.get("command", []))]
-            yield Chapter(title, question, of_sweep, free, len(asked["trials"]), commands)
+            of_sweep, commands = with_settings(rounds[mine], free), [_command(record.get("command", []))]
+            yield Chapter(title, question, of_sweep, free, len(record["trials"]), commands)
     rest = rounds[~told]
     if len(rest):
         runs, free = rest.drop_duplicates("directory"), varied(rest)
@@ -124,14 +125,14 @@ def _chapters(places: Sequence[str | Path], rounds: pd.DataFrame) -> Iterable[Ch
 
 
 def _records(place: Path) -> list[Path]:
-    """Of the sweeps at a place and below it."""
+    """Find the records of the sweeps at a place and below it."""
     if not place.is_dir() or (place / "config.json").is_file():
         return []
     return sorted(place.glob(f"*{RECORD}")) + [path for child in sorted(place.iterdir()) for path in _records(child)]
 
 
 def _saved(directory: str) -> dict[str, Any]:
-    """config.json, where the run is still there."""
+    """Read config.json, where the run is still there."""
     try:
         return Run.open(directory).saved
     except UserError:
@@ -139,24 +140,24 @@ def _saved(directory: str) -> dict[str, Any]:
 
 
 def _in_words(runs: pd.DataFrame, free: list[str]) -> str:
-    """What runs were to do, from the settings of the first and from what varies."""
-    asked: dict[str, Any] = {name: None if pd.isna(value) else value for name, value in runs.iloc[0].items()}  # type: ignore[misc]
-    data = value_of(asked.get("task.train_data_dir") or asked.get("task.dataset_name") or asked["task.name"])
-    base = asked.get("task.pretrained_model_name_or_path")
-    what = f"fine-tune {value_of(base)} by LoRA of rank {asked['task.rank']} on {data}" if base else f"train on {data}"
+    """Phrase the question of runs, from the settings of the first and from what varies."""
+    first: dict[str, Any] = {name: None if pd.isna(value) else value for name, value in runs.iloc[0].items()}  # type: ignore[misc]
+    data = value_of(first.get("task.train_data_dir") or first.get("task.dataset_name") or first["task.name"])
+    base = first.get("task.pretrained_model_name_or_path")
+    what = f"fine-tune {value_of(base)} by LoRA of rank {first['task.rank']} on {data}" if base else f"train on {data}"
     if free:
         return f"What comes of it when clients {what}, depending on {', '.join(map(field_of, free))}?"
-    often, unit = (asked["local_epochs"], "epoch") if asked["local_epochs"] else (asked["local_steps"], "step")
-    how = f"{asked['rounds']} rounds of {often} local {unit}{'' if often == 1 else 's'}"
-    who = "one client" if asked["clients"] == 1 else f"{asked['clients']} clients (partition {asked['partition']})"
-    if asked["only_client"] is not None:
-        who = f"client {asked['only_client']} of {asked['clients']} (partition {asked['partition']}) alone"
-    share = f", each with a share of {asked['fraction']:g} of them" if asked["fraction"] < 1 else ""
+    often, unit = (first["local_epochs"], "epoch") if first["local_epochs"] else (first["local_steps"], "step")
+    how = f"{first['rounds']} rounds of {often} local {unit}{'' if often == 1 else 's'}"
+    who = "one client" if first["clients"] == 1 else f"{first['clients']} clients (partition {first['partition']})"
+    if first["only_client"] is not None:
+        who = f"client {first['only_client']} of {first['clients']} (partition {first['partition']}) alone"
+    share = f", each with a share of {first['fraction']:g} of them" if first["fraction"] < 1 else ""
     return f"What comes of it when {who} {what}, for {how}{share}?"
 
 
 def _command(arguments: Sequence[str]) -> str:
-    """What to type, without where the interpreter and its programs are installed here."""
+    """Write a command as users type it, without the folder that the interpreter is installed in."""
     if not arguments:
         return ""
     program, rest = Path(arguments[0]), list(arguments[1:])
@@ -173,6 +174,7 @@ def _command(arguments: Sequence[str]) -> str:
 
 
 def _tables(chapter: Chapter) -> Iterable[dict[str, Any]]:
+    """Yield the tables of a chapter's complete runs."""
     done = finals(chapter.rounds)
     if done.empty:
         return
@@ -219,7 +221,7 @@ def _text(value: Any) -> str:
 
 
 def _viewers(chapters: list[Chapter]) -> list[dict[str, Any]]:
-    """Pictures of a run of each setting, after as many rounds as there is room for."""
+    """Choose pictures of a run of each setting, after as many rounds as there is room for."""
     chosen: dict[str, str] = {}  # directory: name on the page
     for chapter in chapters:
         runs = chapter.rounds.drop_duplicates("directory").sort_values(["complete", "seed"], ascending=[False, True])
@@ -238,9 +240,9 @@ def _viewers(chapters: list[Chapter]) -> list[dict[str, Any]]:
     encode = functools.cache(_data_uri)
 
     def frames(directory: str, source: str, alt: str, limit: int) -> list[dict[str, str]]:
-        found = [(label, encode(path)) for label, path in _thin(_pictures(Path(directory), source), limit)]
+        pictures = [(label, encode(path)) for label, path in _thin(_pictures(Path(directory), source), limit)]
         text = f"{alt}: {chosen[directory]}"
-        return [{"label": label, "src": src, "alt": f"{text} {label}".strip()} for label, src in found if src]
+        return [{"label": label, "src": src, "alt": f"{text} {label}".strip()} for label, src in pictures if src]
 
     def viewer(title: str, source: str, alt: str, directories: list[str], limit: int) -> dict[str, Any]:
         runs = [{"name": chosen[path], "frames": frames(path, source, alt, limit)} for path in directories]
@@ -258,7 +260,7 @@ def _viewers(chapters: list[Chapter]) -> list[dict[str, Any]]:
 
 
 def _pictures(directory: Path, source: str) -> list[tuple[str, Path]]:
-    """A run's pictures of a kind, with the round they are of."""
+    """Find a run's pictures of a kind, with the round they are of."""
     if source.endswith(".png"):
         return [("", directory / source)] if (directory / source).exists() else []
     paths = sorted(directory.glob(f"{source}/round-*.png"))
@@ -267,7 +269,7 @@ def _pictures(directory: Path, source: str) -> list[tuple[str, Path]]:
 
 
 def _thin(items: list[Any], limit: int) -> list[Any]:
-    """At most so many of them, evenly, the last always."""
+    """Keep at most so many of them, evenly, the last always."""
     if len(items) <= limit:
         return items
     back = np.unique(np.linspace(0, len(items) - 1, limit).round().astype(int))
@@ -275,7 +277,7 @@ def _thin(items: list[Any], limit: int) -> list[Any]:
 
 
 def _data_uri(path: Path) -> str:
-    """A picture as text, compressed where it is large; nothing if it cannot be read."""
+    """Encode a picture as text, compressed where it is large; as nothing if it cannot be read."""
     try:
         data, kind = path.read_bytes(), "png"
         with Image.open(io.BytesIO(data)) as image:
@@ -290,11 +292,11 @@ def _data_uri(path: Path) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
-# What it cost, and with what it ran
+# Costs and environment
 
 
 def _costs(chapters: list[Chapter]) -> Iterable[dict[str, Any]]:
-    """Bytes and seconds of each setting, means over its seeds."""
+    """Tabulate bytes and seconds of each setting, means over its seeds."""
     for chapter in chapters:
         done = chapter.rounds[chapter.rounds["complete"]]
         rounds = chapter.rounds if done.empty else done
@@ -319,7 +321,7 @@ def _costs(chapters: list[Chapter]) -> Iterable[dict[str, Any]]:
 
 
 def _payload(directory: str, way: str) -> str:
-    """Bytes per client, the least and the most."""
+    """Write the bytes per client, the least and the most."""
     try:
         sizes = {client[way] for row in Run(directory).rows for client in row["clients"] if client.get(way)}
     except (UserError, OSError, KeyError):
@@ -328,15 +330,15 @@ def _payload(directory: str, way: str) -> str:
 
 
 def _environment(rounds: pd.DataFrame) -> dict[str, str]:
-    """Versions, machine and commit: all that runs had."""
-    found: dict[str, dict[str, None]] = {}
+    """List the versions, machines and commits that runs had."""
+    values_of: dict[str, dict[str, None]] = {}
     for saved in map(_saved, rounds["directory"].unique()):
         facts = saved.get("versions", {}) | saved.get("machine", {})
         facts |= {"git commit of fedray": saved.get("git_commit"), "begun": saved.get("started")}
         facts["images (SHA-256)"] = (saved.get("images_sha256") or "")[:12]
         for name, value in facts.items():
-            found.setdefault(name, {})["–" if value in (None, "") else str(value)] = None
-    listed = {name: sorted(values) for name, values in found.items()}
+            values_of.setdefault(name, {})["–" if value in (None, "") else str(value)] = None
+    listed = {name: sorted(values) for name, values in values_of.items()}
     return {
         name: f"{v[0]} to {v[-1]}" if name == "begun" and len(v) > 1 else ", ".join(v) for name, v in listed.items()
     }

@@ -2,8 +2,6 @@
 
 import json
 import os
-import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_type_hints
@@ -15,6 +13,7 @@ from fedray.errors import UserError, reason
 from fedray.files import write as write_text
 from fedray.record.run import FAILED, RECORD, STOPPED, Row, Run
 from fedray.record.upgrade import RENAMED, upgrade
+from fedray.reports.problems import mixed, not_begun, unfinished
 from fedray.tasks.named import OURS, task_class
 
 TABLE = "results.parquet"
@@ -95,7 +94,7 @@ def load(*places: str | Path) -> Results:
             elif "rounds.jsonl" in names:
                 problems.append(f"{directory} has rounds but no config.json, without which they are not read.")
             elif {FAILED, STOPPED} & set(names):
-                problems.append(_unfinished(directory))
+                problems.append(unfinished(directory))
             records |= dict.fromkeys(directory / name for name in names if name.endswith(RECORD))
             if TABLE in names:
                 tables.setdefault(directory / TABLE, False)
@@ -113,8 +112,8 @@ def load(*places: str | Path) -> Results:
                 problems.append(str(error))
     begun = {run.rows[0]["run"] for run in runs if run.rows}
     for record in records:
-        problems += _not_begun(record, begun)
-    problems += _mixed(list(seen.values()))
+        problems += not_begun(record, begun)
+    problems += mixed(list(seen.values()))
     return Results(_frame(runs), list(dict.fromkeys(problems)))
 
 
@@ -251,7 +250,7 @@ def _run(directory: Path, config: dict[str, Any], problems: list[str]) -> _Run:
         rows.append(settings | row)
     finished = (directory / "result.json").exists()
     if not finished:
-        problems.append(_unfinished(directory, len(rows), rounds))
+        problems.append(unfinished(directory, len(rows), rounds))
     elif len(rows) == len(lines) != rounds:
         problems.append(f"{path} has {len(rows)} of the {rounds} rounds of a complete run; the others are lost.")
     complete = finished and len(rows) == rounds
@@ -276,16 +275,6 @@ def _round(row: Row) -> Row:
     return flat
 
 
-def _unfinished(directory: Path, done: int = 0, rounds: int | None = None) -> str:
-    """Say why a run is not complete."""
-    after = f" after round {done} of {rounds}" if rounds else ""
-    for name, what in ((FAILED, "failed"), (STOPPED, "was stopped early")):
-        if (directory / name).is_file():
-            why = (directory / name).read_text(errors="replace").strip().rstrip(".")
-            return f"the trial {directory} {what}{after}: {why}."
-    return f"the run {directory} is not complete: it stands{after}."
-
-
 def _table(path: Path, problems: list[str]) -> list[_Run]:
     """Read the runs of a frame that was written. Raises `UserError`."""
     try:
@@ -296,40 +285,10 @@ def _table(path: Path, problems: list[str]) -> list[_Run]:
         runs = [_Run(settings, rows.to_dict("records")) for _, rows in groups]  # type: ignore[arg-type]
         for row in (run.rows[-1] for run in runs):
             if not row["complete"]:
-                problems.append(_unfinished(Path(row["directory"]), row["round"], row["rounds"]))
+                problems.append(unfinished(Path(row["directory"]), row["round"], row["rounds"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a table of results that fedray wrote ({reason(error)}).") from None
     return runs
-
-
-def _not_begun(record: Path, begun: set[str]) -> list[str]:
-    """Name the trials of a sweep that have no run and no reason for it."""
-    try:
-        trials = [Path(trial["directory"]).name for trial in json.loads(record.read_text())["trials"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return [f"{record} is damaged ({reason(error)}); which trials are missing is not known."]
-    there = ("config.json", FAILED, STOPPED)
-    return [
-        f"the trial {record.parent / trial} of {record.name} has not begun."
-        for trial in trials
-        if trial not in begun and not any((record.parent / trial / name).exists() for name in there)
-    ]
-
-
-def _mixed(saved: list[dict[str, Any]]) -> list[str]:
-    """Say what the runs should have in common, and have not."""
-    problems = []
-    versions = [each["versions"] if isinstance(each.get("versions"), dict) else {} for each in saved]
-    for what, values in {
-        "versions of fedray": [each.get("fedray") for each in versions],
-        "git commits of fedray": [each.get("git_commit") for each in saved],
-        "sets of images": [each.get("images_sha256") for each in saved],
-    }.items():
-        counts = Counter(re.sub("([0-9a-f]{12})[0-9a-f]+", r"\1", str(value)) for value in values)
-        if len(counts) > 1:
-            listed = ", ".join(f"{value} ({count} run{'s' * (count > 1)})" for value, count in counts.items())
-            problems.append(f"the runs are of {len(counts)} {what}: {listed}.")
-    return problems
 
 
 def _frame(runs: list[_Run]) -> pd.DataFrame:

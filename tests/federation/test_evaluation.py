@@ -311,6 +311,26 @@ def test_fid_equals_pytorch_fid(weights, tmp_path, monkeypatch, capsys):
         assert f"biased: n is below the {dimensions} dimensions" in printed
 
 
+@pytest.mark.parametrize("d", [64, 192, 768, 2048])
+def test_inceptions_features_are_pytorch_fids(weights, d):
+    """Built from its blocks without its download, bit for bit what its own class makes of the same weights."""
+    from unittest import mock
+
+    from pytorch_fid import inception
+
+    state = torch.load(weights, weights_only=True)
+    with mock.patch.object(inception, "load_state_dict_from_url", return_value=state):
+        theirs = inception.InceptionV3([inception.InceptionV3.BLOCK_INDEX_BY_DIM[d]]).eval()
+    images = torch.from_numpy(digits().images[:3])
+    with torch.no_grad():
+        expected = theirs(images.expand(-1, 3, -1, -1).float() / 255)[0]
+    expected = torch.nn.functional.adaptive_avg_pool2d(expected, 1).flatten(1)
+    name = "inception" if d == 2048 else f"inception-{d}"
+    ours = networks.load(name, str(weights), torch.device("cpu"))(images)
+    assert ours.shape == (3, d)
+    assert torch.equal(ours, expected)
+
+
 def test_absent_and_corrupt_weights_are_named_before_training(short, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     flags = f"--preset digits --features inception --evaluate-samples 4 {SHORT} --out {tmp_path}/run"

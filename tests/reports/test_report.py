@@ -457,7 +457,7 @@ def test_a_runs_page_in_a_browser(tmp_path, browser):
 
     # Against steps: two for each round.
     choice = Select(browser.find_element(By.CSS_SELECTOR, ".axis"))
-    choice.select_by_visible_text("steps one after the other")
+    choice.select_by_visible_text("sequential steps")
     assert browser.execute_script("return document.querySelector('.chart').data[0].x") == [2, 4, 6]
 
     assert_fits(browser, page)

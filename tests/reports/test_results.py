@@ -13,7 +13,7 @@ import fedray
 from fedray.data.partition import Dirichlet
 from fedray.errors import UserError
 from fedray.record.run import Run
-from fedray.reports.results import finals, load, scores_of, varied, write
+from fedray.reports.results import finals, load, scores_of, settings_of, varied, write
 from fedray.reports.tables import by_setting, cells, pivot, to_latex, to_markdown
 
 
@@ -381,6 +381,21 @@ def test_means_do_not_mix_settings(out):
     with pytest.raises(UserError, match="clients 2 and local_epochs 1 differ also in partition, learning_rate: choose"):
         pivot(rounds, "fd[digits]")
     assert pivot(rounds[rounds["partition"] == "iid"], "fd[digits]").loc[2, (1, "n")] == 3
+
+
+def test_settings_are_told_from_what_was_measured(tmp_path):
+    """Also those of another version, and of a task that is not fedray's; whatever the order of the columns."""
+    row = made.row(1, held_out={"global": 2.5}, scores=made.scores(3.0) | made.scores(1.0, "brightness"))
+    row["aggregation"] = {"error_mean": 0.25}
+    own = made.config(rounds=1).to_json()
+    own |= {"older": 3, "task": own["task"] | {"of_mine": 1}}
+    made.run(tmp_path / "run", own, [row])
+    rounds = load(tmp_path).rounds
+    expected = {name for name in own if name != "task"} | {f"task.{name}" for name in own["task"]}
+    assert set(settings_of(rounds)) == expected
+    assert settings_of(rounds) == [name for name in rounds if name in expected]
+    shuffled = rounds[sorted(rounds)].assign(setting="in words")
+    assert settings_of(shuffled) == sorted(expected)
 
 
 def test_wrong_names(out):

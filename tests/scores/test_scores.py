@@ -6,7 +6,8 @@ import torch
 from sklearn.neighbors import NearestNeighbors
 
 from fedray.data.sources import digits
-from fedray.scores import frechet
+from fedray.federation.sampling import Sampling
+from fedray.scores import frechet, networks
 from fedray.scores.digits import WEIGHTS, DigitClassifier, classifier, sure
 from fedray.scores.frechet import Gaussian, frechet_distance, gaussian
 from fedray.scores.kid import kernel_distance
@@ -14,6 +15,7 @@ from fedray.scores.nearest import copies, nearest
 from fedray.scores.prdc import distances, manifold, prdc
 from fedray.scores.reference import Reference
 from fedray.scores.scoring import jackknife, score
+from fedray.tasks.embedded import prompt
 
 
 def normal(seed, *shape):
@@ -256,6 +258,18 @@ def test_shipped_classifier_knows_digits_from_noise():
     assert sure(torch.from_numpy(digit_features())).float().mean() > 0.95
     assert sure(of_noise).float().mean() < 0.02
     assert distance(of_noise.numpy(), digit_features()) > 400
+
+
+def test_an_accuracy_is_of_each_images_own_prompt():
+    data = digits()
+    prompts = Sampling(400, "ddim", 2, 64, 0, tuple(prompt(label) for label in range(10))).prompts_of(0, 400)
+    of = {label: iter(data.images[data.labels == label]) for label in range(10)}
+    images = np.stack([next(of[index % 10]) for index in range(400)])
+    network = networks.load("digits", None, torch.device("cpu"))
+    features, real = (network(torch.from_numpy(one)).numpy() for one in (images, data.images))
+    right = score(features, reference(real), "digits", 100, False, prompts)[0]["accuracy[digits]"]
+    wrong = score(features, reference(real), "digits", 100, False, prompts[1:] + prompts[:1])[0]["accuracy[digits]"]
+    assert right.value > 0.97 > 0.05 > wrong.value
 
 
 # Copies of training images

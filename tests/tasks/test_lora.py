@@ -30,7 +30,6 @@ from fedray.federation.pool import LocalPool
 from fedray.federation.worker import Weights, Worker, build
 from fedray.presets import PRESETS
 from fedray.record.run import Run
-from fedray.scores import networks
 from fedray.seeds import generator
 from fedray.tasks.embedded import HELD_OUT, PIPELINE, enlarge, prompt
 from fedray.tasks.lora import LoRA, LoRALearner
@@ -576,23 +575,6 @@ def test_scores_of_a_run_of_adapters(config, tmp_path, capsys):
         printed = capsys.readouterr().out
         assert f"{scores['fd[digits]']['value']:.4g}" in printed
         assert main(["sample", str(run.directory), "--num-images", "2", "--strength", "0.5"]) == 0
-
-
-def test_an_accuracy_is_of_each_images_own_prompt():
-    from test_scores import reference
-
-    from fedray.federation.sampling import Sampling
-    from fedray.scores.scoring import score
-
-    data = digits()
-    prompts = Sampling(400, "ddim", 2, 64, 0, tuple(prompt(label) for label in range(10))).prompts_of(0, 400)
-    of = {label: iter(data.images[data.labels == label]) for label in range(10)}
-    images = np.stack([next(of[index % 10]) for index in range(400)])
-    network = networks.load("digits", None, torch.device("cpu"))
-    features, real = (network(torch.from_numpy(one)).numpy() for one in (images, data.images))
-    right = score(features, reference(real), "digits", 100, False, prompts)[0]["accuracy[digits]"]
-    wrong = score(features, reference(real), "digits", 100, False, prompts[1:] + prompts[:1])[0]["accuracy[digits]"]
-    assert right.value > 0.97 > 0.05 > wrong.value
 
 
 def test_prompts_are_drawn_from_round_to_round(config, tmp_path):

@@ -1,0 +1,75 @@
+"""Sampling: how images are divided into batches, and what a task's `sample` must give."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import toy
+
+from fedray.errors import RunError, UserError
+from fedray.federation.evaluation import prompts_of, sample
+from fedray.federation.pool import LocalPool
+from fedray.federation.sampling import Sampling, check_sample
+from fedray.federation.worker import Weights
+
+
+def test_images_are_divided_into_batches_with_their_prompts():
+    sampling = Sampling(n=7, sampler="ddim", steps=3, batch_size=3, seed=5, prompts=("a", "b"))
+    jobs = list(sampling.jobs(features=True, keep=4))
+    assert [(job.batch, job.size, job.keep) for job in jobs] == [(0, 3, 4), (1, 3, 1), (2, 1, 0)]
+    assert [prompt for job in jobs for prompt in job.prompts] == list("abababa")
+    assert {(job.sampler, job.steps, job.seed, job.features) for job in jobs} == {("ddim", 3, 5, True)}
+    assert [job.prompts for job in replace(sampling, prompts=()).jobs(False, 0)] == [(), (), ()]
+
+
+@pytest.mark.parametrize(
+    ("images", "gave"),
+    [
+        (torch.zeros(2, 3, 4, 4), r"a float32 tensor \[2, 3, 4, 4\]"),
+        (torch.zeros(2, 3, 4, 4, dtype=torch.int64), r"an? int64 tensor \[2, 3, 4, 4\]"),
+        (torch.zeros(2, 4, 4, dtype=torch.uint8), r"a uint8 tensor \[2, 4, 4\]"),
+        (torch.zeros(2, 4, 4, 3, dtype=torch.uint8), r"a uint8 tensor \[2, 4, 4, 3\]"),
+        (torch.zeros(3, 3, 4, 4, dtype=torch.uint8), r"a uint8 tensor \[3, 3, 4, 4\]"),
+        (torch.zeros(2, 3, 0, 4, dtype=torch.uint8), r"a uint8 tensor \[2, 3, 0, 4\]"),
+        (torch.zeros(2, 3, 4, 4, dtype=torch.uint8, device="meta"), r"a uint8 tensor \[2, 3, 4, 4\] on meta"),
+        (np.zeros((2, 3, 4, 4), np.uint8), r"a uint8 ndarray \[2, 3, 4, 4\]"),
+        ([torch.zeros(3, 4, 4)] * 2, "a list of 2"),
+        (None, "a NoneType"),
+    ],
+)
+def test_a_sample_that_is_no_images_is_named(images, gave):
+    expected = r", and must give a uint8 tensor \[2, 1 or 3 channels, height, width\] on the CPU\."
+    with pytest.raises(UserError, match=f"the task 'mine': its learner's sample gave {gave}{expected}"):
+        check_sample(images, 2, "mine")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_sample_of_images_is_let_through(channels):
+    check_sample(torch.zeros(2, channels, 5, 4, dtype=torch.uint8), 2, "mine")
+
+
+def test_wrong_samples_are_named_where_they_are_made(toy_config, monkeypatch):
+    monkeypatch.setattr(toy.ToyLearner, "sample", lambda self, n, rng, sampler, steps: torch.zeros(n, 2))
+    config = toy_config()
+    with pytest.raises(RunError, match=r"batch 0 of the samples .* the task 'toy': .* gave a float32 tensor \[4, 2\]"):
+        sample(LocalPool(config), Weights(np.zeros(16, np.float32)), Sampling.of(config, 4))
+
+
+def test_a_task_gets_prompts_if_it_knows_them(toy_config, monkeypatch):
+    """A task of a user's own has neither `prompts` nor a parameter for them."""
+    config = toy_config(eval_batch_size=2)
+    model, dataset = Weights(np.zeros(16, np.float32)), config.task.dataset()
+    assert prompts_of(config, dataset) == ()
+    sample(LocalPool(config), model, Sampling.of(config, 3))
+    seen = []
+    plain = toy.ToyLearner.sample
+
+    def with_prompts(self, n, rng, sampler, steps, prompts=()):
+        seen.append(prompts)
+        return plain(self, n, rng, sampler, steps)
+
+    monkeypatch.setattr(toy.ToyLearner, "sample", with_prompts)
+    monkeypatch.setattr(toy.Toy, "prompts", lambda self, dataset: ("a", "b", "c"), raising=False)
+    sample(LocalPool(config), model, Sampling.of(config, 3, prompts_of(config, dataset)))
+    assert seen == [("a", "b"), ("c",)]
