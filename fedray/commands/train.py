@@ -5,6 +5,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from rich.console import Console
 from rich.table import Table
@@ -12,7 +13,7 @@ from rich.table import Table
 from fedray.algorithms.lora_rules import Flora
 from fedray.cluster.alone import run_local_only
 from fedray.cluster.driver import run
-from fedray.commands.settings import ask
+from fedray.commands.settings import Settings, T, ask, preset_help, presets_of
 from fedray.commands.terminal import print_table, program, progress
 from fedray.config import Config
 from fedray.errors import RunError, UserError, check_name
@@ -24,10 +25,9 @@ from fedray.tasks.ddpm import DDPM
 from fedray.tasks.lora import LoRA
 
 
-@dataclass(frozen=True)
-class Command:
-    preset: str
-    """Settings to start from."""
+@dataclass(frozen=True, kw_only=True)
+class Train(Settings[T]):
+    preset: Annotated[str | None, preset_help(DDPM)]
     out: Path | None = None
     """Directory of the run; by default runs/PRESET-DATE-TIME."""
     resume: Path | None = None
@@ -38,31 +38,36 @@ class Command:
     """Print what would be done (clients, examples, steps, bytes) and train nothing."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Finetune(Train[T]):
+    preset: Annotated[str | None, preset_help(LoRA)]
+
+
 def main(arguments: list[str]) -> None:
     """Parse and run `fedray train`."""
-    _main(arguments, "train", DDPM, "digits", "Train a model by federated averaging, and write a run directory.")
+    _main(arguments, "train", Train, DDPM, "digits", "Train a model by federated averaging, and write a run directory.")
 
 
 def finetune(arguments: list[str]) -> None:
     """Parse and run `fedray finetune`."""
-    _main(arguments, "finetune", LoRA, "sd", "Fine-tune Stable Diffusion by federated LoRA, and write a run directory.")
+    what = "Fine-tune Stable Diffusion by federated LoRA, and write a run directory."
+    _main(arguments, "finetune", Finetune, LoRA, "sd", what)
 
 
-def _main(arguments: list[str], command: str, task: type, first_preset: str, what: str) -> None:
+def _main(arguments: list[str], command: str, flags: type[Train], task: type, first_preset: str, what: str) -> None:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default=first_preset)
     first.add_argument("--resume", type=Path)
     known, _ = first.parse_known_args(arguments)
-    presets = [name for name, config in PRESETS.items() if isinstance(config.task, task)]
     if known.resume:
         base = Run.open(known.resume).config
         if not isinstance(base.task, task):
             other = "finetune" if isinstance(base.task, LoRA) else "train"
             raise UserError(f"{known.resume} is a run of `fedray {other}`; resume it with that.")
     else:
-        check_name("preset", known.preset, presets)
+        check_name("preset", known.preset, presets_of(task))
         base = PRESETS[known.preset]
-    asked, config = ask(Command, base, arguments, command, what, {"preset": (known.preset, presets)})
+    asked, config = ask(flags, base, arguments, command, what, known.preset)
     if asked.resume and asked.out:
         raise UserError("--out and --resume are both given; a resumed run stays in its directory.")
     if asked.resume and any(argument.split("=")[0] == "--preset" for argument in arguments):
