@@ -2,8 +2,8 @@
 
     fedray sweep experiments/chosen.py
 
-Beside the federation, ten epochs of centralised training: as many steps one after the other as each client makes, as in
-the paper. Samples after every round make its figure 4. On the paper's data: --preset celeba
+Beside the federation, ten epochs of centralised training: as many sequential steps as each client makes, as in the
+paper. Samples after every round make its figure 4. On the paper's data: --preset celeba
 --train-data-dir CELEBA --evaluate-every 1.
 """
 

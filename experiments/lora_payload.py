@@ -80,8 +80,8 @@ def main(smoke: bool = False) -> None:
         with tempfile.TemporaryDirectory() as folder:
             config = fedray.PRESETS["digits-lora"]
             config = replace(
-                config, task=replace(config.task, train_data_dir=str(photos(Path(folder), 0))), wire=(fedray.Float16(),),
-                rounds=1, local_steps=1, evaluate_samples=0, features=None, actors=0,
+                config, task=replace(config.task, train_data_dir=str(photos(Path(folder), 0))), rounds=1,
+                wire=(fedray.Float16(),), local_steps=1, evaluate_samples=0, features=None, actors=0,
             )  # fmt: skip
             client = fedray.run(config, Path(folder) / "run").rows[0]["clients"][0]
         print(f"a round of it: {client['bytes_down']:,} bytes down to a client and {client['bytes_up']:,} up")

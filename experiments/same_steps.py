@@ -3,7 +3,7 @@
     fedray sweep experiments/same_steps.py
 
 E·T/C is held fixed: with twice the clients, each has half of the data and trains for twice the rounds, so that every
-client makes the same number of steps one after the other. The total compute and the bytes sent then grow with C: what
+client makes the same number of sequential steps. The total compute and the bytes sent then grow with C: what
 is left of figure 2 here is the effect of averaging.
 """
 

@@ -29,10 +29,10 @@ def run_local_only(
     show: Show = silent,
     dataset: Dataset | None = None,
 ) -> list[Run]:
-    """Train each client by itself: what the others are worth to it. As many at a time as there are actors.
+    """Train each client by itself, to measure what the others are worth to it; in parallel, one client per actor.
 
-    One run per client, in `out`/client-0000 and so on; those that were begun are continued, and complete ones kept.
-    Raises as `run` does.
+    Each client has a run, in `out`/client-0000 and so on: incomplete ones are continued, complete ones kept. Raises as
+    `run` does.
     """
     out = Path(out).absolute()
     config.check()

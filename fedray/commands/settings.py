@@ -1,46 +1,57 @@
 """A command's flags beside those of every setting, which start from a preset."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import field, make_dataclass, replace
-from typing import Annotated, Any
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
 
 import tyro
 
 from fedray.config import Config
+from fedray.presets import PRESETS
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Generic[T]):
+    """Flags of a command (the fields of a subclass), of the task and of the configuration, side by side."""
+
+    preset: str | None
+    task: tyro.conf.OmitArgPrefixes[T]
+    config: tyro.conf.OmitArgPrefixes[Config]
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def command_of(config: Config) -> str:
+    """Return the command that trains what the configuration learns."""
+    return "finetune" if "adapters" in config.task_offers else "train"
+
+
+def presets_of(*commands: str) -> list[str]:
+    """List the presets for these commands; for none, all."""
+    return [name for name, config in PRESETS.items() if not commands or command_of(config) in commands]
+
+
+def preset_help(*commands: str) -> Any:
+    """Make the help of `--preset`: the presets for these commands."""
+    return tyro.conf.arg(help=f"Settings to start from: {', '.join(presets_of(*commands))}.")
 
 
 def ask(
-    command: type,
-    base: Config,
-    arguments: list[str],
-    name: str,
-    what: str,
-    presets: Mapping[str, tuple[Any, Sequence[str]]],
-) -> tuple[Any, Config]:
-    """Parse a command's arguments: its own, and the configuration that they make of `base`.
-
-    Args:
-        command: dataclass of the command's own flags; a base of what is returned first.
-        presets: flags that choose one of several names: the one chosen, and all.
-    """
+    command: type[S], base: Config, arguments: list[str], name: str, what: str, preset: str | None
+) -> tuple[S, Config]:
+    """Parse a command's arguments: its own flags, and the configuration that the others make of `base`."""
     # Given on the command line, local steps replace the base's local epochs, and the other way round.
     blank = replace(base, local_epochs=None, local_steps=None)
-    task: Any = type(base.task)
-    fields: list[Any] = [
-        (flag, Annotated[str | None, tyro.conf.arg(help=f"Settings to start from: {', '.join(names)}.")], chosen)
-        for flag, (chosen, names) in presets.items()
-    ]
-    fields += [
-        ("task", tyro.conf.OmitArgPrefixes[task], field(default=base.task)),  # type: ignore[misc]
-        ("config", tyro.conf.OmitArgPrefixes[Config], field(default=blank)),
-    ]
-    asked: Any = tyro.cli(
-        make_dataclass("Asked", fields, bases=(command,), frozen=True),
+    parsed = tyro.cli(
+        command[type(base.task)],  # type: ignore[index]
+        default=command(preset=preset, task=base.task, config=blank),
         args=arguments,
         prog=f"fedray {name}",
         description=what,
     )
-    config = replace(asked.config, task=asked.task)
+    config = replace(parsed.config, task=parsed.task)
     if config.local_epochs is None and config.local_steps is None:
         config = replace(config, local_epochs=base.local_epochs, local_steps=base.local_steps)
-    return asked, config
+    return parsed, config

@@ -1,4 +1,4 @@
-"""fedray sweep: the runs that an experiment's file asks for, side by side, and their table."""
+"""fedray sweep: the runs of an experiment's file, in parallel, and their table."""
 
 import argparse
 import shlex
@@ -24,7 +24,7 @@ from rich.progress import (
 from fedray.cluster.directories import Sweep
 from fedray.cluster.trials import Experiment, change, images_planned
 from fedray.cluster.tune import News, sweep
-from fedray.commands.settings import ask
+from fedray.commands.settings import Settings, T, ask, preset_help
 from fedray.commands.terminal import print_frame, program
 from fedray.config import Config, flag
 from fedray.errors import RunError, UserError, check_name
@@ -33,15 +33,16 @@ from fedray.own import load_file
 from fedray.presets import PRESETS
 from fedray.record.run import RECORD
 from fedray.reports.results import finals, load, scores_of
-from fedray.reports.results import write as keep
+from fedray.reports.results import write as write_results
 from fedray.reports.tables import by_setting, cells, shown, to_latex, to_markdown
 
 DURATION = ("local_epochs", "local_steps")  # of which one is given
 
 
-@dataclass(frozen=True)
-class Command:
-    experiment: Annotated[Path, tyro.conf.Positional]
+@dataclass(frozen=True, kw_only=True)
+class Flags(Settings[T]):
+    preset: Annotated[str | None, preset_help()]
+    experiment: tyro.conf.Positional[Path] = tyro.MISSING
     """A Python file with BASE (a Config), SPACE (values by the name of a setting) and, for --smoke, SMOKE."""
     smoke: bool = False
     """Try it out: in seconds, with the changes that the file's SMOKE says."""
@@ -57,51 +58,48 @@ class Command:
 
 def main(arguments: list[str]) -> None:
     """Parse and run."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--smoke", action="store_true")
-    first.add_argument("--preset")
-    known, _ = first.parse_known_args(arguments)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--preset")
+    first, _ = parser.parse_known_args(arguments)
     # The file, wherever it stands: `--features FILE.py:FUNCTION` does not end so.
     file = next((argument for argument in arguments if argument.endswith(".py")), None)
     base, space, question = PRESETS["digits"], {}, ""
     if file is not None:
         module = load_experiment(Path(file))
         base, space, question = module.BASE, dict(module.SPACE), module.__doc__ or ""
-        if known.preset is not None:
-            check_name("preset", known.preset, PRESETS)
-            base = PRESETS[known.preset]
-        for name, value in (getattr(module, "SMOKE", {}) if known.smoke else {}).items():
+        if first.preset is not None:
+            check_name("preset", first.preset, PRESETS)
+            base = PRESETS[first.preset]
+        for name, value in (getattr(module, "SMOKE", {}) if first.smoke else {}).items():
             if name in space and not callable(space[name]):
                 space[name] = value
             else:
                 base = change(base, name, value)
-    asked, config = ask(
-        Command, base, arguments, "sweep", "Train many runs that differ, and compare them.",
-        {"preset": (known.preset, list(PRESETS))},
-    )  # fmt: skip
+    flags, config = ask(Flags, base, arguments, "sweep", "Train many runs that differ, and compare them.", first.preset)
     if not space:
-        raise UserError(f"{asked.experiment} is not a Python file; name an experiment, as experiments/figure2.py.")
+        raise UserError(f"{flags.experiment} is not a Python file; name an experiment, as experiments/figure2.py.")
     given = {argument.split("=")[0].replace("_", "-") for argument in arguments}
     for name in space:
         if flag(name.removeprefix("task.")) in given or (name in DURATION and given & set(map(flag, DURATION))):
-            raise UserError(f"{flag(name)} is what {asked.experiment} varies; change its SPACE.")
-    name = asked.experiment.stem
-    out = asked.out or Path("runs") / (f"{name}-smoke" if asked.smoke else name)
+            raise UserError(f"{flag(name)} is what {flags.experiment} varies; change its SPACE.")
+    name = flags.experiment.stem
+    out = flags.out or Path("runs") / (f"{name}-smoke" if flags.smoke else name)
     experiment = Experiment(config, space, name, question)
     with _progress(len(config.task.dataset())) as on_news:
         try:
-            done = sweep(experiment, out, resume=asked.resume, again=asked.again, asha=asked.asha, on_news=on_news)
+            done = sweep(experiment, out, resume=flags.resume, again=flags.again, asha=flags.asha, on_news=on_news)
         except (KeyboardInterrupt, RunError):
             if (out / f"{name}{RECORD}").exists():
-                again = [argument for argument in arguments if argument not in ("--again", "--resume")]
-                print(f"\nGo on with: {program()} sweep {shlex.join(again)} --resume", file=sys.stderr)
+                repeated = [argument for argument in arguments if argument not in ("--again", "--resume")]
+                print(f"\nGo on with: {program()} sweep {shlex.join(repeated)} --resume", file=sys.stderr)
             raise
 
     _show(out, done, name)
     print(f"sweep     {out}\nnext      {program()} report {out}")
     if done.missing:
-        told = "\n".join(f"  {trial}: {why}" for trial, why in done.missing.items())
-        raise RunError(f"{len(done.missing)} of {sum(map(len, done))} trials are missing:\n{told}")
+        reasons = "\n".join(f"  {trial}: {why}" for trial, why in done.missing.items())
+        raise RunError(f"{len(done.missing)} of {sum(map(len, done))} trials are missing:\n{reasons}")
 
 
 def load_experiment(path: Path) -> ModuleType:
@@ -120,15 +118,15 @@ def _show(out: Path, done: Sweep, name: str) -> None:
     rounds = load(out).rounds
     if rounds.empty:
         return
-    keep(rounds, out)
+    write_results(rounds, out)
     rounds = rounds[rounds["run"].isin([run.directory.name for run in done.runs])]
     if rounds.empty:
         return
-    asked = read_json(out / f"{name}{RECORD}")
-    varied = [setting for setting in asked["varied"] if setting != "seed"] or ["clients"]
+    record = read_json(out / f"{name}{RECORD}")
+    varied = [setting for setting in record["varied"] if setting != "seed"] or ["clients"]
     settings = {
         trial["directory"]: " · ".join(shown(trial["changes"].get(field)) for field in varied)
-        for trial in asked["trials"]
+        for trial in record["trials"]
     }
     scores = [*scores_of(finals(rounds)), "loss", "total.sequential_steps", "total.bytes"]
     table = by_setting(rounds, settings, " · ".join(varied), scores)
@@ -149,7 +147,7 @@ def _show(out: Path, done: Sweep, name: str) -> None:
 
 @contextmanager
 def _progress(examples: int) -> Iterator[Callable[[News], None]]:
-    """A line per trial that runs, and one for the whole with the time left, by the images that trials train on."""
+    """Show a line per running trial, and one for the sweep with the time left, by the images that trials train on."""
     columns = (
         TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
         TextColumn("left"), TimeRemainingColumn(),

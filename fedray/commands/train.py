@@ -13,7 +13,7 @@ from rich.table import Table
 
 from fedray.cluster.alone import run_local_only
 from fedray.cluster.driver import run
-from fedray.commands.settings import ask
+from fedray.commands.settings import Settings, T, ask, command_of, preset_help, presets_of
 from fedray.commands.terminal import print_table, program, progress
 from fedray.config import Config
 from fedray.errors import RunError, UserError, check_name
@@ -25,10 +25,9 @@ from fedray.reports.results import summary
 from fedray.tasks.named import task_class
 
 
-@dataclass(frozen=True)
-class Command:
-    preset: str
-    """Settings to start from."""
+@dataclass(frozen=True, kw_only=True)
+class Train(Settings[T]):
+    preset: Annotated[str | None, preset_help("train")]
     out: Path | None = None
     """Directory of the run; by default runs/PRESET-DATE-TIME."""
     resume: Path | None = None
@@ -43,47 +42,47 @@ class Command:
     """Print what would be done (clients, examples, steps, bytes) and train nothing."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Finetune(Train[T]):
+    preset: Annotated[str | None, preset_help("finetune")]
+
+
 def main(arguments: list[str]) -> None:
     """Parse and run `fedray train`."""
-    _main(arguments, "train", "digits", "Train a model by federated averaging, and write a run directory.")
+    _main(arguments, Train, "train", "digits", "Train a model by federated averaging, and write a run directory.")
 
 
 def finetune(arguments: list[str]) -> None:
     """Parse and run `fedray finetune`."""
-    _main(arguments, "finetune", "sd", "Fine-tune Stable Diffusion by federated LoRA, and write a run directory.")
+    what = "Fine-tune Stable Diffusion by federated LoRA, and write a run directory."
+    _main(arguments, Finetune, "finetune", "sd", what)
 
 
-def _command_of(config: Config) -> str:
-    """Return the command that trains what the configuration learns."""
-    return "finetune" if "adapters" in config.task_offers else "train"
-
-
-def _base(known: argparse.Namespace, arguments: list[str], command: str, presets: list[str]) -> Config:
+def _base(known: argparse.Namespace, arguments: list[str], command: str) -> Config:
     """Return the settings to start from: a run's, those of a task of the user's own, or a preset's."""
     if known.resume:
         base = Run.open(known.resume).config_with(files_named(arguments))
-        if _command_of(base) != command:
-            raise UserError(f"{known.resume} is a run of `fedray {_command_of(base)}`; resume it with that.")
+        if command_of(base) != command:
+            raise UserError(f"{known.resume} is a run of `fedray {command_of(base)}`; resume it with that.")
         return base
     if known.task:
         task = task_class(known.task)()
         base = PRESETS[known.preset] if known.preset else Config(local_epochs=1)
         return replace(base, task=task, features=None)
-    check_name("preset", known.preset, presets)
+    check_name("preset", known.preset, presets_of(command))
     return PRESETS[known.preset]
 
 
-def _main(arguments: list[str], command: str, first_preset: str, what: str) -> None:
+def _main(arguments: list[str], flags: type[Train], command: str, first_preset: str, what: str) -> None:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset")
     first.add_argument("--resume", type=Path)
     first.add_argument("--task")
     known, _ = first.parse_known_args(arguments)
-    presets = [name for name, config in PRESETS.items() if _command_of(config) == command]
     if not known.task:
         known.preset = known.preset or first_preset
-    base = _base(known, arguments, command, presets)
-    asked, config = ask(Command, base, arguments, command, what, {"preset": (known.preset, presets)})
+    base = _base(known, arguments, command)
+    asked, config = ask(flags, base, arguments, command, what, known.preset)
     if asked.resume and asked.out:
         raise UserError("--out and --resume are both given; a resumed run stays in its directory.")
     if asked.resume and any(argument.split("=")[0] == "--preset" for argument in arguments):
