@@ -21,7 +21,7 @@ import torch
 import tyro
 
 import fedray
-from fedray.cluster.actors import connected
+from fedray.cluster.connection import connected
 from fedray.commands.terminal import print_table, program, progress
 from fedray.data.sources import digits
 

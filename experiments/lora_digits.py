@@ -22,12 +22,13 @@ from rich.console import Console
 from rich.table import Table
 
 import fedray
-from fedray.cluster.actors import connected
+from fedray.cluster.connection import connected
 from fedray.commands.terminal import program, progress
 from fedray.data.sources import digits
-from fedray.federation.evaluation import evaluate, open_reference
+from fedray.federation.evaluation import Comparison, Scoring, evaluate, open_reference, prompts_of
 from fedray.federation.plan import make_plan
 from fedray.federation.pool import LocalPool
+from fedray.federation.sampling import Sampling
 from fedray.federation.worker import model
 from fedray.seeds import generator
 from fedray.tasks.embedded import HELD_OUT, enlarge, prompt
@@ -66,11 +67,12 @@ def base_scores(config: fedray.Config) -> dict[str, float]:
     """Of an untrained adapter: B is 0, so it draws what the base does."""
     plan = make_plan(config)
     pool = LocalPool(config, plan.dataset)
-    against = open_reference(config, plan.dataset, pool)
+    scoring = Scoring.of(config)
+    assert scoring is not None
+    comparison = Comparison(plan.dataset, scoring, open_reference(scoring, plan.dataset, pool))
+    sampling = Sampling.of(config, config.evaluate_samples, prompts_of(config, plan.dataset))
     with progress(1) as (_, show):
-        found = evaluate(
-            pool, model({"model": plan.initial}), config.evaluate_samples, config, plan.dataset, against, {}, show=show
-        )
+        found = evaluate(pool, model({"model": plan.initial}), sampling, comparison, show=show)
     return {name: score["value"] for name, score in found.scores.items()}
 
 

@@ -2,7 +2,7 @@
 
     python experiments/lora_payload.py
 
-The payloads of the paper's three networks, packed by fedray's codecs. The paper divides Stable Diffusion's adapter by
+The payloads of the paper's three networks, on fedray's wires. The paper divides Stable Diffusion's adapter by
 another network's U-Net, the DDPM's. The honest ratio is to what would travel without LoRA: Stable Diffusion's own.
 
     python experiments/lora_payload.py --smoke      of the small Stable Diffusion that ships with fedray, by training it
@@ -21,11 +21,14 @@ from peft import LoraConfig
 from torch import nn
 
 import fedray
+from fedray.algorithms import Round
 from fedray.commands.terminal import print_frame, program
+from fedray.config import parse_wire
 from fedray.tasks.ddpm import DDPM
 from fedray.tasks.embedded import PIPELINE
 from fedray.tasks.lora import LoRA
-from fedray.wire.codecs import CODECS
+from fedray.vector import Layout
+from fedray.wire import Wire, counted
 
 SD15 = dict(
     sample_size=64, block_out_channels=(320, 640, 1280, 1280), layers_per_block=2, cross_attention_dim=768,
@@ -42,17 +45,21 @@ def adapted(unet: UNet2DConditionModel, task: LoRA) -> UNet2DConditionModel:
     return unet
 
 
+WIRES = ("float32", "float16")
+NO_ROUND = Round(0, 0, (0,), 1, {0: 1}, Layout((), ()))  # on which these messages do not depend
+
+
 def trainable(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
 
 
 def payloads(networks: dict[str, nn.Module]) -> pd.DataFrame:
-    """Parameters that travel, and bytes per client and direction by codec: lengths of payloads that are made."""
+    """Parameters that travel, and bytes per client and direction by wire: lengths of payloads that are made."""
     rows = {}
     for name, network in networks.items():
         vector = torch.zeros(1).expand(trainable(network))
         rows[name] = {"parameters": len(vector)} | {
-            codec: cls().encode_model(vector).nbytes for codec, cls in CODECS.items()
+            wire: counted(Wire(parse_wire(wire)).send({"model": vector}, NO_ROUND), frozenset()) for wire in WIRES
         }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("what travels")
 
@@ -73,7 +80,7 @@ def main(smoke: bool = False) -> None:
         with tempfile.TemporaryDirectory() as folder:
             config = fedray.PRESETS["digits-lora"]
             config = replace(
-                config, task=replace(config.task, train_data_dir=str(photos(Path(folder), 0))), codec=fedray.Float16(),
+                config, task=replace(config.task, train_data_dir=str(photos(Path(folder), 0))), wire="float16",
                 rounds=1, local_steps=1, evaluate_samples=0, features=None, actors=0,
             )  # fmt: skip
             client = fedray.run(config, Path(folder) / "run").rows[0]["clients"][0]

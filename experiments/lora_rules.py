@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fedray
-from fedray.cluster.actors import connected
+from fedray.cluster.connection import connected
 from fedray.commands.terminal import progress
 
 RULES = ("fedavg", "ffa", "svd", "flora")

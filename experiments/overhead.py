@@ -21,7 +21,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 from sklearn.datasets import load_digits
 
 import fedray
-from fedray.cluster.actors import connected
+from fedray.cluster.connection import connected
 
 CONFIG = replace(fedray.PRESETS["digits"], actors=2, evaluate_samples=0, features=None)
 STEPS = CONFIG.steps(1797 // CONFIG.clients)  # of a client in a round

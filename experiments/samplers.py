@@ -23,9 +23,10 @@ from rich.table import Table
 import fedray
 from fedray.commands.sample import model_of
 from fedray.commands.terminal import progress
-from fedray.federation.evaluation import evaluate, open_reference
+from fedray.federation.evaluation import Comparison, Scoring, evaluate, open_reference, prompts_of
 from fedray.federation.plan import make_plan
 from fedray.federation.pool import LocalPool
+from fedray.federation.sampling import Sampling
 
 SAMPLERS = (
     ("ddpm", 1000), ("ddpm", 100), ("ddim", 50), ("ddim", 100), ("dpmsolver++", 20), ("unipc", 10), ("unipc", 20)
@@ -42,18 +43,20 @@ class Question:
 
 def main(asked: Question) -> None:
     base = replace(fedray.Run.open(asked.run).config, actors=0)
-    if base.features is None:
+    scoring = Scoring.of(base)
+    if scoring is None:
         raise fedray.UserError(f"the run at {asked.run} names no features (--features) to be scored on.")
     plan = make_plan(base)
-    model = model_of(asked.run, base)
+    model, prompts = model_of(asked.run, base), prompts_of(base, plan.dataset)
     rows, grids = [], {}
     for sampler, steps in SAMPLERS:
         config = replace(base, sampler=sampler, sampling_steps=steps)
         pool = LocalPool(config, plan.dataset)
         with progress(1) as (_, show):
-            against = open_reference(config, plan.dataset, pool, show)
+            reference = open_reference(scoring, plan.dataset, pool, show)
+            comparison = Comparison(plan.dataset, scoring, reference, intervals=False)
             began = time.perf_counter()
-            found = evaluate(pool, model, asked.samples, config, plan.dataset, against, {}, intervals=False, show=show)
+            found = evaluate(pool, model, Sampling.of(config, asked.samples, prompts), comparison, show=show)
             seconds = time.perf_counter() - began
         scores = {name: score["value"] for name, score in found.scores.items()}
         rows.append({"sampler": f"{sampler}-{steps}", **scores, "seconds": seconds})

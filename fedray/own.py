@@ -1,33 +1,69 @@
-"""A user's own Python files."""
+"""A user's own Python files: experiments, tasks, metrics."""
 
 import importlib.util
 import sys
+import traceback
+from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
 
 from fedray.errors import UserError, reason
 
-_MODULES: dict[Path, ModuleType] = {}
+_modules: dict[Path, ModuleType] = {}
 
 
 def load_file(path: str | Path) -> ModuleType:
-    """Run a user's Python file, once. Raises `UserError`."""
-    place = Path(path).resolve()
-    if place not in _MODULES:
-        name = f"fedray_own_{len(_MODULES)}_{place.stem}"
-        spec = importlib.util.spec_from_file_location(name, place)
-        assert spec is not None
-        assert spec.loader is not None
-        module = sys.modules[name] = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-        except Exception as error:
-            del sys.modules[name]
-            raise UserError(f"{path} does not run: {reason(error)}.") from error
-        _MODULES[place] = module
-    return _MODULES[place]
+    """Run a user's Python file as a module, once per file.
+
+    The module is in `sys.modules` under a name of its own, since dataclasses look up their annotations there. The
+    file's folder joins `sys.path` and stays there: functions of the file may import its neighbours later.
+
+    Raises:
+        UserError: there is no such file, or it does not run; the message says in which line.
+    """
+    path = Path(path)
+    place = path.resolve()
+    if place in _modules:
+        return _modules[place]
+    if not path.is_file():
+        raise UserError(f"there is no file {path}.")
+    # Of two files of the same name, each keeps its own module.
+    name = f"fedray_own_{path.stem}_{sha256(str(place).encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(name, place)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{path} is not a Python file; its name must end in .py.")
+    module = importlib.util.module_from_spec(spec)
+    if str(place.parent) not in sys.path:
+        sys.path.insert(0, str(place.parent))
+    sys.modules[name] = _modules[place] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException as error:
+        del _modules[place]
+        sys.modules.pop(name, None)
+        if isinstance(error, Exception):
+            raise UserError(f"{path}{_line(error, place)}: {_sentence(error)}") from error
+        raise
+    return module
 
 
 def loaded() -> list[ModuleType]:
-    """Return the modules that were loaded."""
-    return list(_MODULES.values())
+    """Return the modules of all files loaded so far."""
+    return list(_modules.values())
+
+
+def _line(error: Exception, place: Path) -> str:
+    """Find the line of the file that fails: the innermost, if functions of the file call each other."""
+    if isinstance(error, SyntaxError) and error.filename == str(place):
+        line = error.lineno
+    else:
+        frames = traceback.extract_tb(error.__traceback__)
+        line = next((frame.lineno for frame in reversed(frames) if frame.filename == str(place)), None)
+    return "" if line is None else f", line {line}"
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, UserError):
+        return str(error)
+    text = error.msg if isinstance(error, SyntaxError) else reason(error)
+    return f"{type(error).__name__}: {text}."

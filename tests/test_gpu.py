@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-
-from fedray.cluster import actors
 from fedray.federation.engine import fit
+
+from fedray.cluster import driver
 from fedray.federation.pool import LocalPool
 from fedray.presets import PRESETS
 
@@ -25,6 +25,6 @@ def test_a_gpu_trains_what_a_cpu_trains(tmp_path):
 
 
 def test_two_actors_share_a_gpu(ray, tmp_path):
-    run = actors.run(replace(CONFIG, actors=2, gpus_per_actor=0.5), tmp_path / "run")
+    run = driver.run(replace(CONFIG, actors=2, gpus_per_actor=0.5), tmp_path / "run")
     assert {client["actor"] for client in run.rows[0]["clients"]} == {"actor 0", "actor 1"}
     assert {client["outcome"] for row in run.rows for client in row["clients"]} == {"ok"}

@@ -10,8 +10,8 @@ import fedray
 
 PACKAGE = Path(fedray.__file__).parent
 ROOMS = [
-    *("errors", "seeds", "files", "vector", "data", "tasks", "wire", "algorithms", "scores", "config", "presets"),
-    *("record", "federation", "reports", "cluster", "commands", "cli", "__main__"),
+    *("errors", "own", "forms", "seeds", "files", "vector", "data", "tasks", "algorithms", "wire", "scores"),
+    *("config", "presets", "record", "federation", "reports", "cluster", "commands", "cli", "__main__"),
 ]
 FILES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path

@@ -6,7 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from fedray.cluster.actors import check_apart, open_pool
+from fedray.cluster.driver import check_outside_images
+from fedray.cluster.pool import open_pool
 from fedray.config import Config
 from fedray.data.dataset import Dataset
 from fedray.errors import UserError
@@ -35,7 +36,7 @@ def run_local_only(
     """
     out = Path(out).absolute()
     config.check()
-    check_apart(out, config)
+    check_outside_images(out, config)
     if config.only_client is not None:
         raise UserError("--only-client and --local-only are both given; give one of them.")
     if (out / "config.json").exists():

@@ -1,36 +1,50 @@
-"""What a sweep runs: the configurations that a space of values asks for. Knows nothing of Ray."""
+"""Trials of an experiment: the configurations that its space of values makes of a base. Without Ray."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from fedray.config import Config
 from fedray.errors import UserError, check_name
 
+# Values by the name of a `Config` field, or "task.FIELD"; or a function of the configuration so far, for a value that
+# follows from the names before it. Seeds are a dimension like others.
 Space = Mapping[str, Sequence[Any] | Callable[[Config], Any]]
 
 
+@dataclass(frozen=True)
+class Experiment:
+    """A question, and the runs that answer it: every combination of the space's values, on top of `base`."""
+
+    base: Config
+    space: Space
+    name: str = "sweep"
+    question: str = ""
+
+
 def expand(base: Config, space: Space) -> list[Config]:
-    """All combinations, the last name's values fastest; the same configuration counts once.
+    """Make all combinations of a space's values, the last name's fastest; equal configurations count once.
 
     Raises:
         UserError: a name is not a setting, or has no values.
     """
-    found = [base]
+    configs = [base]
     for name, values in space.items():
         if not callable(values) and not len(values):
             raise UserError(f"the sweep has no values for {name!r}.")
-        found = [changed(config, name, value) for config in found for value in _values(values, config)]
-    once = {config.sha256: config for config in reversed(found)}
-    return [config for config in found if config is once[config.sha256]]
+        configs = [change(config, name, value) for config in configs for value in _values(values, config)]
+    first: dict[str, Config] = {}
+    for config in configs:
+        first.setdefault(config.sha256, config)
+    return list(first.values())
 
 
 def _values(values: Sequence[Any] | Callable[[Config], Any], config: Config) -> Sequence[Any]:
     return [values(config)] if callable(values) else values
 
 
-def changed(config: Config, name: str, value: Any) -> Config:
-    """The configuration with one setting changed: a field of `Config`, or "task.FIELD".
+def change(config: Config, name: str, value: Any) -> Config:
+    """Change one setting of a configuration: a field of `Config`, or "task.FIELD".
 
     What has a short form (a partition, an algorithm …) may be given by it. Raises `UserError`.
     """
@@ -45,14 +59,14 @@ def changed(config: Config, name: str, value: Any) -> Config:
 
 
 def settings_of(config: Config, names: Iterable[str]) -> dict[str, Any]:
-    """What a configuration has for these names, as JSON has it."""
+    """Pick these settings of a configuration, as JSON has them."""
     values = config.to_json()
     flat = values | {f"task.{name}": value for name, value in values["task"].items()}
     return {name: flat[name] for name in names}
 
 
 def images_planned(config: Config, examples: int) -> int:
-    """Images that a run trains on at most, with batches counted as full."""
+    """Count the images that a run trains on at most, with batches counted as full."""
     share = -(-examples // config.clients)
     batch = config.train_batch_size * config.gradient_accumulation_steps
     return config.rounds * config.cohort_size * config.steps(share) * batch

@@ -1,4 +1,4 @@
-"""fedray report: one page of runs or sweeps, to look at."""
+"""fedray report: one HTML page of runs or sweeps."""
 
 import webbrowser
 from dataclasses import dataclass
@@ -24,15 +24,15 @@ class Report:
 
 def main(arguments: list[str]) -> None:
     """Parse and run `fedray report`."""
-    asked = tyro.cli(Report, args=arguments, prog="fedray report")
-    if not asked.places:
+    options = tyro.cli(Report, args=arguments, prog="fedray report")
+    if not options.places:
         raise UserError("say what to report on: the directory of a run or of a sweep.")
-    out = asked.out or (asked.places[0] if asked.places[0].is_dir() else asked.places[0].parent) / "report.html"
+    out = options.out or (options.places[0] if options.places[0].is_dir() else options.places[0].parent) / "report.html"
     if out.is_dir():
         raise UserError(f"--out {out} is a directory; give the name of a file in it, such as {out / 'report.html'}.")
-    if asked.places[0].exists() and not out.parent.is_dir():
+    if options.places[0].exists() and not out.parent.is_dir():
         raise UserError(f"--out {out}: the directory {out.parent} does not exist.")
-    page.write(asked.places, out)
+    page.write(options.places, out)
     print(f"report    {out}")
-    if asked.open:
+    if options.open:
         webbrowser.open(out.absolute().as_uri())

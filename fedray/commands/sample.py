@@ -1,4 +1,4 @@
-"""fedray sample: images from a run's model; and what it has in common with fedray evaluate."""
+"""fedray sample: images from a run's model; and the options it shares with fedray evaluate."""
 
 import math
 from dataclasses import dataclass, replace
@@ -8,21 +8,22 @@ from typing import cast
 import torch
 import tyro
 
-from fedray.cluster.actors import open_pool
+from fedray.cluster.pool import open_pool
 from fedray.commands.terminal import progress
 from fedray.config import Config
 from fedray.errors import UserError
 from fedray.federation.evaluation import prompts_of, sample
+from fedray.federation.sampling import Sampling
 from fedray.federation.worker import Shared, build, model, sampled
+from fedray.forms import files_named
 from fedray.record.pictures import grid
 from fedray.record.run import Run
 from fedray.tasks import AdapterLearner
-from fedray.tasks.lora import LoRA
 
 
 @dataclass(frozen=True, kw_only=True)
 class Draw:
-    """What `fedray sample` and `fedray evaluate` have in common."""
+    """Options that `fedray sample` and `fedray evaluate` have in common."""
 
     seed: int = 0
     """Seed of the noise that the images start from."""
@@ -38,9 +39,11 @@ class Draw:
     """GPUs of an actor; 0 computes on CPUs."""
     address: str | None = None
     """A running Ray cluster to join (auto, or HOST:PORT)."""
+    code: tuple[Path, ...] = ()
+    """Files of your own classes that the run names: only those given here, or in another flag, may run."""
 
     def settings(self, base: Config) -> Config:
-        """The configuration with what was asked for."""
+        """Change a configuration as the options say."""
         return replace(
             base,
             sampler=self.sampler or base.sampler,
@@ -70,32 +73,30 @@ class Sample(Draw):
 
 def main(arguments: list[str]) -> None:
     """Parse and run `fedray sample`."""
-    asked = tyro.cli(Sample, args=arguments, prog="fedray sample")
-    if asked.num_images < 1:
-        raise UserError(f"--num-images {asked.num_images}: it must be above 0.")
-    out = asked.out or asked.run / "samples" / f"sample-seed{asked.seed}.png"
+    options = tyro.cli(Sample, args=arguments, prog="fedray sample")
+    if options.num_images < 1:
+        raise UserError(f"--num-images {options.num_images}: it must be above 0.")
+    out = options.out or options.run / "samples" / f"sample-seed{options.seed}.png"
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError(f"--out {out}: the name of the picture must end in .png, .jpg or .webp.")
-    config = replace(asked.settings(Run.open(asked.run).config), features=None)
+    config = replace(options.settings(Run.open(options.run).config_with(files_named(arguments))), features=None)
     config.check()
-    adapts = isinstance(config.task, LoRA)
-    if not adapts and (asked.prompt or asked.strength != 1):
-        raise UserError(f"--prompt and --strength are for fine-tuned models; {asked.run} is a run of `fedray train`.")
-    if not 0 <= asked.strength < math.inf:
-        raise UserError(f"--strength {asked.strength}: it must not be negative.")
-    model = model_of(asked.run, config, asked.strength)
-    prompts = asked.prompt
-    if not prompts and isinstance(config.task, LoRA):
-        prompts = config.task.validation_prompt or prompts_of(config, config.task.dataset())
+    if "adapters" not in config.task_offers and (options.prompt or options.strength != 1):
+        raise UserError(f"--prompt and --strength are for fine-tuned models; {options.run} is a run of `fedray train`.")
+    if not 0 <= options.strength < math.inf:
+        raise UserError(f"--strength {options.strength}: it must not be negative.")
+    shared = model_of(options.run, config, options.strength)
+    prompts = options.prompt or getattr(config.task, "validation_prompt", ()) or prompts_of(config)
+    sampling = replace(Sampling.of(config, options.num_images, prompts), seed=options.seed)
     with open_pool(config) as pool, progress(config.rounds) as (_, show):
-        _, images = sample(pool, model, asked.num_images, config, asked.seed, show, prompts=prompts)
+        _, images = sample(pool, shared, sampling, show)
     out.parent.mkdir(parents=True, exist_ok=True)
     grid(torch.from_numpy(images)).save(out)
     print(f"samples   {out}")
 
 
 def model_of(directory: Path, config: Config, strength: float = 1.0) -> Shared:
-    """What a run's samples are drawn from, as of its last complete round.
+    """Load the model that a run's samples come from, as of its last complete round.
 
     Args:
         strength: of adapters, how much of them to use.

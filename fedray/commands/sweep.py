@@ -1,7 +1,6 @@
 """fedray sweep: the runs that an experiment's file asks for, side by side, and their table."""
 
 import argparse
-import importlib.util
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -22,13 +21,15 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from fedray.cluster.trials import changed, images_planned
-from fedray.cluster.tune import News, Sweep, sweep
+from fedray.cluster.directories import Sweep
+from fedray.cluster.trials import Experiment, change, images_planned
+from fedray.cluster.tune import News, sweep
 from fedray.commands.settings import ask
 from fedray.commands.terminal import print_frame, program
 from fedray.config import Config, flag
-from fedray.errors import RunError, UserError, check_name, reason
+from fedray.errors import RunError, UserError, check_name
 from fedray.files import read_json, write
+from fedray.own import load_file
 from fedray.presets import PRESETS
 from fedray.record.run import RECORD
 from fedray.reports.results import finals, load, scores_of
@@ -73,7 +74,7 @@ def main(arguments: list[str]) -> None:
             if name in space and not callable(space[name]):
                 space[name] = value
             else:
-                base = changed(base, name, value)
+                base = change(base, name, value)
     asked, config = ask(
         Command, base, arguments, "sweep", "Train many runs that differ, and compare them.",
         {"preset": (known.preset, list(PRESETS))},
@@ -86,12 +87,10 @@ def main(arguments: list[str]) -> None:
             raise UserError(f"{flag(name)} is what {asked.experiment} varies; change its SPACE.")
     name = asked.experiment.stem
     out = asked.out or Path("runs") / (f"{name}-smoke" if asked.smoke else name)
+    experiment = Experiment(config, space, name, question)
     with _progress(len(config.task.dataset())) as on_news:
         try:
-            done = sweep(
-                config, space, out, name=name, question=question, resume=asked.resume, again=asked.again,
-                asha=asked.asha, on_news=on_news,
-            )  # fmt: skip
+            done = sweep(experiment, out, resume=asked.resume, again=asked.again, asha=asked.asha, on_news=on_news)
         except (KeyboardInterrupt, RunError):
             if (out / f"{name}{RECORD}").exists():
                 again = [argument for argument in arguments if argument not in ("--again", "--resume")]
@@ -109,17 +108,7 @@ def load_experiment(path: Path) -> ModuleType:
     """Run an experiment's file. Raises `UserError` if it is not one."""
     if not path.is_file():
         raise UserError(f"there is no file {path}; name an experiment, as experiments/figure2.py.")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.absolute().parent))
-    try:
-        spec.loader.exec_module(module)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{path} does not run: {type(error).__name__}: {reason(error)}.") from error
+    module = load_file(path)
     for name, kind in (("BASE", Config), ("SPACE", dict)):
         if not isinstance(getattr(module, name, None), kind):
             raise UserError(f"{path} is not an experiment: it must have {name}, a {kind.__name__}.")

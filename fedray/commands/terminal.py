@@ -18,6 +18,7 @@ from rich.table import Column, Table
 from fedray.federation.evaluation import Evaluation
 from fedray.record.run import Row
 from fedray.reports.results import summary
+from fedray.scores.metrics import deciding
 
 
 def program() -> str:
@@ -69,8 +70,9 @@ def print_table(runs: dict[str, Path], mean: bool = False) -> None:
     """Print complete runs side by side; with `mean`, a row per run and their mean."""
 
     frame = summary(runs)
-    if mean:  # what fits: the losses and the first score
-        frame = frame[[name for name in frame if "loss" in str(name) or name == _first_score(frame)]]
+    if mean:  # what fits: the losses and the score that decides
+        score = deciding(map(str, frame))
+        frame = frame[[name for name in frame if "loss" in str(name) or name == score]]
         frame.loc["mean"] = frame.mean()
     else:
         frame = frame.T
@@ -86,10 +88,6 @@ def print_frame(frame: pd.DataFrame) -> None:
     for name, values in frame.iterrows():
         table.add_row(escape(str(name)), *map(escape, values))
     Console().print(table)
-
-
-def _first_score(frame: pd.DataFrame) -> str | None:
-    return next((str(name) for name in frame if "[" in str(name) or "fid" in str(name)), None)
 
 
 def _number(value: float) -> str:

@@ -3,24 +3,26 @@
 import argparse
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
+import tyro
 from rich.console import Console
 from rich.table import Table
 
-from fedray.cluster.actors import run
 from fedray.cluster.alone import run_local_only
+from fedray.cluster.driver import run
 from fedray.commands.settings import ask
 from fedray.commands.terminal import print_table, program, progress
 from fedray.config import Config
 from fedray.errors import RunError, UserError, check_name
 from fedray.federation.plan import bytes_planned, make_plan, steps_planned
+from fedray.forms import files_named
 from fedray.presets import PRESETS
 from fedray.record.run import Run
 from fedray.reports.results import summary
-from fedray.tasks.ddpm import DDPM
-from fedray.tasks.lora import LoRA
+from fedray.tasks.named import task_class
 
 
 @dataclass(frozen=True)
@@ -33,34 +35,54 @@ class Command:
     """Continue the run in this directory; only settings of placement may be given with it."""
     local_only: bool = False
     """Train every client alone, without a federation: what the others are worth. A run per client."""
+    task_class: Annotated[str | None, tyro.conf.arg(name="task")] = None
+    """A task of your own, FILE.py:CLASS, in place of a preset's: its fields become flags."""
+    code: tuple[Path, ...] = ()
+    """Files of your own classes that a resumed run names: only those given here, or in another flag, may run."""
     dry_run: bool = False
     """Print what would be done (clients, examples, steps, bytes) and train nothing."""
 
 
 def main(arguments: list[str]) -> None:
     """Parse and run `fedray train`."""
-    _main(arguments, "train", DDPM, "digits", "Train a model by federated averaging, and write a run directory.")
+    _main(arguments, "train", "digits", "Train a model by federated averaging, and write a run directory.")
 
 
 def finetune(arguments: list[str]) -> None:
     """Parse and run `fedray finetune`."""
-    _main(arguments, "finetune", LoRA, "sd", "Fine-tune Stable Diffusion by federated LoRA, and write a run directory.")
+    _main(arguments, "finetune", "sd", "Fine-tune Stable Diffusion by federated LoRA, and write a run directory.")
 
 
-def _main(arguments: list[str], command: str, task: type, first_preset: str, what: str) -> None:
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", default=first_preset)
-    first.add_argument("--resume", type=Path)
-    known, _ = first.parse_known_args(arguments)
-    presets = [name for name, config in PRESETS.items() if isinstance(config.task, task)]
+def _command_of(config: Config) -> str:
+    """Return the command that trains what the configuration learns."""
+    return "finetune" if "adapters" in config.task_offers else "train"
+
+
+def _base(known: argparse.Namespace, arguments: list[str], command: str, presets: list[str]) -> Config:
+    """Return the settings to start from: a run's, those of a task of the user's own, or a preset's."""
     if known.resume:
-        base = Run.open(known.resume).config
-        if not isinstance(base.task, task):
-            other = "finetune" if isinstance(base.task, LoRA) else "train"
-            raise UserError(f"{known.resume} is a run of `fedray {other}`; resume it with that.")
-    else:
-        check_name("preset", known.preset, presets)
-        base = PRESETS[known.preset]
+        base = Run.open(known.resume).config_with(files_named(arguments))
+        if _command_of(base) != command:
+            raise UserError(f"{known.resume} is a run of `fedray {_command_of(base)}`; resume it with that.")
+        return base
+    if known.task:
+        task = task_class(known.task)()
+        base = PRESETS[known.preset] if known.preset else Config(local_epochs=1)
+        return replace(base, task=task, features=None)
+    check_name("preset", known.preset, presets)
+    return PRESETS[known.preset]
+
+
+def _main(arguments: list[str], command: str, first_preset: str, what: str) -> None:
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset")
+    first.add_argument("--resume", type=Path)
+    first.add_argument("--task")
+    known, _ = first.parse_known_args(arguments)
+    presets = [name for name, config in PRESETS.items() if _command_of(config) == command]
+    if not known.task:
+        known.preset = known.preset or first_preset
+    base = _base(known, arguments, command, presets)
     asked, config = ask(Command, base, arguments, command, what, {"preset": (known.preset, presets)})
     if asked.resume and asked.out:
         raise UserError("--out and --resume are both given; a resumed run stays in its directory.")
@@ -71,7 +93,7 @@ def _main(arguments: list[str], command: str, task: type, first_preset: str, wha
         return
     if asked.local_only and asked.resume:
         raise UserError("--local-only and --resume are both given; repeat the command with the same --out to go on.")
-    out = asked.resume or asked.out or Path("runs") / time.strftime(f"{asked.preset}-%Y%m%d-%H%M%S")
+    out = asked.resume or asked.out or Path("runs") / time.strftime(f"{asked.preset or config.task.name}-%Y%m%d-%H%M%S")
     config.check()
     dataset = config.task.dataset()  # decoding shows progress of its own
     if asked.local_only:

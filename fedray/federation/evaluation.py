@@ -12,12 +12,13 @@ from fedray.config import Config
 from fedray.data.dataset import Dataset
 from fedray.errors import RunError, UserError
 from fedray.federation.pool import Pool, in_order
-from fedray.federation.sampling import FeatureJob, NearestJob, SampleJob, dataset_features, nearest_images, sample_batch
+from fedray.federation.sampling import FeatureJob, NearestJob, Sampling, dataset_features, nearest_images, sample_batch
 from fedray.federation.worker import Shared, Work, threads
 from fedray.scores import networks
+from fedray.scores.metrics import Score
 from fedray.scores.nearest import EXPECTED, LOOKED_AT, copies
 from fedray.scores.reference import Reference, reference
-from fedray.scores.scoring import Score, score
+from fedray.scores.scoring import score
 
 GRID = 64  # images that are kept of every evaluation, for its picture
 
@@ -29,17 +30,68 @@ def silent(phase: str, done: float, total: float) -> None:
     """Show nothing."""
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """How images are scored. The pool that makes the features must have been opened with the same settings."""
+
+    features: str
+    """Name of the feature network."""
+    inception_weights: str | None
+    """File of Inception's weights; None takes torch's hub cache."""
+    kid_subset_size: int
+    """Images in each of the subsets that the kernel distance is averaged over."""
+    batch_size: int
+    """Images in a batch of the reference's features."""
+    threads: int
+    """Threads that features and scores are computed with."""
+    gpu: bool
+    """Features are computed on GPUs."""
+
+    @classmethod
+    def of(cls, config: Config) -> "Scoring | None":
+        """Score as a run does; None where it names no features."""
+        if config.features is None:
+            return None
+        return cls(
+            config.features,
+            config.inception_weights,
+            config.kid_subset_size,
+            config.eval_batch_size,
+            config.threads,
+            bool(config.gpus_per_actor),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """What samples are compared with: a dataset, and the reference made of it (None for no scores but `metrics`)."""
+
+    dataset: Dataset
+    scoring: Scoring | None = None
+    reference: Reference | None = None
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    """A user's own scores, which get all images."""
+    intervals: bool = True
+    """Whether standard deviations are worked out."""
+
+
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """What came out. `about` says how it was measured: count, sampler, features, reference, and what was refused."""
+    """Some of the images, their scores, and `about`: count, sampler, features, reference, and what was refused."""
 
     images: np.ndarray  # uint8 [at least min(n, 64), c, h, w]
     scores: dict[str, dict[str, Any]] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
 
 
-def open_reference(config: Config, dataset: Dataset, pool: Pool, show: Show = silent) -> Reference:
-    """The statistics that scores are taken against, worked out by the pool unless this node has them already.
+def check_features(config: Config, dataset: Dataset) -> None:
+    """Raise `UserError` unless a run's features, if it is to be scored, can judge these images."""
+    if config.features is not None and config.evaluate_samples:
+        networks.check(config.features, config.inception_weights, dataset.images)
+
+
+def open_reference(scoring: Scoring, dataset: Dataset, pool: Pool, show: Show = silent) -> Reference:
+    """Open the statistics that scores are taken against; the pool works them out unless this node has them cached.
 
     The key holds all that the bits of features depend on, but for the kind of CPU.
 
@@ -47,133 +99,125 @@ def open_reference(config: Config, dataset: Dataset, pool: Pool, show: Show = si
         UserError: there are too few images, or their features are not finite.
         RunError: features could not be made.
     """
-    assert config.features is not None
     n = len(dataset)
     key = {
         "images": dataset.sha256,
-        "features": networks.key(config.features, config.inception_weights, dataset.images),
-        "batch": config.eval_batch_size,
-        "threads": config.threads,
-        "gpu": bool(config.gpus_per_actor),
+        "features": networks.key(scoring.features, scoring.inception_weights, dataset.images),
+        "batch": scoring.batch_size,
+        "threads": scoring.threads,
+        "gpu": scoring.gpu,
     }
+    make = partial(features_of, scoring.batch_size, n, pool, show)
     try:
-        return reference(f"reference features ({config.features})", n, key, partial(features_of, config, n, pool, show))
+        return reference(f"reference features ({scoring.features})", n, key, make)
     except ValueError as error:
         raise UserError(f"the {n} images of this dataset cannot be scored against: {error}.") from None
 
 
-def features_of(config: Config, n: int, pool: Pool, show: Show = silent) -> Iterator[np.ndarray]:
-    """Features of the n images that the pool's workers have as their dataset, in batches."""
-    size = config.eval_batch_size
-    jobs = [FeatureJob(start, min(start + size, n)) for start in range(0, n, size)]
+def features_of(batch_size: int, n: int, pool: Pool, show: Show = silent) -> Iterator[np.ndarray]:
+    """Yield features of the n images that the pool's workers have as their dataset, in batches."""
+    jobs = [FeatureJob(start, min(start + batch_size, n)) for start in range(0, n, batch_size)]
     return _results(pool, dataset_features, Shared({}), jobs, "features", show)
 
 
 def sample(
     pool: Pool,
     model: Shared,
-    n: int,
-    config: Config,
-    seed: int,
+    sampling: Sampling,
     show: Show = silent,
     keep: int | None = None,
-    prompts: tuple[str, ...] = (),
+    features: bool = False,
 ) -> tuple[np.ndarray | None, np.ndarray]:
-    """Features [n, d] (None without a feature network) and the first `keep` of n images, uint8 [keep, c, h, w].
+    """Sample n images from a model: the first `keep` of them, uint8 [keep, c, h, w], after the features [n, d] of all.
 
-    The same whatever the pool: image i is drawn in batch i // B, for prompt i modulo their number. Raises `RunError`
-    if a batch could not be generated.
+    The same whatever the pool: image i is in batch i // B, for prompt i modulo their number.
+
+    Args:
+        model: what the pool's workers load.
+        keep: None keeps all.
+        features: whether to make features, by the network that the pool was opened with; else they are None.
+
+    Raises:
+        RunError: a batch could not be generated.
     """
-    keep = n if keep is None else min(keep, n)
-    jobs = [
-        SampleJob(
-            batch=start // config.eval_batch_size,
-            size=min(config.eval_batch_size, n - start),
-            sampler=config.sampler,
-            steps=config.sampling_steps,
-            seed=seed,
-            features=config.features is not None,
-            keep=max(0, keep - start),
-            prompts=turns(prompts, start, min(start + config.eval_batch_size, n)),
-        )
-        for start in range(0, n, config.eval_batch_size)
-    ]
-    features, images = zip(*_results(pool, sample_batch, model, jobs, "sampling", show), strict=True)
-    return np.concatenate(features) if config.features else None, np.concatenate(images)
+    jobs = sampling.jobs(features, sampling.n if keep is None else min(keep, sampling.n))
+    made, images = zip(*_results(pool, sample_batch, model, jobs, "sampling", show), strict=True)
+    return np.concatenate(made) if features else None, np.concatenate(images)
 
 
 def evaluate(
     pool: Pool,
     model: Shared,
-    n: int,
-    config: Config,
-    dataset: Dataset,
-    against: Reference | None,
-    metrics: Mapping[str, Metric],
+    sampling: Sampling,
+    comparison: Comparison,
     keep: int = GRID,
-    seed: int | None = None,
-    intervals: bool = True,
     show: Show = silent,
 ) -> Evaluation:
-    """Draw n images of a model and score them.
+    """Sample images from a model and score them.
 
     Args:
-        against: what to score against; None for no scores but the user's own `metrics`, which get all images.
-        keep: how many images to return.
+        model: what the pool's workers load.
+        keep: how many images to return; all, where the user's own metrics need them.
 
     Raises:
         RunError: a batch could not be generated, or a metric of the user's failed.
     """
-    keep = n if metrics or config.keep_samples else keep
-    prompts = prompts_of(config, dataset)
-    features, images = sample(pool, model, n, config, config.seed if seed is None else seed, show, keep, prompts)
-    found = judge(features, images, n, config, dataset, against, metrics, intervals, show, turns(prompts, 0, n))
-    found.about.update(sampler=config.sampler, sampling_steps=config.sampling_steps)
-    return found
+    keep = sampling.n if comparison.metrics else keep
+    features, images = sample(pool, model, sampling, show, keep, comparison.reference is not None)
+    evaluation = score_images(images, features, comparison, sampling.n, sampling.prompts_of(0, sampling.n), show)
+    evaluation.about.update(sampler=sampling.sampler, sampling_steps=sampling.steps)
+    return evaluation
 
 
-def turns(prompts: tuple[str, ...], start: int, stop: int) -> tuple[str, ...]:
-    """What images `start` to `stop` are drawn for: the prompts in turn."""
-    return tuple(prompts[index % len(prompts)] for index in range(start, stop)) if prompts else ()
+def prompts_of(config: Config, dataset: Dataset | None = None) -> tuple[str, ...]:
+    """Return the prompts that a run's samples are for: what its task says; none where it knows no prompts.
+
+    `dataset` is the task's, if it is loaded already.
+    """
+    prompts = getattr(config.task, "prompts", None)
+    if prompts is None:
+        return ()
+    return tuple(prompts(config.task.dataset() if dataset is None else dataset))
 
 
-def prompts_of(config: Config, dataset: Dataset) -> tuple[str, ...]:
-    """What a run's samples are drawn for; nothing, where its task knows no prompts."""
-    return getattr(config.task, "prompts", lambda dataset: ())(dataset)
-
-
-def judge(
-    features: np.ndarray | None,
+def score_images(
     images: np.ndarray,
+    features: np.ndarray | None,
+    comparison: Comparison,
     n: int,
-    config: Config,
-    dataset: Dataset,
-    against: Reference | None,
-    metrics: Mapping[str, Metric],
-    intervals: bool = True,
-    show: Show = silent,
     prompts: Sequence[str] = (),
+    show: Show = silent,
 ) -> Evaluation:
-    """Score images that have been drawn already, from their features; as `evaluate`."""
+    """Score n images that there are already, from their features [n, d].
+
+    Args:
+        images: the first of them, uint8 [m, c, h, w]; all, where there are metrics of the user's own.
+        prompts: what each was generated for, if for anything.
+
+    Raises:
+        RunError: a metric of the user's failed.
+    """
     about: dict[str, Any] = {"n": n}
     scores: dict[str, Score] = {}
-    if against is not None and features is not None and config.features is not None:
+    scoring, against = comparison.scoring, comparison.reference
+    if scoring is not None and against is not None and features is not None:
         show("scoring", 0, 1)
-        with threads(config.threads):
-            scores, refused = score(features, against, config.features, config.kid_subset_size, intervals, prompts)
+        name, size = scoring.features, scoring.kid_subset_size
+        with threads(scoring.threads):
+            scores, refused = score(features, against, name, size, comparison.intervals, prompts)
         about |= {"features": against.key["features"], "reference": against.key["images"]}
         about |= {"reference_images": len(against.features), "refused": refused}
-    for name, metric in metrics.items():
+    for name, metric in comparison.metrics.items():
         if name in scores:
             raise RunError(f"the metric {name!r} has the name of a score that fedray measures; give it another.")
         try:
-            value = float(metric(images, dataset.images))
+            value = float(metric(images, comparison.dataset.images))
         except Exception as error:  # the user's code
             raise RunError(f"the metric {name!r} failed: {type(error).__name__}: {error}.") from error
         if not np.isfinite(value):
             raise RunError(f"the metric {name!r} gave {value}, which is no finite number.")
         scores[name] = Score(value, n)
-    return Evaluation(images, {name: found.to_json() for name, found in scores.items()}, about)
+    return Evaluation(images, {name: measured.to_json() for name, measured in scores.items()}, about)
 
 
 def look_for_copies(
@@ -190,16 +234,16 @@ def look_for_copies(
         samples' own indices and those of their nearest training images.
     """
 
-    def found(looked_at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        jobs = [NearestJob(start, looked_at[start : start + 64]) for start in range(0, len(looked_at), 64)]
-        parts = zip(
-            *_results(pool, nearest_images, Shared({"trained": trained}), jobs, "looking for copies", show), strict=True
-        )
+    shared = Shared({"trained": trained})
+
+    def nearest(queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        jobs = [NearestJob(start, queries[start : start + 64]) for start in range(0, len(queries), 64)]
+        parts = zip(*_results(pool, nearest_images, shared, jobs, "looking for copies", show), strict=True)
         index, distance = map(np.concatenate, parts)
         return index, distance
 
-    index, distance = found(images[:LOOKED_AT])
-    real = found(unseen[torch.linspace(0, len(unseen) - 1, min(LOOKED_AT, len(unseen))).long().numpy()])[1]
+    index, distance = nearest(images[:LOOKED_AT])
+    real = nearest(unseen[torch.linspace(0, len(unseen) - 1, min(LOOKED_AT, len(unseen))).long().numpy()])[1]
     share, threshold = copies(distance, real)
     order = np.argsort(distance)
     note = f"within {threshold:.1f} of 255, as {EXPECTED:.0%} of {len(real)} images not trained on are"
@@ -208,7 +252,7 @@ def look_for_copies(
 
 
 def _results(pool: Pool, work: Work, shared: Any, jobs: Iterable[Any], phase: str, show: Show) -> Iterator[Any]:
-    """The payloads of jobs, in their order. Raises `RunError` for one that failed."""
+    """Yield the payloads of jobs, in their order. Raises `RunError` for one that failed."""
     jobs = list(jobs)
     show(phase, 0, len(jobs))
     for reply in in_order(pool.map(work, shared, jobs, lambda done: show(phase, done, len(jobs)))):

@@ -15,6 +15,8 @@ from fedray.data import partition_picture
 from fedray.data.dataset import Dataset
 from fedray.federation.evaluation import (
     GRID,
+    Comparison,
+    Scoring,
     evaluate,
     look_for_copies,
     open_reference,
@@ -23,6 +25,7 @@ from fedray.federation.evaluation import (
 )
 from fedray.federation.plan import Plan, make_plan
 from fedray.federation.round import Session, run_round, validate_round
+from fedray.federation.sampling import Sampling
 from fedray.federation.worker import build, model, sampled
 from fedray.record import pictures
 from fedray.record.checkpoint import State
@@ -61,8 +64,8 @@ def fit(session: Session, provenance: dict[str, Any], resume: bool = False) -> I
         RunError: the run cannot go on; what was saved stays, and it can be resumed.
     """
     config, plan, run = session.config, session.plan, session.run
-    scored = config.evaluate_samples and config.features is not None
-    against = open_reference(config, plan.dataset, session.pool, session.show) if scored else None
+    scoring = Scoring.of(config) if config.evaluate_samples else None
+    against = open_reference(scoring, plan.dataset, session.pool, session.show) if scoring else None
     if not resume:
         frame, picture = partition_picture.make(plan.dataset, plan.parts)
         run.create(config, plan.data, provenance)
@@ -104,11 +107,10 @@ def evaluate_round(session: Session, state: State, row: Row, against: Reference 
     config, plan, run = session.config, session.plan, session.run
     began, last = time.perf_counter(), state.round == config.rounds
     look = last and len(plan.unseen) > 0
-    keep = LOOKED_AT if look else GRID
-    found = evaluate(
-        session.pool, model(sampled(state.tensors)), config.evaluate_samples, config, plan.dataset, against,
-        session.metrics, keep, intervals=last, show=session.show,
-    )  # fmt: skip
+    keep = config.evaluate_samples if config.keep_samples else LOOKED_AT if look else GRID
+    sampling = Sampling.of(config, config.evaluate_samples, prompts_of(config, plan.dataset))
+    comparison = Comparison(plan.dataset, Scoring.of(config), against, session.metrics, intervals=last)
+    found = evaluate(session.pool, model(sampled(state.tensors)), sampling, comparison, keep, session.show)
     row["scores"], row["evaluation"] = found.scores, found.about
     pictures.draw(run.directory, "samples", found.images[:GRID], state.round)
     if config.keep_samples:
@@ -124,10 +126,8 @@ def draw_prompts(session: Session, state: State) -> None:
     """Draw samples for each prompt, from the same noise in every round (Chen 2024, figures 6 and 7)."""
     config = session.config
     prompts = prompts_of(config, session.plan.dataset)[:PROMPTS_DRAWN]
-    plain = replace(config, features=None, eval_batch_size=len(prompts))
-    count = len(prompts) * IMAGES_PER_PROMPT
-    shared = model(sampled(state.tensors))
-    _, images = sample(session.pool, shared, count, plain, config.seed, session.show, prompts=prompts)
+    sampling = replace(Sampling.of(config, len(prompts) * IMAGES_PER_PROMPT, prompts), batch_size=len(prompts))
+    _, images = sample(session.pool, model(sampled(state.tensors)), sampling, session.show)
     pictures.draw_prompts(session.run.directory, images, prompts, state.round, final=state.round == config.rounds)
 
 

@@ -1,10 +1,15 @@
-"""The jobs of evaluation: images drawn from a model, features, nearest training images. Knows nothing of Ray."""
+"""The jobs of evaluation: images sampled from a model, features, nearest training images. Knows nothing of Ray."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from fedray.config import Config
+from fedray.errors import UserError
 from fedray.federation.worker import Shared, Worker
 from fedray.record.run import Row
 from fedray.scores.nearest import nearest
@@ -13,8 +18,56 @@ from fedray.vector import as_tensor
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """What to sample from a model. The bits of the images depend on this and on the model alone."""
+
+    n: int
+    """How many images."""
+    sampler: str
+    """Which diffusers scheduler samples."""
+    steps: int
+    """Denoising steps per image."""
+    batch_size: int
+    """Images in a batch."""
+    seed: int
+    """Seed of the noise that the images start from."""
+    prompts: tuple[str, ...] = ()
+    """Image i is for prompt i modulo their number; none where the task knows no prompts."""
+
+    @classmethod
+    def of(cls, config: Config, n: int, prompts: tuple[str, ...] = ()) -> "Sampling":
+        """Sample as a run does."""
+        return cls(n, config.sampler, config.sampling_steps, config.eval_batch_size, config.seed, prompts)
+
+    def prompts_of(self, start: int, stop: int) -> tuple[str, ...]:
+        """Repeat the prompts in turn, for images `start` to `stop`."""
+        count = len(self.prompts)
+        return tuple(self.prompts[index % count] for index in range(start, stop)) if count else ()
+
+    def jobs(self, features: bool, keep: int) -> "Iterator[SampleJob]":
+        """Divide the images into batches.
+
+        Args:
+            features: whether features of all images are wanted.
+            keep: how many of the images themselves are wanted.
+        """
+        for start in range(0, self.n, self.batch_size):
+            stop = min(start + self.batch_size, self.n)
+            yield SampleJob(
+                batch=start // self.batch_size,
+                size=stop - start,
+                sampler=self.sampler,
+                steps=self.steps,
+                seed=self.seed,
+                features=features,
+                keep=max(0, keep - start),
+                prompts=self.prompts_of(start, stop),
+            )
+
+
+@dataclass(frozen=True)
 class SampleJob:
-    """Generate one batch of images, and their features if they are asked for."""
+    """One batch of images to generate, and their features if those are wanted."""
 
     batch: int
     size: int
@@ -23,7 +76,7 @@ class SampleJob:
     seed: int
     features: bool
     keep: int  # how many of the images are wanted, beside the features
-    prompts: tuple[str, ...] = ()  # what each image of the batch is drawn for, where the task knows prompts
+    prompts: tuple[str, ...] = ()  # one for each image of the batch, where the task knows prompts
 
     @property
     def key(self) -> tuple[str | int, ...]:
@@ -35,7 +88,7 @@ class SampleJob:
 
 @dataclass(frozen=True)
 class FeatureJob:
-    """Features of the dataset's images from `start` on."""
+    """Images `start` to `stop` of the dataset, to make features of."""
 
     start: int
     stop: int
@@ -50,7 +103,7 @@ class FeatureJob:
 
 @dataclass(frozen=True, eq=False)
 class NearestJob:
-    """The nearest training images of some images: given, or by their indices in the dataset."""
+    """Images whose nearest training images are to be found: themselves, or their indices in the dataset."""
 
     start: int
     images: np.ndarray
@@ -64,29 +117,54 @@ class NearestJob:
 
 
 def sample_batch(worker: Worker, model: Shared, job: SampleJob) -> tuple[Row, tuple[np.ndarray | None, np.ndarray]]:
-    """One batch from the model (a float32 vector): features [size, d], and images uint8 [keep, c, h, w]."""
+    """Sample one batch from the model (a float32 vector): features [size, d], and images uint8 [keep, c, h, w]."""
     tensors = {name: as_tensor(array) for name, array in model.arrays.items()}
     worker.load(tensors["model"], tensors.get("base"))
-    if job.prompts:
-        worker.learner.prompts = job.prompts  # type: ignore[attr-defined]
-    images = worker.learner.sample(job.size, generator(job.seed, *job.key), job.sampler, job.steps)
-    found = worker.features(images).numpy() if job.features else None
+    # A task that knows no prompts has no such parameter.
+    extra: dict[str, Any] = {"prompts": job.prompts} if job.prompts else {}
+    rng = generator(job.seed, *job.key)
+    images = worker.learner.sample(job.size, rng, job.sampler, job.steps, **extra)
+    check_sample(images, job.size, worker.config.task.name)
+    features = worker.features(images).numpy() if job.features else None
     worker.step()
-    return {}, (found, images[: job.keep].numpy())
+    return {}, (features, images[: job.keep].numpy())
+
+
+def check_sample(images: Any, n: int, task_name: str) -> None:
+    """Raise `UserError` unless a task's `sample` gave what scores and pictures are made of: uint8 [n, 1 or 3, h, w].
+
+    Args:
+        images: what it gave when n images were asked for.
+    """
+    if isinstance(images, Tensor):
+        kind = str(images.dtype).removeprefix("torch.")
+        fits = images.ndim == 4 and len(images) == n and images.shape[1] in (1, 3) and min(images.shape[2:]) > 0
+        if fits and images.dtype == torch.uint8 and images.device.type == "cpu":
+            return
+        where = "" if images.device.type == "cpu" else f" on {images.device}"
+        gave = f"a {kind} tensor {list(images.shape)}{where}"
+    elif hasattr(images, "dtype") and hasattr(images, "shape"):
+        gave = f"a {images.dtype} {type(images).__name__} {list(images.shape)}"
+    else:
+        gave = f"a {type(images).__name__}" + (f" of {len(images)}" if hasattr(images, "__len__") else "")
+    raise UserError(
+        f"the task {task_name!r}: its learner's sample gave {gave}, and must give a uint8 tensor [{n}, 1 or 3 "
+        f"channels, height, width] on the CPU."
+    )
 
 
 def dataset_features(worker: Worker, _: Shared, job: FeatureJob) -> tuple[Row, np.ndarray]:
-    """Features [stop − start, d] of images of the dataset."""
+    """Make features [stop − start, d] of images of the dataset."""
     images = torch.from_numpy(worker.dataset.images[job.start : job.stop].copy())
-    found = worker.features(images).numpy()
+    features = worker.features(images).numpy()
     worker.step()
-    return {}, found
+    return {}, features
 
 
 def nearest_images(worker: Worker, shared: Shared, job: NearestJob) -> tuple[Row, tuple[np.ndarray, ...]]:
-    """Indices of the nearest images trained on, and the distances, of uint8 images (or of those indexed)."""
+    """Find the images trained on that are nearest to each of the job's: their indices, and the distances."""
     dataset = worker.dataset.images
     images = job.images if job.images.ndim > 1 else dataset[job.images]
-    found = nearest(images, dataset, shared.arrays["trained"], worker.config.random_flip)
+    closest = nearest(images, dataset, shared.arrays["trained"], worker.config.random_flip)
     worker.step()
-    return {}, found
+    return {}, closest

@@ -1,7 +1,6 @@
-"""A question answered from runs: which setting is best, by how much, and how sure that is."""
+"""The answer that runs give: which setting is best, by how much, and with what certainty."""
 
 import math
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,13 +10,13 @@ from scipy import stats
 
 from fedray.record.run import Run
 from fedray.reports.results import finals, scores_of
-from fedray.scores.scoring import higher_is_better
+from fedray.scores.metrics import LOSSES, deciding, metric_of
 
-LOSSES = {"held_out.global": "held-out loss", "loss": "training loss"}
+ARROWS = {True: "↑", False: "↓", None: ""}  # to where a score is better
 
 
 class Difference(NamedTuple):
-    """How much higher one setting's score is than another's."""
+    """By how much one setting's score is higher than another's."""
 
     value: float
     low: float
@@ -31,7 +30,7 @@ class Difference(NamedTuple):
 
 
 def with_settings(rounds: pd.DataFrame, varied: list[str]) -> pd.DataFrame:
-    """Rounds in the order of their settings, with a column "setting": the values of what varies, in words."""
+    """Sort rounds by their settings, and add a column "setting": the values of what varies, in words."""
 
     def setting(run: pd.Series) -> str:
         given = [name for name in varied if pd.notna(run[name])] or varied
@@ -43,26 +42,26 @@ def with_settings(rounds: pd.DataFrame, varied: list[str]) -> pd.DataFrame:
 
 
 def field_of(name: str) -> str:
+    """Name the field of a column: without the prefix of a task's."""
     return name.removeprefix("task.")
 
 
 def value_of(value: Any) -> str:
-    """A setting's value; of a whole path its end."""
+    """Write a setting's value; of an absolute path its end."""
     text = f"{value:g}" if isinstance(value, float) else str(value)
     return Path(text).name if text.startswith("/") else text
 
 
 def decisive(rounds: pd.DataFrame) -> str:
-    """The column that decides, of which less is better: a Fréchet distance, else a kernel distance, else a loss."""
-    for pattern in (r"(fid|fd)(\[.*\])?", r"kid(\[.*\])?"):
-        for name in scores_of(rounds):
-            if re.fullmatch(pattern, name) and rounds[name].notna().any():
-                return name
-    return next(name for name in LOSSES if name in rounds and rounds[name].notna().any())
+    """Choose the column that decides, of which less is better: a Fréchet or kernel distance, else a loss."""
+    measured = [name for name in (*scores_of(rounds), *LOSSES) if name in rounds and rounds[name].notna().any()]
+    score = deciding(measured)
+    assert score is not None, "each round has a training loss"
+    return score
 
 
 def ranked(done: pd.DataFrame, score: str) -> pd.DataFrame:
-    """A row per setting, the best first: mean, std over seeds, and count of seeds.
+    """Rank settings, the best first: a row for each, with mean, std over seeds, and count of seeds.
 
     Over the seeds that all settings have, where there are any: an easy seed must not make a setting look good.
     """
@@ -71,13 +70,13 @@ def ranked(done: pd.DataFrame, score: str) -> pd.DataFrame:
 
 
 def comparable(done: pd.DataFrame) -> pd.DataFrame:
-    """The runs of the seeds that all settings have; all runs, where there is none."""
+    """Keep the runs of the seeds that all settings have; all runs, where there is none."""
     seeds = set.intersection(*(set(runs["seed"]) for _, runs in done.groupby("setting")))
     return done[done["seed"].isin(seeds)] if seeds else done
 
 
 def difference(done: pd.DataFrame, score: str, one: str, other: str) -> Difference:
-    """How much higher `one` setting's score is than the `other`'s, paired by seed where they share two or more."""
+    """Measure by how much `one` setting's score is higher than the `other`'s, paired by seed where they share some."""
     values = done.astype({score: float}).pivot_table(index="seed", columns="setting", values=score)
     values = values.reindex(columns=[one, other])  # where a setting has no score at all
     paired = (values[one] - values[other]).dropna()
@@ -88,7 +87,7 @@ def difference(done: pd.DataFrame, score: str, one: str, other: str) -> Differen
 
 
 def answer(rounds: pd.DataFrame, planned: int) -> str:
-    """What runs show in a few sentences, with intervals and with what is missing.
+    """Say in a few sentences what runs show, with intervals and with what is missing.
 
     Args:
         rounds: of `with_settings`.
@@ -140,7 +139,7 @@ def _in_brackets(about: list[str]) -> str:
 
 
 def _measured(done: pd.DataFrame, score: str) -> list[str]:
-    """On how many samples a score was measured, and what real images have."""
+    """Say on how many samples a score was measured, and what real images have."""
     if score in LOSSES:
         return []
     low, high = done[f"{score}.n"].min(), done[f"{score}.n"].max()
@@ -150,13 +149,13 @@ def _measured(done: pd.DataFrame, score: str) -> list[str]:
 
 
 def real_of(rounds: pd.DataFrame, score: str) -> float | None:
-    """What real images against real ones have of a score, where that was measured."""
+    """Look up a score of real images against real ones, where that was measured."""
     name = f"{score}/real"
     return rounds[name].mean() if name in rounds and rounds[name].notna().any() else None
 
 
 def _over(run: pd.Series, score: str) -> str | None:
-    """What a single run's standard deviation is over; None where it has none."""
+    """Say what a single run's standard deviation is over; None where it has none."""
     if score in LOSSES:
         return "clients" if score == "held_out.global" and pd.notna(run["held_out.spread"]) else None
     result = Run(run["directory"]).result if run["complete"] else None
@@ -164,7 +163,7 @@ def _over(run: pd.Series, score: str) -> str | None:
 
 
 def _comparison(done: pd.DataFrame, score: str, settings: list[str]) -> Iterable[str]:
-    """How much higher the others are than the first."""
+    """Say by how much the others are higher than the first."""
     best, second = settings[:2]
     gap = difference(done, score, second, best)
     if math.isnan(gap.low):
@@ -184,7 +183,7 @@ def _comparison(done: pd.DataFrame, score: str, settings: list[str]) -> Iterable
 
 
 def number(value: float, digits: int = 3) -> str:
-    """So many significant digits, but whole numbers in full: 5.53, 0.0822, 1,234."""
+    """Write so many significant digits, but whole numbers in full: 5.53, 0.0822, 1,234."""
     if pd.isna(value):
         return "–"
     if value == 0 or not math.isfinite(value):
@@ -194,7 +193,7 @@ def number(value: float, digits: int = 3) -> str:
 
 
 def pair(mean: float, std: float, digits: int = 3) -> str:
-    """A mean and its standard deviation, with as many decimals as the larger one needs."""
+    """Write a mean and its standard deviation, with as many decimals as the larger one needs."""
     if pd.isna(mean) or pd.isna(std):
         return number(mean, digits)
     largest = max(abs(mean), abs(std))
@@ -205,6 +204,7 @@ def pair(mean: float, std: float, digits: int = 3) -> str:
 
 
 def title_of(name: str) -> str:
-    """A score's name with an arrow to where it is better, where that is known."""
-    lower = name in LOSSES or re.fullmatch(r"(fid|fd|kid)(\[.*\])?(@\d+)?", name)
-    return f"{LOSSES.get(name, name)} {'↓' if lower else '↑' if higher_is_better(name) else ''}".strip()
+    """Name a score for readers, with an arrow to where it is better, where that is known."""
+    metric = metric_of(name)
+    arrow = ARROWS[metric.higher_is_better] if metric else ""
+    return f"{LOSSES.get(name, name)} {arrow}".strip()

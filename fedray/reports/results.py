@@ -12,18 +12,16 @@ import pandas as pd
 
 from fedray.config import PLACEMENT, Config, sha256_of
 from fedray.errors import UserError, reason
-from fedray.record.upgrade import upgrade
-from fedray.tasks.named import OURS, task_class
+from fedray.files import write as write_text
 from fedray.record.run import FAILED, RECORD, STOPPED, Row, Run
-from fedray.record.upgrade import upgrade
+from fedray.record.upgrade import RENAMED, upgrade
 from fedray.tasks.named import OURS, task_class
-from fedray.record.run import write as write_text
 
 TABLE = "results.parquet"
 
 
 def _kind(hint: Any) -> type:
-    """Of a setting's values, where they are given."""
+    """Choose the type of a setting's values, where they are given."""
     return next((kind for kind in (bool, int, float) if kind in (hint, *get_args(hint))), str)
 
 
@@ -37,7 +35,8 @@ ROUND = {
     "bytes_up": int, "training_seconds": float,
 }  # fmt: skip
 TOTALS = ("total.sequential_steps", "total.images", "total.bytes", "total.training_seconds")
-GROUPS = ("seconds", "held_out", "aggregation")  # of a round's numbers that have names of their own
+GROUPS = ("seconds", "held_out", "aggregation")  # prefixes of a round's numbers that have names of their own
+SETTING = "setting"  # a column that reports add: what varies, in words
 
 
 class Results(NamedTuple):
@@ -47,8 +46,15 @@ class Results(NamedTuple):
     problems: list[str]
 
 
+class _Run(NamedTuple):
+    """A run as it was read: the names of its settings, and a row for each round, with all of them."""
+
+    settings: list[str]
+    rows: list[Row]
+
+
 def load(*places: str | Path) -> Results:
-    """All runs at and below the given places, at any depth: run directories, sweeps, folders that hold such.
+    """Read all runs at and below the given places, at any depth: run directories, sweeps, folders that hold such.
 
     Where a folder with a results.parquet (of `write`) has no run directories below it, the rounds are those of the
     table; a table may also be given itself. What cannot be read is left out, and named in `problems`.
@@ -64,9 +70,9 @@ def load(*places: str | Path) -> Results:
         UserError: a place does not exist, or is a file other than a table that `write` wrote.
     """
     problems: list[str] = []
-    runs: list[list[Row]] = []
+    runs: list[_Run] = []
     seen: dict[Path, dict[str, Any]] = {}  # what config.json says, of each run directory
-    tables: dict[Path, bool] = {}  # with whether it was asked for by its own name
+    tables: dict[Path, bool] = {}  # True: a place that was given, not one found below
     records: dict[Path, None] = {}
     for place in map(Path, places):
         if not place.exists():
@@ -96,16 +102,16 @@ def load(*places: str | Path) -> Results:
                 empty = False
         if empty:
             problems.append(f"{place} holds no runs.")
-    for table, asked in tables.items():
+    for table, given in tables.items():
         folder = table.parent.resolve()
-        if asked or not any(directory.is_relative_to(folder) for directory in seen):
+        if given or not any(directory.is_relative_to(folder) for directory in seen):
             try:
                 runs += _table(table, problems)
             except UserError as error:
-                if asked:
+                if given:
                     raise
                 problems.append(str(error))
-    begun = {run[0]["run"] for run in runs if run}
+    begun = {run.rows[0]["run"] for run in runs if run.rows}
     for record in records:
         problems += _not_begun(record, begun)
     problems += _mixed(list(seen.values()))
@@ -125,25 +131,34 @@ def write(rounds: pd.DataFrame, directory: str | Path) -> None:
 
 
 def finals(rounds: pd.DataFrame) -> pd.DataFrame:
-    """The last row of each complete run; runs of one configuration (wherever they were computed) count once."""
+    """Take the last row of each complete run; a configuration counts once, wherever it was computed."""
     last = rounds[rounds["complete"] & (rounds["round"] == rounds["rounds"])]
     return last.drop_duplicates("sha256").reset_index(drop=True)
 
 
 def scores_of(rounds: pd.DataFrame) -> list[str]:
-    """Names of the scores that some round has."""
+    """List the scores that some round has."""
     return [name for name in map(str, rounds) if f"{name}.n" in rounds]
 
 
+def settings_of(rounds: pd.DataFrame) -> list[str]:
+    """List the settings: all columns but those that name a run, and those measured in a round.
+
+    Settings of other versions and of a user's own tasks are among them, of which no list is known.
+    """
+    scores = [f"{name}{ending}" for name in scores_of(rounds) for ending in ("", ".n", ".std")]
+    others = {*RUN, *ROUND, *TOTALS, *scores, SETTING}
+    return [name for name in map(str, rounds) if name not in others and name.split(".")[0] not in GROUPS]
+
+
 def varied(rounds: pd.DataFrame) -> list[str]:
-    """Settings in which runs differ, but for the seed and for where they were computed."""
-    columns = list(map(str, rounds))
-    settings = columns[columns.index("complete") + 1 : columns.index("round")]
-    return [name for name in settings if name not in (*PLACEMENT, "seed") and rounds[name].nunique(dropna=False) > 1]
+    """List the settings in which runs differ, but for the seed and for where they were computed."""
+    settings = [name for name in settings_of(rounds) if name not in (*PLACEMENT, "seed")]
+    return [name for name in settings if rounds[name].nunique(dropna=False) > 1]
 
 
 def summary(runs: Mapping[str, str | Path]) -> pd.DataFrame:
-    """One row per complete run, under the name given to it.
+    """Summarise complete runs, a row for each, under the name given to it.
 
     Columns: loss (mean training loss of the last round), the loss on held-out examples and the scores where there
     are any, passes over the data, sequential steps (of the slowest client, over all rounds), MB down and up (10⁶
@@ -169,7 +184,7 @@ def summary(runs: Mapping[str, str | Path]) -> pd.DataFrame:
 
 
 def score_table(runs: Iterable[str | Path]) -> pd.DataFrame:
-    """Scores with their intervals, a row for each score of each setting.
+    """Tabulate scores with their intervals, a row for each score of each setting.
 
     Complete runs whose settings differ in the seed alone are one setting; a seed counts once. Columns: run (the first
     one's directory), score, value (the mean), std, over (what std was taken over: seeds where there are several, else
@@ -203,7 +218,7 @@ def _result(run: Run) -> Row:
 
 
 def _saved(directory: Path, problems: list[str]) -> dict[str, Any] | None:
-    """config.json, if it is a run's."""
+    """Read config.json, if it is a run's."""
     path = directory / "config.json"
     try:
         saved = json.loads(path.read_text())
@@ -214,11 +229,11 @@ def _saved(directory: Path, problems: list[str]) -> dict[str, Any] | None:
     if not (isinstance(config, dict) and isinstance(config.get("task"), dict) and type(config.get("rounds")) is int):
         problems.append(f"{path} is not the configuration of a run of fedray; it is left out.")
         return None
-    return saved
+    return saved | {"config": upgrade(config)}
 
 
-def _run(directory: Path, config: dict[str, Any], problems: list[str]) -> list[Row]:
-    """A run's rows, as far as they can be read."""
+def _run(directory: Path, config: dict[str, Any], problems: list[str]) -> _Run:
+    """Read a run's rows, as far as that is possible."""
     settings = {name: value for name, value in config.items() if name != "task"}
     settings |= {f"task.{name}": value for name, value in config["task"].items()}
     path, rounds = directory / "rounds.jsonl", config["rounds"]
@@ -241,11 +256,11 @@ def _run(directory: Path, config: dict[str, Any], problems: list[str]) -> list[R
         problems.append(f"{path} has {len(rows)} of the {rounds} rounds of a complete run; the others are lost.")
     complete = finished and len(rows) == rounds
     run = {"directory": str(directory), "run": directory.resolve().name, "sha256": sha256_of(config)}
-    return [run | {"complete": complete} | row for row in rows]
+    return _Run(list(settings), [run | {"complete": complete} | row for row in rows])
 
 
 def _round(row: Row) -> Row:
-    """What the frame has of a row of rounds.jsonl."""
+    """Flatten a row of rounds.jsonl into what the frame has of it."""
     took = [client["seconds"] for client in row.get("clients", []) if client.get("seconds") is not None]
     row = row | {"training_seconds": max(took, default=None)}
     flat = {name: None if row.get(name) is None else kind(row[name]) for name, kind in ROUND.items()}
@@ -262,7 +277,7 @@ def _round(row: Row) -> Row:
 
 
 def _unfinished(directory: Path, done: int = 0, rounds: int | None = None) -> str:
-    """Why a run is not complete."""
+    """Say why a run is not complete."""
     after = f" after round {done} of {rounds}" if rounds else ""
     for name, what in ((FAILED, "failed"), (STOPPED, "was stopped early")):
         if (directory / name).is_file():
@@ -271,14 +286,15 @@ def _unfinished(directory: Path, done: int = 0, rounds: int | None = None) -> st
     return f"the run {directory} is not complete: it stands{after}."
 
 
-def _table(path: Path, problems: list[str]) -> list[list[Row]]:
-    """The runs of a frame that was written. Raises `UserError`."""
+def _table(path: Path, problems: list[str]) -> list[_Run]:
+    """Read the runs of a frame that was written. Raises `UserError`."""
     try:
-        frame = pd.read_parquet(path).astype(object)
+        frame = pd.read_parquet(path).rename(columns=RENAMED).astype(object)
         frame = frame.where(frame.notna(), None)
         groups = frame.groupby(["directory", "sha256"], sort=False)
-        runs: list[list[Row]] = [rows.to_dict("records") for _, rows in groups]  # type: ignore[misc]
-        for row in (rows[-1] for rows in runs):
+        settings = settings_of(frame)
+        runs = [_Run(settings, rows.to_dict("records")) for _, rows in groups]  # type: ignore[arg-type]
+        for row in (run.rows[-1] for run in runs):
             if not row["complete"]:
                 problems.append(_unfinished(Path(row["directory"]), row["round"], row["rounds"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -287,10 +303,9 @@ def _table(path: Path, problems: list[str]) -> list[list[Row]]:
 
 
 def _not_begun(record: Path, begun: set[str]) -> list[str]:
-    """Trials of a sweep that have no run and no reason for it."""
+    """Name the trials of a sweep that have no run and no reason for it."""
     try:
-        asked = json.loads(record.read_text())
-        trials = [Path(trial["directory"]).name for trial in asked["trials"]]
+        trials = [Path(trial["directory"]).name for trial in json.loads(record.read_text())["trials"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         return [f"{record} is damaged ({reason(error)}); which trials are missing is not known."]
     there = ("config.json", FAILED, STOPPED)
@@ -302,7 +317,7 @@ def _not_begun(record: Path, begun: set[str]) -> list[str]:
 
 
 def _mixed(saved: list[dict[str, Any]]) -> list[str]:
-    """What the runs should have in common, and have not."""
+    """Say what the runs should have in common, and have not."""
     problems = []
     versions = [each["versions"] if isinstance(each.get("versions"), dict) else {} for each in saved]
     for what, values in {
@@ -317,13 +332,10 @@ def _mixed(saved: list[dict[str, Any]]) -> list[str]:
     return problems
 
 
-def _frame(runs: list[list[Row]]) -> pd.DataFrame:
-    """Rows as a tidy frame, with totals."""
-    rows = [row for run in runs for row in run]
-    settings = dict.fromkeys(SETTINGS)
-    for run in runs:
-        for row in run[:1]:
-            settings |= dict.fromkeys(list(row)[len(RUN) : list(row).index("round")])
+def _frame(runs: list[_Run]) -> pd.DataFrame:
+    """Make a tidy frame of rows, with totals."""
+    rows = [row for run in runs for row in run.rows]
+    settings = dict.fromkeys([*SETTINGS, *(name for run in runs if run.rows for name in run.settings)])
     names = [*RUN, *settings, *ROUND]
     known = {*names, *TOTALS}
     measured = dict.fromkeys(name for row in rows for name in row if name not in known)
@@ -332,14 +344,14 @@ def _frame(runs: list[list[Row]]) -> pd.DataFrame:
     frame = pd.DataFrame({name: _column([row.get(name) for row in rows], kinds.get(name)) for name in names})
     so_far = {total: frame[total.removeprefix("total.")] for total in TOTALS if total != "total.bytes"}
     so_far["total.bytes"] = frame["bytes_down"] + frame["bytes_up"]
-    run_of = frame.index.map(dict(enumerate(number for number, run in enumerate(runs) for _ in run)))
+    run_of = frame.index.map(dict(enumerate(number for number, run in enumerate(runs) for _ in run.rows)))
     for total in TOTALS:
         frame[total] = so_far[total].groupby(run_of).cumsum()
     return frame
 
 
 def _column(values: list[Any], kind: type | None) -> pd.Series:
-    """Values in the narrowest type that holds them all, and `kind`."""
+    """Make a column of the narrowest type that holds all values, and `kind`."""
     kinds = {type(value) for value in values if value is not None} | ({kind} if kind else set())
     if any(type(value) is int and abs(value) >= 2**63 for value in values):
         kinds.add(str)

@@ -1,4 +1,4 @@
-"""A score by two settings: over seeds, and as text for a page or a paper."""
+"""Tables of scores by settings: over seeds, and as text for a page or a paper."""
 
 import math
 from collections.abc import Mapping
@@ -7,13 +7,13 @@ from typing import Any
 import pandas as pd
 
 from fedray.errors import UserError, check_name
-from fedray.reports.results import finals, scores_of, varied
+from fedray.reports.results import RUN, finals, scores_of, settings_of, varied
 
 NONE = "–"
 
 
 def pivot(rounds: pd.DataFrame, score: str, rows: str = "clients", columns: str = "local_epochs") -> pd.DataFrame:
-    """A score after the last round by two settings, over the seeds of complete runs.
+    """Tabulate a score after the last round by two settings, over the seeds of complete runs.
 
     Columns are pairs: a value of `columns`, and mean, std (NaN with one seed) or n (how many seeds). `score` may also
     be loss, or another number that `load` has.
@@ -21,12 +21,11 @@ def pivot(rounds: pd.DataFrame, score: str, rows: str = "clients", columns: str 
     Raises:
         UserError: no run has the score or a setting; or the runs of a cell differ in more than their seeds.
     """
-    names = list(map(str, rounds))
-    measured = names[names.index("round") + 1 :]
-    if score not in measured:
+    settings = settings_of(rounds)
+    if score not in rounds or score in (*RUN, *settings, "round"):
         check_name("score", score, scores_of(rounds))
     for name in (rows, columns):
-        check_name("setting", name, names[names.index("complete") + 1 : names.index("round")])
+        check_name("setting", name, settings)
     last = finals(rounds)
     last = last[last[score].notna()].astype({score: float})
     if last.empty:
@@ -41,9 +40,9 @@ def pivot(rounds: pd.DataFrame, score: str, rows: str = "clients", columns: str 
                 f"runs at {rows} {row} and {columns} {column} differ also in {', '.join(differ)}: choose one value of "
                 f"it, or make it the rows or the columns."
             )
-    found = groups[score].agg(mean="mean", std="std", n="count").unstack(columns)
-    values = found["n"].columns
-    table = {(value, name): found[name][value] for value in values for name in ("mean", "std", "n")}
+    over_seeds = groups[score].agg(mean="mean", std="std", n="count").unstack(columns)
+    values = over_seeds["n"].columns
+    table = {(value, name): over_seeds[name][value] for value in values for name in ("mean", "std", "n")}
     for value in values:
         table[value, "n"] = table[value, "n"].fillna(0).astype("Int64")
     frame = pd.DataFrame(table)
@@ -52,7 +51,7 @@ def pivot(rounds: pd.DataFrame, score: str, rows: str = "clients", columns: str 
 
 
 def cells(table: pd.DataFrame, digits: int = 3) -> pd.DataFrame:
-    """A table of `pivot` as text: "5.53 ± 1.69", "5.53" of one seed, "–" where there is none.
+    """Write a table of `pivot` as text: "5.53 ± 1.69", "5.53" of one seed, "–" where there is none.
 
     Mean and std have as many decimals as give the larger of them `digits` digits.
     """
@@ -73,21 +72,21 @@ def _cell(mean: float, std: float, digits: int) -> str:
 
 
 def to_markdown(table: pd.DataFrame) -> str:
-    """A table of `cells` for Markdown."""
+    """Write a table of `cells` as Markdown."""
     escaped = _with_corner(table).rename(columns=str).map(str)
     escaped.columns = [name.replace("|", "\\|") for name in escaped.columns]
     return escaped.map(lambda text: text.replace("|", "\\|")).to_markdown(index=False, disable_numparse=True)
 
 
 def to_latex(table: pd.DataFrame) -> str:
-    """A table of `cells` for LaTeX (with the package booktabs)."""
+    """Write a table of `cells` as LaTeX (with the package booktabs)."""
     plain = _with_corner(table)
     latex = plain.to_latex(index=False, escape=True, column_format="l" + "r" * (plain.shape[1] - 1))
     return latex.replace("±", r"$\pm$").replace(NONE, "--")
 
 
 def _with_corner(table: pd.DataFrame) -> pd.DataFrame:
-    """The index as a first column, under the names of both settings."""
+    """Make the index a first column, under the names of both settings."""
     flat = pd.DataFrame(table.to_numpy(), columns=[NONE if pd.isna(name) else str(name) for name in table.columns])
     labels = [NONE if pd.isna(name) else str(name) for name in table.index]
     flat.insert(0, f"{table.index.name} / {table.columns.name}", labels)
@@ -95,7 +94,7 @@ def _with_corner(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_setting(rounds: pd.DataFrame, settings: Mapping[str, str], name: str, scores: list[str]) -> pd.DataFrame:
-    """Scores after the last round by setting, over the seeds of complete runs; also of settings that have none.
+    """Tabulate scores after the last round by setting, over the seeds of complete runs; also settings without any.
 
     Columns are pairs: a score, and mean, std (NaN with one seed) or n (seeds).
 
@@ -115,5 +114,5 @@ def by_setting(rounds: pd.DataFrame, settings: Mapping[str, str], name: str, sco
 
 
 def shown(value: Any) -> str:
-    """A setting's value, as text."""
+    """Write a setting's value as text."""
     return NONE if value is None else str(value)

@@ -1,1 +1,1 @@
-"""How samples are judged."""
+"""Scores of generated images, and the feature networks that they are measured on."""

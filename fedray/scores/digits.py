@@ -1,4 +1,4 @@
-"""Features of a small digit classifier: what `fd[digits]` is measured on.
+"""A small classifier of digits, on whose features `fd[digits]` is measured.
 
 The weights beside this file are made by
 
@@ -20,7 +20,7 @@ from fedray.data.sources import DIGITS, digits
 from fedray.seeds import generator
 
 WEIGHTS = Path(__file__).with_name("digits.safetensors")
-SURE = 0.9  # a sample counts as a recognisable digit if the classifier gives one class at least this probability
+SURE = 0.9  # an image counts as a recognisable digit if the classifier gives one class at least this probability
 
 
 class DigitClassifier(nn.Module):
@@ -34,38 +34,38 @@ class DigitClassifier(nn.Module):
         self.out = nn.Linear(64, 10)
 
     def features(self, images: Tensor) -> Tensor:
-        """uint8 [n, 1, 8, 8] → float32 [n, 64]."""
+        """Map uint8 [n, 1, 8, 8] to float32 [n, 64]."""
         x = F.relu(self.conv1(images.float() / 255))
         return F.relu(self.hidden(F.relu(self.conv2(x)).flatten(1)))
 
     def forward(self, images: Tensor) -> Tensor:
-        """uint8 [n, 1, 8, 8] → logits [n, 10]."""
+        """Map uint8 [n, 1, 8, 8] to logits [n, 10]."""
         return self.out(self.features(images))
 
 
 @cache
 def classifier(device: str = "cpu") -> DigitClassifier:
-    """The classifier with the weights that ship with fedray."""
+    """Load the classifier with the weights that ship with fedray."""
     model = DigitClassifier()
     model.load_state_dict(load_file(WEIGHTS))
     return model.to(device).eval()
 
 
 def digit_in(prompt: str) -> int | None:
-    """The digit that a prompt names first ("the digit three": 3), if it does."""
+    """Read the digit that a prompt names first ("the digit three": 3), if it names one."""
     named = [DIGITS.index(word) for word in re.findall("[a-z]+", prompt.lower()) if word in DIGITS]
     return named[0] if named else None
 
 
 @torch.no_grad()
 def classes(features: Tensor) -> Tensor:
-    """The classes, int64 [n], that the classifier gives, from its features [n, 64]."""
+    """Classify digits, int64 [n], from the classifier's features [n, 64]."""
     return classifier().out(features).argmax(1)
 
 
 @torch.no_grad()
 def sure(features: Tensor) -> Tensor:
-    """Of which digits, bool [n], the classifier is at least 0.9 sure, from its features [n, 64]."""
+    """Tell of which images, bool [n], the classifier is at least 0.9 sure, from its features [n, 64]."""
     return classifier().out(features).softmax(1).amax(1) >= SURE
 
 

@@ -42,7 +42,7 @@ def gaussian(features: np.ndarray, chosen: np.ndarray | None = None) -> Gaussian
 
 
 def frechet_distance(x: Gaussian, y: Gaussian) -> float:
-    """‖μ_x − μ_y‖² + tr(Σ_x + Σ_y − 2 (Σ_x Σ_y)^½), Heusel et al. 2017, equation 6.
+    """Compute ‖μ_x − μ_y‖² + tr(Σ_x + Σ_y − 2 (Σ_x Σ_y)^½), Heusel et al. 2017, equation 6.
 
     In factor form, with Σ = Fᵀ F: ‖Δμ‖² + ‖F_x‖² + ‖F_y‖² − 2 ‖F_x F_yᵀ‖_* (nuclear norm): exact for few samples,
     and without a matrix square root, which SciPy changes from version to version.
@@ -53,7 +53,7 @@ def frechet_distance(x: Gaussian, y: Gaussian) -> float:
 
 
 def _parts(features: np.ndarray, chosen: np.ndarray | None) -> Iterator[Tensor]:
-    """The features, or those chosen, some rows at a time."""
+    """Yield the features, or those chosen, some rows at a time."""
     for start in range(0, len(features) if chosen is None else len(chosen), ROWS):
         rows = slice(start, start + ROWS)
         yield torch.from_numpy(np.asarray(features[rows if chosen is None else chosen[rows]], np.float64))

@@ -10,7 +10,7 @@ SUBSETS = 100
 def kernel_distance(
     x: np.ndarray, y: np.ndarray, subset_size: int, rng: torch.Generator, subsets: int = SUBSETS
 ) -> tuple[float, float]:
-    """Mean and standard deviation, over subsets drawn from each, of the squared maximum mean discrepancy.
+    """Estimate the squared maximum mean discrepancy: its mean and standard deviation over subsets of each set.
 
     Bińkowski et al. 2018, section 4: kernel (x·y/d + 1)³, the unbiased estimator (it can be below 0).
 

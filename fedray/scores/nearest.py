@@ -1,22 +1,22 @@
-"""The privacy look: does a model draw its training images again?"""
+"""The nearest training images of generated ones: does a model reproduce what it was trained on?"""
 
 import numpy as np
 import torch
 from torch import Tensor
 
-ROWS = 2048  # training images that are looked at a time
-LOOKED_AT = 256  # drawn images, and real ones, whose nearest are sought
+ROWS = 2048  # training images that are compared at a time
+LOOKED_AT = 256  # generated images, and real ones, whose nearest are sought
 EXPECTED = 0.05  # share of real images, not trained on, that lie below the threshold
 
 
 def nearest(images: np.ndarray, dataset: np.ndarray, trained: np.ndarray, mirrored: bool) -> tuple[np.ndarray, ...]:
-    """For each of images uint8 [n, c, h, w]: the index of the nearest training image, and how far it is.
+    """Find the nearest training image of each of images, uint8 [n, c, h, w]: its index, and how far it is.
 
     Distances are root mean squares of pixel differences (0 to 255).
 
     Args:
         dataset: uint8 [m, c, h, w], memory-mapped, of which `trained` indexes those that were trained on.
-        mirrored: training mirrored them, so look at both sides.
+        mirrored: training mirrored them, so compare with both sides.
     """
     queries = _rows(images)
     if mirrored:
@@ -35,13 +35,13 @@ def nearest(images: np.ndarray, dataset: np.ndarray, trained: np.ndarray, mirror
 
 
 def copies(drawn: np.ndarray, real: np.ndarray) -> tuple[float, float]:
-    """The share of drawn images that are at least as near to a training image as few real ones are, and the threshold.
+    """Measure the share of generated images that are suspiciously near to a training image; return also the threshold.
 
-    The threshold leaves 5 % of real images that were not trained on below it: a model that draws new images has
+    The threshold leaves 5 % of real images that were not trained on below it: a model that generates new images has
     about 5 % there, and one that copies has more.
 
     Args:
-        drawn, real: distances of drawn images [n], and of real images that were held out [m], to the nearest
+        drawn, real: distances of generated images [n], and of real images that were held out [m], to the nearest
             training image.
     """
     threshold = float(np.quantile(real, EXPECTED))

@@ -1,4 +1,4 @@
-"""Precision and recall, density and coverage: is what is drawn real, and is all that is real drawn?"""
+"""Precision and density: do generated images look real?  Recall and coverage: are all real images covered?"""
 
 from dataclasses import dataclass
 
@@ -9,19 +9,19 @@ from torch import Tensor
 from fedray.vector import as_tensor
 
 NEIGHBOURS = 5  # k (Naeem et al. 2020)
-ROWS = 1024  # rows of a distance matrix that are worked out at a time
+ROWS = 1024  # rows of a distance matrix that are computed at a time
 
 
 @dataclass(frozen=True, eq=False)
 class Manifold:
-    """Real features [m, d], and the distance of each to its k-th nearest other [m]: the balls that are real."""
+    """Real features [m, d], and the distance of each to its k-th nearest other [m]: centres and radii of balls."""
 
     features: Tensor
     radii: Tensor
 
 
 def manifold(features: np.ndarray) -> Manifold:
-    """Raises ValueError for k features or fewer."""
+    """Work out the balls of real features. Raises ValueError for k features or fewer."""
     check_count(len(features), "real")
     real = as_tensor(np.asarray(features, np.float32))
     return Manifold(real, _radii(distances(real, real)))
@@ -34,24 +34,24 @@ def check_count(n: int, kind: str) -> None:
 
 
 def distances(x: Tensor, y: Tensor) -> Tensor:
-    """Euclidean distances [n, m] between the rows of x [n, d] and y [m, d], float32."""
+    """Compute Euclidean distances [n, m] between the rows of x [n, d] and y [m, d], float32."""
     centre = y.mean(0)  # ‖x‖² + ‖y‖² − 2 x·y loses digits far from the origin
     x, y = x - centre, y - centre
     return torch.cat([torch.cdist(x[start : start + ROWS], y) for start in range(0, len(x), ROWS)])
 
 
 def prdc(real_drawn: Tensor, drawn_drawn: Tensor, radii: Tensor) -> dict[str, float]:
-    """Precision and recall (Kynkäänniemi et al. 2019), density and coverage (Naeem et al. 2020), with k = 5.
+    """Measure precision and recall (Kynkäänniemi et al. 2019), density and coverage (Naeem et al. 2020), with k = 5.
 
-    precision: the share of drawn images inside the ball of a real one;  recall: the share of real images inside the
-    ball of a drawn one;  density: how many real balls a drawn image lies in, over k;  coverage: the share of real
-    images with a drawn one inside their ball. A ball reaches to the k-th nearest neighbour of its own kind.
+    precision: the share of generated images inside the ball of a real one;  recall: the share of real images inside
+    the ball of a generated one;  density: how many real balls a generated image lies in, over k;  coverage: the share
+    of real images with a generated one inside their ball. A ball reaches to the k-th nearest neighbour of its own kind.
 
     Args:
-        real_drawn: distances [m, n] from real to drawn images;  drawn_drawn: [n, n];  radii: [m], of real images.
+        real_drawn: distances [m, n] from real to generated images;  drawn_drawn: [n, n];  radii: [m], of real images.
 
     Raises:
-        ValueError: k drawn images or fewer.
+        ValueError: k generated images or fewer.
     """
     n = len(drawn_drawn)
     check_count(n, "drawn")
@@ -66,7 +66,7 @@ def prdc(real_drawn: Tensor, drawn_drawn: Tensor, radii: Tensor) -> dict[str, fl
 
 
 def _radii(to_others: Tensor) -> Tensor:
-    """Distance to the k-th nearest other, from distances [n, n] of which the smallest in a row is to itself."""
+    """Find the distance to the k-th nearest other, from distances [n, n] of which a row's smallest is to itself."""
     return torch.cat([
         rows.topk(NEIGHBOURS + 1, largest=False).values[:, -1] for rows in to_others.split(ROWS)
     ])  # fmt: skip

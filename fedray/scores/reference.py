@@ -1,4 +1,4 @@
-"""What scores compare with: a dataset's features and their statistics, worked out once per node and kept."""
+"""The references that scores compare with: a dataset's features and their statistics, cached on each node."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -17,8 +17,8 @@ from fedray.scores.prdc import NEIGHBOURS, Manifold, check_count, manifold
 from fedray.seeds import generator
 from fedray.vector import as_tensor
 
-VERSION = 1  # of what is kept
-DRAWN = 10_000  # images of a large dataset that precision and recall are measured on
+VERSION = 1  # of what is cached
+DRAWN = 10_000  # images of a large dataset, drawn at random, that precision and recall are measured on
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,17 +35,17 @@ class Reference:
 
     @cached_property
     def drawn(self) -> torch.Tensor:
-        """The features of at most 10,000 of the images."""
+        """The features [at most 10,000, d] of images drawn at random."""
         return as_tensor(_drawn(self.features))
 
     @property
     def manifold(self) -> Manifold:
-        """Raises ValueError where there are too few images."""
+        """The balls of the real images. Raises ValueError where there are too few."""
         check_count(len(self.features), "real")
         return Manifold(self.drawn, self.radii)
 
     def floor(self, n: int) -> tuple[float, int]:
-        """The Fréchet distance of real against real: n drawn images (at most half) against the rest, and that n."""
+        """Measure the Fréchet distance of n real images (at most half) to the other real ones; return also that n."""
         n = min(n, len(self.features) // 2)
         order = torch.randperm(len(self.features), generator=generator(0, "real against real")).numpy()
 
@@ -58,10 +58,10 @@ class Reference:
 
 
 def reference(what: str, n: int, key: Any, features: Callable[[], Iterable[np.ndarray]]) -> Reference:
-    """The reference of that key, made of `features()` (in batches, n in all) unless it is there already.
+    """Open the reference of that key, made of `features()` (in batches, n in all) unless this node has it cached.
 
     Raises:
-        UserError: what is kept under the key is of other images or features, or damaged.
+        UserError: what is cached under the key is of other images or features, or damaged.
         ValueError: the features allow no statistics.
     """
 
@@ -98,6 +98,7 @@ def reference(what: str, n: int, key: Any, features: Callable[[], Iterable[np.nd
 
 
 def _drawn(features: np.ndarray) -> np.ndarray:
+    """Take at most 10,000 of the features, at random."""
     if len(features) <= DRAWN:
         return features
     order = torch.randperm(len(features), generator=generator(0, "manifold"))[:DRAWN]

@@ -1,18 +1,15 @@
-"""How samples are judged: every number with the features it was measured on, its n, and its interval."""
+"""The scores of generated images: every number with the features it was measured on, its n, and its interval."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from fedray.scores import digits
 from fedray.scores.frechet import frechet_distance, gaussian
 from fedray.scores.kid import SUBSETS, kernel_distance
-from fedray.scores.networks import CLIP, clip_texts, named
+from fedray.scores.metrics import Score
+from fedray.scores.networks import network_of
 from fedray.scores.prdc import distances, prdc
 from fedray.scores.reference import DRAWN, Reference
 from fedray.seeds import generator
@@ -20,25 +17,6 @@ from fedray.seeds import generator
 PAPERS = 64  # samples in the paper's FID (Chen 2024, section 3.1)
 RESAMPLES = 10
 SHARES = ("precision", "recall", "density", "coverage")
-
-
-def higher_is_better(score: str) -> bool:
-    """Whether more of a score is better, by its name: shares and similarities; not distances, losses or copies."""
-    return score.split("[")[0] in (*SHARES, "sure", "accuracy", "clip-text", "clip-image")
-
-
-@dataclass(frozen=True)
-class Score:
-    """A number, the count of drawn images it was measured on, its standard deviation and over what that was taken."""
-
-    value: float
-    n: int
-    std: float | None = None
-    over: str | None = None
-    note: str | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 def score(
@@ -49,37 +27,37 @@ def score(
     intervals: bool = True,
     prompts: Sequence[str] = (),
 ) -> tuple[dict[str, Score], dict[str, str]]:
-    """All scores of drawn images' features [n, d] against a reference; and which were refused, with the reason.
+    """Measure all scores of generated images against a reference; return also the reasons for those refused.
 
     fd (fid, on Inception's features): Fréchet distance;  fd@64: of the first 64 images, the paper's count;
     fd/real: real images against real ones, what a perfect model could be expected to get;  kid: kernel distance;
     precision, recall, density, coverage;  sure[digits]: the share that the digit classifier is at least 0.9 sure of;
     accuracy[digits]: the share that it takes for the digit in their prompt;  clip-text, clip-image: mean cosine, in
-    CLIP's space, of images and their prompts, and of images and all real ones (Ruiz et al. 2023, section 5.2).
+    CLIP's space, of images and their prompts, and of images and all real ones.
 
     Args:
+        features: of the generated images, [n, d].
         name: of the feature network.
-        prompts: what each image was drawn for, if for anything.
+        prompts: what each image was generated for, if for anything.
         intervals: work out standard deviations over resamples (the jackknife over ten groups of images).
     """
     n, d = features.shape
     if d != reference.features.shape[1]:
         raise ValueError(f"the features have {d} dimensions, and the reference's {reference.features.shape[1]}")
-    drawn = np.asarray(features, np.float32)
-    fd = named("fd", name)
-    measured: list[tuple[list[str], Callable[[], dict[str, Score]]]] = [
+    network, drawn = network_of(name), np.asarray(features, np.float32)
+    fd, kid = network.score_name("fd"), network.score_name("kid")
+    shares = {share: network.score_name(share) for share in SHARES}
+    measured: list[tuple[Sequence[str], Callable[[], dict[str, Score]]]] = [
         ([fd], lambda: {fd: _frechet(drawn, reference, intervals)}),
         ([f"{fd}/real"], lambda: {f"{fd}/real": _floor(n, reference)}),
-        ([named("kid", name)], lambda: {named("kid", name): _kernel(drawn, reference, subset_size)}),
-        ([named(share, name) for share in SHARES], lambda: _shares(drawn[:DRAWN], reference, name, intervals)),
+        ([kid], lambda: {kid: _kernel(drawn, reference, subset_size)}),
+        ([*shares.values()], lambda: _shares(drawn[:DRAWN], reference, shares, intervals)),
     ]
     if n > PAPERS:
         few = f"{fd}@{PAPERS}"
         measured.append(([few], lambda: {few: _frechet(drawn[:PAPERS], reference, intervals)}))
-    if name == "digits":
-        measured.append(([named("sure", name)], lambda: _digits(torch.from_numpy(drawn), prompts)))
-    if name.startswith(CLIP):
-        measured.append((["clip-image"], lambda: _clip(torch.from_numpy(drawn), reference, name, prompts)))
+    if network.own:
+        measured.append((network.own, lambda: network.own_scores(torch.from_numpy(drawn), reference, prompts)))
     scores: dict[str, Score] = {}
     refused: dict[str, str] = {}
     finite = bool(np.isfinite(drawn).all())
@@ -111,7 +89,7 @@ def _floor(n: int, reference: Reference) -> Score:
 
 
 def _bias(n: int, real: int, d: int) -> str | None:
-    """What to say of a Fréchet distance of so few images that a covariance of d dimensions cannot be told."""
+    """Warn of a Fréchet distance of so few images that a covariance of d dimensions cannot be told."""
     if n < d:
         return f"biased: n is below the {d} dimensions"
     return f"biased: there are only {real} real images for {d} dimensions" if real < d else None
@@ -122,9 +100,9 @@ def _kernel(drawn: np.ndarray, reference: Reference, subset_size: int) -> Score:
     return Score(mean, len(drawn), std, f"{SUBSETS} subsets of {subset_size}")
 
 
-def _shares(drawn: np.ndarray, reference: Reference, name: str, intervals: bool) -> dict[str, Score]:
-    real, found = reference.manifold, torch.from_numpy(drawn)
-    to_real, to_drawn = distances(real.features, found), distances(found, found)
+def _shares(drawn: np.ndarray, reference: Reference, names: dict[str, str], intervals: bool) -> dict[str, Score]:
+    real, features = reference.manifold, torch.from_numpy(drawn)
+    to_real, to_drawn = distances(real.features, features), distances(features, features)
 
     def shares(chosen: np.ndarray) -> dict[str, float]:
         return prdc(to_real[:, chosen], to_drawn[chosen][:, chosen], real.radii)
@@ -132,47 +110,22 @@ def _shares(drawn: np.ndarray, reference: Reference, name: str, intervals: bool)
     n = len(drawn)
     values = shares(np.arange(n))
     spread = _spread(shares, n) if intervals else {}
-    return {named(share, name): Score(value, n, **spread.get(share, {})) for share, value in values.items()}
-
-
-def _digits(features: Tensor, prompts: Sequence[str]) -> dict[str, Score]:
-    scores = {named("sure", "digits"): _share(digits.sure(features))}
-    wanted = [digits.digit_in(prompt) for prompt in prompts]
-    if wanted and None not in wanted:
-        scores[named("accuracy", "digits")] = _share(digits.classes(features) == torch.tensor(wanted))
-    return scores
-
-
-def _clip(features: Tensor, reference: Reference, name: str, prompts: Sequence[str]) -> dict[str, Score]:
-    unit, n = F.normalize(features), len(features)
-    scores = {"clip-image": Score((unit @ F.normalize(reference.drawn).T).mean().item(), n)}
-    if prompts:
-        different = list(dict.fromkeys(prompts))
-        texts = F.normalize(clip_texts(name, different))[[different.index(prompt) for prompt in prompts]]
-        alike = (unit * texts).sum(1)
-        scores["clip-text"] = Score(alike.mean().item(), n, alike.std().item() / n**0.5, f"{n} images")
-    return scores
+    return {names[share]: Score(value, n, **spread.get(share, {})) for share, value in values.items()}
 
 
 def _spread(statistic: Callable[[np.ndarray], dict[str, float]], n: int) -> dict[str, dict[str, Any]]:
-    """By score, its standard deviation and what that is over; nothing for too few images."""
+    """Work out each score's standard deviation, and say what it is over; nothing for too few images."""
     if n < 2 * RESAMPLES:
         return {}
     deviations = jackknife(statistic, n)
     return {name: {"std": std, "over": f"{RESAMPLES} resamples"} for name, std in deviations.items()}
 
 
-def _share(right: Tensor) -> Score:
-    """How many of the images are right, bool [n], and the standard deviation of that share."""
-    n, value = len(right), right.float().mean().item()
-    return Score(value, n, (value * (1 - value) / n) ** 0.5, f"{n} images")
-
-
 def jackknife(statistic: Callable[[np.ndarray], dict[str, float]], n: int) -> dict[str, float]:
-    """Standard deviation of statistics of n samples: each tenth of them left out once (the delete-group jackknife).
+    """Estimate the standard deviation of statistics of n samples, each tenth of them left out once.
 
-    √((g − 1)/g Σ (θ_i − θ̄)²), Efron 1982. Unlike the bootstrap it draws no sample twice, of which a Fréchet
-    distance would see too little variety.
+    The delete-group jackknife, √((g − 1)/g Σ (θ_i − θ̄)²), Efron 1982. Unlike the bootstrap it draws no sample twice,
+    of which a Fréchet distance would see too little variety.
     """
     groups = np.array_split(np.arange(n), RESAMPLES)
     drawn = [statistic(np.concatenate(groups[:left_out] + groups[left_out + 1 :])) for left_out in range(RESAMPLES)]

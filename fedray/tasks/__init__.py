@@ -29,7 +29,10 @@ class Learner(Protocol):
         """Mean loss over the batch, a scalar with a gradient. Every draw comes from `rng` (on the CPU)."""
 
     def sample(self, n: int, rng: torch.Generator, sampler: str, steps: int) -> Tensor:
-        """n images, uint8 [n, channels, height, width], on the CPU."""
+        """n images, uint8 [n, channels (1 or 3), height, width], on the CPU.
+
+        The learner of a task that has `prompts(dataset)` takes one more argument, `prompts`: those of the n images.
+        """
 
     def save(self, directory: Path) -> None:
         """Write what diffusers (or the user's own code) loads."""

@@ -6,17 +6,19 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from fedray.federation.engine import fit
 
 from fedray.cli import main
 from fedray.cluster import actors
 from fedray.errors import RunError, UserError
-from fedray.federation.engine import fit
 from fedray.federation.evaluation import sample
 from fedray.federation.pool import LocalPool
+from fedray.federation.sampling import Sampling
 from fedray.federation.worker import Weights
 from fedray.record.run import Run
 
@@ -80,16 +82,16 @@ def test_stopped_here_and_resumed_there(ray, toy_config, tmp_path):
 
 def test_samples_do_not_depend_on_the_pool(ray, toy_config):
     config = toy_config(eval_batch_size=3)
-    model = torch.linspace(0, 1, 16)
-    here = sample(LocalPool(config), Weights(model.numpy()), 10, config, seed=4)[1]
+    model, sampling = Weights(torch.linspace(0, 1, 16).numpy()), replace(Sampling.of(config, 10), seed=4)
+    here = sample(LocalPool(config), model, sampling)[1]
     pool = actors.RayPool.start(toy_config(eval_batch_size=3, actors=2))
     try:
-        there = sample(pool, Weights(model.numpy()), 10, config, seed=4)[1]
+        there = sample(pool, model, sampling)[1]
     finally:
         pool.close()
     assert here.shape == (10, 1, 2, 2)
     assert np.array_equal(here, there)
-    assert not np.array_equal(here, sample(LocalPool(config), Weights(model.numpy()), 10, config, seed=5)[1])
+    assert not np.array_equal(here, sample(LocalPool(config), model, replace(sampling, seed=5))[1])
 
 
 @pytest.mark.slow

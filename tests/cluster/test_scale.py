@@ -7,11 +7,12 @@ from typing import ClassVar
 import numpy as np
 import psutil
 import pytest
+from fedray.federation.engine import fit
 
-from fedray.cluster import actors
+from fedray.cluster import driver
+from fedray.cluster.pool import RayPool
 from fedray.data.dataset import Dataset
 from fedray.data.partition import IID
-from fedray.federation.engine import fit
 from fedray.record.run import Run
 from fedray.tasks.ddpm import DDPM
 
@@ -48,7 +49,7 @@ def test_driver_memory_does_not_grow_with_the_cohort(ray, toy_config, tmp_path):
             clients=clients, labels=clients, each=1, size=10_000_000, rounds=1, local_epochs=1, evaluate_samples=0,
             partition=IID(), actors=2,
         )  # fmt: skip
-        pool = actors.RayPool.start(config)
+        pool = RayPool.start(config)
         try:
             with PeakPrivateMemory() as memory:
                 rows = list(fit(config, pool, tmp_path / str(len(list(tmp_path.iterdir())))))
@@ -87,7 +88,7 @@ def test_one_round_of_the_papers_model(ray, tmp_path):
         evaluate_samples=0, actors=1,
     )  # fmt: skip
     ray.cloudpickle.register_pickle_by_value(__import__("test_scale"))
-    run = actors.run(config, tmp_path / "run")
+    run = driver.run(config, tmp_path / "run")
     row = Run.open(tmp_path / "run").rows[0]
     assert [client["bytes_down"] for client in row["clients"]] == [454_692_876] * 2
     assert [client["bytes_up"] for client in row["clients"]] == [454_692_876] * 2

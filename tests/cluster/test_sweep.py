@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from fedray.cluster import tune as module
-from fedray.cluster.trials import changed, expand, images_planned
+from fedray.cluster.trials import Experiment, change, expand, images_planned
 from fedray.cluster.tune import bundles, sweep
 from fedray.commands.sweep import load_experiment, main
 from fedray.config import Config
@@ -44,10 +44,10 @@ def test_the_same_configuration_counts_once():
 
 def test_changes_of_one_setting():
     config = Config(local_epochs=2)
-    assert changed(config, "local_steps", 5) == Config(local_steps=5)
-    assert changed(config, "task.snr_gamma", 5.0).task.snr_gamma == 5.0
+    assert change(config, "local_steps", 5) == Config(local_steps=5)
+    assert change(config, "task.snr_gamma", 5.0).task.snr_gamma == 5.0
     with pytest.raises(UserError, match="there is no setting 'client'; did you mean 'clients'"):
-        changed(config, "client", 5)
+        change(config, "client", 5)
     with pytest.raises(UserError, match="no values for 'seed'"):
         expand(config, {"seed": []})
 
@@ -61,7 +61,7 @@ def test_a_hash_is_of_what_matters():
 @pytest.mark.slow
 def test_images_planned_are_those_trained_on(toy_config, tmp_path, ray):
     config = toy_config(fraction=0.5)
-    done = sweep(config, {"seed": [0]}, tmp_path)
+    done = sweep(Experiment(config, {"seed": [0]}), tmp_path)
     assert images_planned(config, 32) >= sum(row["images"] for row in done.runs[0].rows) == 3 * 2 * 2 * 8
 
 
@@ -101,9 +101,9 @@ def test_a_trials_share_of_the_cluster(monkeypatch, nodes, slots, trials, actors
 def test_more_than_there_is_fails_at_once(toy_config, tmp_path, ray):
     began = time.monotonic()
     with pytest.raises(UserError, match="the trial seed-0-.*: --actors 3 needs 3 CPUs, and there are 2 CPUs"):
-        sweep(toy_config(actors=3), {"seed": [0, 1]}, tmp_path / "a")
+        sweep(Experiment(toy_config(actors=3), {"seed": [0, 1]}), tmp_path / "a")
     with pytest.raises(UserError, match="--gpus-per-actor 1: this machine .or cluster. has no GPU"):
-        sweep(toy_config(actors=None, gpus_per_actor=1.0), {"seed": [0]}, tmp_path / "b")
+        sweep(Experiment(toy_config(actors=None, gpus_per_actor=1.0), {"seed": [0]}), tmp_path / "b")
     assert time.monotonic() - began < 10
     assert not list(tmp_path.iterdir())
 
@@ -123,7 +123,7 @@ def test_waiting_for_resources_ends(toy_config, tmp_path, ray, monkeypatch):
         with pytest.raises(
             RunError, match="no trial could start in 3 s. One needs 1 CPUs and 0 GPUs; free now: 0 CPUs"
         ):
-            sweep(toy_config(), {"seed": [0]}, tmp_path)
+            sweep(Experiment(toy_config(), {"seed": [0]}), tmp_path)
     finally:
         ray.kill(other)
 
@@ -140,7 +140,7 @@ def test_a_trial_is_the_run_that_it_would_be_alone(toy_config, tmp_path, ray, ac
     import fedray
 
     config, news = toy_config(actors=actors), []
-    done = sweep(config, {"seed": [3, 4]}, tmp_path / "sweep", on_news=news.append)
+    done = sweep(Experiment(config, {"seed": [3, 4]}), tmp_path / "sweep", on_news=news.append)
     assert not done.missing
     alone = [fedray.run(replace(config, actors=0, seed=seed), tmp_path / str(seed)) for seed in (3, 4)]
     assert hashes(done.runs) == hashes(alone)
@@ -155,25 +155,25 @@ def test_a_trial_is_the_run_that_it_would_be_alone(toy_config, tmp_path, ray, ac
 
 @pytest.mark.slow
 def test_what_is_there_is_not_run_again_unless_asked(toy_config, tmp_path, ray):
-    first = sweep(toy_config(), {"seed": [0, 1]}, tmp_path, name="first")
+    first = sweep(Experiment(toy_config(), {"seed": [0, 1]}, "first"), tmp_path)
     times = {run.directory: (run.directory / "result.json").stat().st_mtime_ns for run in first.runs}
     with pytest.raises(UserError, match="holds this sweep already; go on with it by --resume"):
-        sweep(toy_config(), {"seed": [0, 1]}, tmp_path, name="first")
+        sweep(Experiment(toy_config(), {"seed": [0, 1]}, "first"), tmp_path)
     # Another sweep in the same place, and the same one with one more seed.
-    other = sweep(toy_config(), {"clients": [4], "seed": [1, 0]}, tmp_path, name="other")
-    more = sweep(toy_config(), {"seed": [0, 1, 2]}, tmp_path, name="first", resume=True)
+    other = sweep(Experiment(toy_config(), {"clients": [4], "seed": [1, 0]}, "other"), tmp_path)
+    more = sweep(Experiment(toy_config(), {"seed": [0, 1, 2]}, "first"), tmp_path, resume=True)
     assert {run.directory for run in other.runs} == set(times)
     assert len(more.runs) == 3
     assert {path: (path / "result.json").stat().st_mtime_ns for path in times} == times
     with pytest.raises(UserError, match="has a trial seed-0-.*not among those asked for now"):
-        sweep(toy_config(rounds=2), {"seed": [0, 1, 2]}, tmp_path, name="first", resume=True)
+        sweep(Experiment(toy_config(rounds=2), {"seed": [0, 1, 2]}, "first"), tmp_path, resume=True)
     config_json = first.runs[0].directory / "config.json"
     before = config_json.read_text()
     config_json.write_text(before.replace(json.loads(before)["images_sha256"], "0" * 64))
     with pytest.raises(UserError, match="the images of the run at .* have changed since it began"):
-        sweep(toy_config(), {"seed": [0, 1]}, tmp_path, name="third")
+        sweep(Experiment(toy_config(), {"seed": [0, 1]}, "third"), tmp_path)
     config_json.write_text(before)
-    anew = sweep(toy_config(), {"seed": [0]}, tmp_path, name="first", again=True)
+    anew = sweep(Experiment(toy_config(), {"seed": [0]}, "first"), tmp_path, again=True)
     assert anew.runs[0].directory not in times
     assert anew.runs[0].result["vector_sha256"] == first.runs[0].result["vector_sha256"]
     assert len(list(tmp_path.glob("*/config.json"))) == 4
@@ -182,10 +182,11 @@ def test_what_is_there_is_not_run_again_unless_asked(toy_config, tmp_path, ray):
 @pytest.mark.slow
 def test_a_stopped_trial_goes_on_from_its_last_round(toy_config, tmp_path, ray):
     from fedray.federation.engine import fit
+
     from fedray.federation.pool import LocalPool
 
     config = toy_config(seed=7)
-    whole = sweep(config, {"seed": [7]}, tmp_path / "whole").runs[0]
+    whole = sweep(Experiment(config, {"seed": [7]}), tmp_path / "whole").runs[0]
     record = json.loads((tmp_path / "whole/sweep.sweep.json").read_text())
     place = tmp_path / "cut" / record["trials"][0]["directory"]
     rounds = fit(config, LocalPool(config), place)
@@ -194,7 +195,7 @@ def test_a_stopped_trial_goes_on_from_its_last_round(toy_config, tmp_path, ray):
     (first,) = (place / "rounds.jsonl").read_text().splitlines()
     (place / "rounds.jsonl").write_text(first[:100])  # a kill cut it short; the checkpoint has it
     first = json.loads(first)
-    done = sweep(config, {"seed": [7]}, tmp_path / "cut")
+    done = sweep(Experiment(config, {"seed": [7]}), tmp_path / "cut")
     assert done.runs[0].directory == place
     assert done.runs[0].rows[0]["clients"] == first["clients"]
     assert hashes(done.runs) == hashes([whole])
@@ -208,7 +209,7 @@ def test_one_trials_failure_leaves_the_others(toy_config, tmp_path, ray):
     config = toy_config()
     broken = replace(config.task, failing=(0, 1, 2, 3))
     space = {"task.failing": [(), broken.failing], "clients": [4, 40]}
-    done = sweep(config, space, tmp_path)
+    done = sweep(Experiment(config, space), tmp_path)
     assert isinstance(config.task, Toy)
     assert [run.saved["config"]["task"]["failing"] for run in done.runs] == [[]]
     reasons = {name.rsplit("-", 1)[0]: why for name, why in done.missing.items()}
@@ -232,7 +233,7 @@ def test_a_trial_that_is_killed_is_tried_again(toy_config, tmp_path, ray, actors
         return 1.0
 
     config = toy_config(evaluate_every=1, actors=actors)
-    done = sweep(config, {"seed": [0]}, tmp_path / "sweep", metrics={"fatal": fatal})
+    done = sweep(Experiment(config, {"seed": [0]}), tmp_path / "sweep", metrics={"fatal": fatal})
     assert marker.exists()
     assert not done.missing
     assert [row["round"] for row in done.runs[0].rows] == [1, 2, 3]
@@ -241,8 +242,8 @@ def test_a_trial_that_is_killed_is_tried_again(toy_config, tmp_path, ray, actors
 
 @pytest.mark.slow
 def test_a_trial_that_is_always_killed_is_missing(toy_config, tmp_path, ray):
-    config = toy_config()
-    done = sweep(config, {"seed": [0]}, tmp_path, metrics={"fatal": lambda s, i: os.kill(os.getpid(), signal.SIGKILL)})
+    metrics = {"fatal": lambda samples, images: os.kill(os.getpid(), signal.SIGKILL)}
+    done = sweep(Experiment(toy_config(), {"seed": [0]}), tmp_path, metrics=metrics)
     assert list(done.missing.values()) == ["its process ended (killed, or out of memory)"]
 
 
@@ -253,8 +254,8 @@ def test_asha_compares_at_equal_images(toy_config, tmp_path, ray):
     space = {"learning_rate": [1e-9, 0.5], "local_epochs": [2, 4]}
     metrics = {"brightness": lambda samples, images: float(samples.mean())}
     with pytest.raises(UserError, match="--asha stops trials by scores along the way: say --evaluate-every"):
-        sweep(replace(config, evaluate_every=None), space, tmp_path / "a", asha="brightness")
-    done = sweep(config, space, tmp_path / "b", asha="brightness", metrics=metrics)
+        sweep(Experiment(replace(config, evaluate_every=None), space), tmp_path / "a", asha="brightness")
+    done = sweep(Experiment(config, space), tmp_path / "b", asha="brightness", metrics=metrics)
     assert [len(run.rows) for run in done.runs] == [20, 20]
     assert {run.saved["config"]["learning_rate"] for run in done.runs} == {1e-9}
     # The first rung is at 181 images: a sixteenth of 20 rounds of 4 clients, 4 epochs of 3 batches of 3.
@@ -265,10 +266,10 @@ def test_asha_compares_at_equal_images(toy_config, tmp_path, ray):
         "learning-rate-0.5-local-epochs-4": "ASHA stopped it after round 2",  # 256 images
     }
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "b").glob("*/rounds.jsonl")}
-    again = sweep(config, space, tmp_path / "b", asha="brightness", metrics=metrics, resume=True)
+    again = sweep(Experiment(config, space), tmp_path / "b", asha="brightness", metrics=metrics, resume=True)
     assert again.stopped == done.stopped
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    wrong = sweep(config, {"seed": [9]}, tmp_path / "c", asha="fid", metrics=metrics)
+    wrong = sweep(Experiment(config, {"seed": [9]}), tmp_path / "c", asha="fid", metrics=metrics)
     (why,) = wrong.missing.values()
     assert why.startswith("there is no score 'fid'")
 
@@ -278,17 +279,12 @@ def test_asha_lets_a_trial_end(toy_config, tmp_path, ray):
     """The second is worse, and its only rung is its last round: its model is saved."""
     config = toy_config(rounds=2, evaluate_every=1)
     metrics = {"brightness": lambda samples, images: float(samples.mean())}
-    done = sweep(config, {"learning_rate": [1e-9, 0.5]}, tmp_path, asha="brightness", metrics=metrics)
+    done = sweep(Experiment(config, {"learning_rate": [1e-9, 0.5]}), tmp_path, asha="brightness", metrics=metrics)
     assert len(done.runs) + len(done.stopped) == 2
     assert all("after round 1" in why for why in done.stopped.values())
     config = replace(config, evaluate_every=None, rounds=4, validation_rounds=4)
-    done = sweep(
-        replace(config, evaluate_every=4),
-        {"learning_rate": [1e-9, 0.5]},
-        tmp_path / "b",
-        asha="brightness",
-        metrics=metrics,
-    )
+    experiment = Experiment(replace(config, evaluate_every=4), {"learning_rate": [1e-9, 0.5]})
+    done = sweep(experiment, tmp_path / "b", asha="brightness", metrics=metrics)
     assert len(done.runs) == 2
 
 
@@ -305,7 +301,7 @@ def test_mistakes_are_told_in_one_line(tmp_path, monkeypatch):
     (tmp_path / "empty.py").write_text("BASE = 1\n")
     mistakes = {
         ("nothing.py",): "there is no file nothing.py; name an experiment, as experiments/figure2.py.",
-        ("broken.py",): "broken.py does not run: ZeroDivisionError: division by zero.",
+        ("broken.py",): "broken.py, line 1: ZeroDivisionError: division by zero.",
         ("empty.py",): "empty.py is not an experiment: it must have BASE, a Config.",
         (FIGURE2, "--clients", "3"): f"--clients is what {FIGURE2} varies; change its SPACE.",
         ("--out", "a", FIGURE2, "--local_epochs", "7"): f"--local-epochs is what {FIGURE2} varies",

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDPMScheduler, UNet2DModel
+from fedray.federation.engine import fit
 from PIL import Image
 
 import fedray
@@ -21,11 +22,10 @@ from fedray.cli import main
 from fedray.cluster.actors import RayPool
 from fedray.data.sources import digits
 from fedray.errors import RunError, UserError
-from fedray.federation.engine import fit
-from fedray.federation.evaluation import evaluate, open_reference
+from fedray.federation.evaluation import Comparison, Scoring, evaluate, open_reference
 from fedray.federation.plan import make_plan
 from fedray.federation.pool import LocalPool
-from fedray.federation.sampling import dataset_features
+from fedray.federation.sampling import Sampling, dataset_features
 from fedray.federation.worker import Weights
 from fedray.record.run import Run
 from fedray.scores import networks
@@ -61,7 +61,7 @@ def work_of(pool):
 def test_a_reference_is_made_once_and_is_of_every_image(short):
     pool, dataset = LocalPool(short), digits()
     seen = work_of(pool)
-    first, again = open_reference(short, dataset, pool), open_reference(short, dataset, pool)
+    first, again = open_reference(Scoring.of(short), dataset, pool), open_reference(Scoring.of(short), dataset, pool)
     assert seen == [dataset_features]
     expected = networks.load("digits", None, torch.device("cpu"))(torch.from_numpy(dataset.images)).numpy()
     np.testing.assert_allclose(again.features, expected, rtol=1e-4, atol=1e-4)
@@ -74,7 +74,7 @@ def test_a_reference_is_made_once_and_is_of_every_image(short):
 def test_a_reference_is_of_its_images_form_and_network(short, tmp_path):
     def key(**changes):
         config = replace(short, **changes)
-        return open_reference(config, config.task.dataset(), LocalPool(config)).key
+        return open_reference(Scoring.of(config), config.task.dataset(), LocalPool(config)).key
 
     assert key() == key(seed=3, clients=2)
     (tmp_path / "mine.py").write_text("def half(images): return images.flatten(1)[:, :8] / 2\n")
@@ -93,19 +93,19 @@ def test_a_reference_is_of_its_images_form_and_network(short, tmp_path):
 
 
 def test_a_reference_that_is_damaged_or_anothers_is_named(short, tmp_path):
-    open_reference(short, digits(), LocalPool(short))
+    open_reference(Scoring.of(short), digits(), LocalPool(short))
     (place,) = (path.parent for path in files.home().glob("*/features.npy"))
     kept = (place / "key.json").read_text()
     (place / "key.json").write_text(kept.replace("digits", "letters"))
     with pytest.raises(UserError, match="is of other images, or of other features"):
-        open_reference(short, digits(), LocalPool(short))
+        open_reference(Scoring.of(short), digits(), LocalPool(short))
     (place / "key.json").write_text(kept)
     np.save(place / "features.npy", np.zeros((3, 64), np.float32))
     with pytest.raises(UserError, match="is of other images"):
-        open_reference(short, digits(), LocalPool(short))
+        open_reference(Scoring.of(short), digits(), LocalPool(short))
     (place / "statistics.npz").write_bytes(b"PK")
     with pytest.raises(UserError, match="is damaged .*; remove it"):
-        open_reference(short, digits(), LocalPool(short))
+        open_reference(Scoring.of(short), digits(), LocalPool(short))
 
 
 @pytest.mark.slow
@@ -113,9 +113,9 @@ def test_two_processes_make_a_reference_once(short, tmp_path):
     code = (
         "from fedray.presets import PRESETS; from fedray.data.sources import digits;"
         "from fedray.federation.pool import LocalPool;"
-        "from fedray.federation.evaluation import open_reference;"
+        "from fedray.federation.evaluation import Scoring, open_reference;"
         "config = PRESETS['digits'];"
-        "print('made', end='') if open_reference(config, digits(), LocalPool(config),"
+        "print('made', end='') if open_reference(Scoring.of(config), digits(), LocalPool(config),"
         " lambda phase, done, total: done or print('making ', end='')) else 0"
     )
     running = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
@@ -126,13 +126,16 @@ def test_two_processes_make_a_reference_once(short, tmp_path):
 def test_too_few_images_to_score_against(short):
     one = fedray.Dataset(digits().images[:1])
     with pytest.raises(UserError, match="the 1 images of this dataset cannot be scored against: .* at least two"):
-        open_reference(short, one, LocalPool(short, one))
+        open_reference(Scoring.of(short), one, LocalPool(short, one))
 
 
 def test_a_reference_differs_with_the_images(short):
     first, other = fedray.Dataset(digits().images[:100]), fedray.Dataset(digits().images[100:200])
     turned = fedray.Dataset(digits().images[:100].transpose(0, 1, 3, 2))
-    keys = [open_reference(short, one, LocalPool(short, one)).key["images"] for one in (first, other, turned, first)]
+    keys = [
+        open_reference(Scoring.of(short), one, LocalPool(short, one)).key["images"]
+        for one in (first, other, turned, first)
+    ]
     assert len(set(keys)) == 3
     assert keys[0] == keys[3]
 
@@ -146,8 +149,9 @@ def test_scores_do_not_depend_on_the_pool(ray, short):
     for actors in (0, 2, 1):
         config = replace(short, actors=actors, eval_batch_size=16)
         pool = LocalPool(config) if actors == 0 else RayPool.start(config, plan.dataset)
-        against = open_reference(config, plan.dataset, pool)
-        found.append(evaluate(pool, Weights(plan.initial.numpy()), 70, config, plan.dataset, against, {}))
+        scoring = Scoring.of(config)
+        comparison = Comparison(plan.dataset, scoring, open_reference(scoring, plan.dataset, pool))
+        found.append(evaluate(pool, Weights(plan.initial.numpy()), Sampling.of(config, 70), comparison))
         if actors:
             pool.close()
     assert found[0].scores == found[1].scores == found[2].scores

@@ -45,7 +45,7 @@ def jobs_of(config, clients, drawn):
 
 @pytest.fixture
 def ray_pool(ray):
-    from fedray.cluster.actors import RayPool
+    from fedray.cluster.pool import RayPool
 
     pools = []
 

@@ -299,12 +299,12 @@ def test_stopped_and_resumed_and_on_actors_it_is_the_same_run(ray, config, tmp_p
 @pytest.mark.slow
 def test_floras_change_of_the_base_is_sent_once_a_round(ray, config, tmp_path, monkeypatch):
     """To training, validation, prompts and samples alike."""
-    from fedray.cluster import actors
+    from fedray.cluster import pool as ray_pool
 
     config = replace(config, algorithm=Flora(), rounds=3, actors=2, held_out_share=0.25, evaluate_samples=4)
     size, put, sent = make_plan(config).adapters.base_size, ray.put, []
-    monkeypatch.setattr(actors.ray, "put", lambda value: [sent.append(value), put(value)][1])
-    pool = actors.RayPool.start(config)
+    monkeypatch.setattr(ray_pool.ray, "put", lambda value: [sent.append(value), put(value)][1])
+    pool = ray_pool.RayPool.start(config)
     try:
         rows = list(fit(config, pool, tmp_path / "run"))
     finally:
@@ -556,14 +556,14 @@ def test_what_is_saved_diffusers_loads_alone_and_draws_the_same(config, tmp_path
     learner.flat.vector.detach().copy_(server["model"])
     if "base" in server:
         learner.set_base(server["base"])
-    learner.prompts = ("the digit six", "the digit nine")
-    ours = learner.sample(2, torch.Generator().manual_seed(5), "dpmsolver++", 4).numpy().astype(int)
+    prompts = ("the digit six", "the digit nine")
+    ours = learner.sample(2, torch.Generator().manual_seed(5), "dpmsolver++", 4, prompts).numpy().astype(int)
     theirs = np.load(tmp_path / "images.npy").astype(int)
     assert np.abs(ours - theirs).max() <= 1
     learner.flat.vector.detach().zero_()
     if merged:
         learner.set_base(torch.zeros_like(server["base"]))
-    untrained = learner.sample(2, torch.Generator().manual_seed(5), "dpmsolver++", 4).numpy().astype(int)
+    untrained = learner.sample(2, torch.Generator().manual_seed(5), "dpmsolver++", 4, prompts).numpy().astype(int)
     assert np.abs(ours - untrained).max() > 3  # not the adapter from before training
     card = (run.directory / "model/README.md").read_text()
     assert "base_model: digits_pipeline" in card
@@ -602,11 +602,11 @@ def test_scores_of_a_run_of_adapters(config, tmp_path, capsys):
 def test_an_accuracy_is_of_each_images_own_prompt():
     from test_scores import reference
 
-    from fedray.federation.evaluation import turns
+    from fedray.federation.sampling import Sampling
     from fedray.scores.scoring import score
 
     data = digits()
-    prompts = turns(tuple(prompt(label) for label in range(10)), 0, 400)
+    prompts = Sampling(400, "ddim", 2, 64, 0, tuple(prompt(label) for label in range(10))).prompts_of(0, 400)
     of = {label: iter(data.images[data.labels == label]) for label in range(10)}
     images = np.stack([next(of[index % 10]) for index in range(400)])
     network = networks.load("digits", None, torch.device("cpu"))

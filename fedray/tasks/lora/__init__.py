@@ -198,7 +198,6 @@ class LoRALearner:
                 parameter.requires_grad_(trains(name))
         self.flat = FlatParameters(self.unet)
         self.adapters = adapters(self.unet, self.flat.layout, task.scale)
-        self.prompts: tuple[str, ...] = task.validation_prompt
         self._encoders: tuple[AutoencoderKL, CLIPTextModel, CLIPTokenizer] | None = None
         self._latents: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}  # mean and deviation, [4, h / 8, w / 8]
         self._embeddings: dict[str, Tensor] = {}  # [tokens, width]
@@ -286,15 +285,22 @@ class LoRALearner:
         return torch.randn(tuple(shape), generator=rng).to(self.device)
 
     @torch.no_grad()
-    def sample(self, n: int, rng: torch.Generator, sampler: str, steps: int) -> Tensor:
-        """Image i is drawn for prompt i modulo their number."""
+    def sample(self, n: int, rng: torch.Generator, sampler: str, steps: int, prompts: Sequence[str] = ()) -> Tensor:
+        """Sample n images, uint8 [n, 3, h, w]: image i for prompt i modulo their number.
+
+        Args:
+            prompts: by default the task's validation prompts.
+        """
+        prompts = prompts or self.task.validation_prompt
+        if not prompts:
+            raise ValueError("say what to sample: there are no prompts, and the task has no validation prompts")
         pipeline = self.pipeline(sampler)
         pipeline.set_progress_bar_config(disable=True)
         self.unet.eval()
         size = self.task.resolution
-        prompts = [self.prompts[index % len(self.prompts)] for index in range(n)]
         drawn = pipeline(
-            prompts, num_inference_steps=steps, guidance_scale=self.task.guidance_scale, generator=rng,
+            [prompts[index % len(prompts)] for index in range(n)],
+            num_inference_steps=steps, guidance_scale=self.task.guidance_scale, generator=rng,
             height=size, width=size, output_type="pt",
         ).images  # fmt: skip
         return (drawn.float() * 255).round().clamp(0, 255).to(torch.uint8).cpu()

@@ -1,0 +1,60 @@
+"""A connection to Ray: to a running cluster, or to a private one that ends with this process."""
+
+import os
+import secrets
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+
+from fedray import own
+from fedray.errors import UserError
+
+NAMESPACE = "fedray"
+TOKEN = secrets.token_hex(32)  # of a private Ray; Ray reads it once per process
+CONNECT_TIMEOUT = 10.0  # seconds for a cluster to answer at its address
+
+
+@contextmanager
+def connected(address: str | None) -> Iterator[None]:
+    """Connect to Ray for the time of the block: to the cluster at `address` (or RAY_ADDRESS), else to a private one.
+
+    If this process is connected already, that connection is used and left open.
+
+    Raises:
+        UserError: there is no cluster at the address.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    quiet: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "ERROR"}
+    if address == "local":
+        # Ray listens on every interface of the machine and asks for a token, unless told otherwise: one that only
+        # this process and its actors know, in place of a file in the user's home.
+        os.environ.setdefault("RAY_AUTH_TOKEN", TOKEN)
+        ray.init(address="local", include_dashboard=False, **quiet)
+    else:
+        try:
+            if ":" in address:  # Ray would try for minutes
+                host, _, port = address.rpartition(":")
+                socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT).close()
+            ray.init(address=address, **quiet)
+        except (OSError, RuntimeError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(
+                f"--address {address}: no Ray cluster could be joined there ({reason}). Start one with "
+                f"`ray start --head`, or leave --address out for a private one."
+            ) from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def send_own_code() -> None:
+    """Have Ray send the classes and functions of a user's files whole: other processes cannot import those files."""
+    for module in own.loaded():
+        ray.cloudpickle.register_pickle_by_value(module)

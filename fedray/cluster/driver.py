@@ -1,0 +1,198 @@
+"""A run: in this process, or by a driver actor that outlives it and can be attached to."""
+
+import os
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from fedray.cluster.actors import START_TIMEOUT, count_actors, explain, make_options
+from fedray.cluster.connection import NAMESPACE, connected, send_own_code
+from fedray.cluster.pool import POLL, RayPool
+from fedray.config import Config
+from fedray.data.dataset import Dataset, Source
+from fedray.errors import RunError, UserError
+from fedray.federation.evaluation import Metric, Show, silent
+from fedray.federation.fit import fit, prepare
+from fedray.federation.plan import make_plan
+from fedray.federation.pool import LocalPool
+from fedray.federation.round import Session
+from fedray.record.provenance import environment
+from fedray.record.resume import check_resumable
+from fedray.record.run import Row, Run
+
+LINGER = 60.0  # seconds that a driver keeps its last rows for a caller that may be gone
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a driver actor is asked to run. `source` is where this node has the task's dataset, if it is cached."""
+
+    config: Config
+    out: Path
+    resume: bool
+    provenance: dict[str, Any]
+    metrics: Mapping[str, Metric]
+    source: Source | None
+
+
+class DriverActor:
+    """An actor that runs the federation. Detached: on a running cluster it outlives the process that started it."""
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+        self.phase: tuple[str, float, float] = ("starting", 0, 1)
+        self.finished = False
+        self.error: Exception | None = None
+
+    def run(self, request: Request) -> None:
+        config, source = request.config, request.source
+        try:
+            dataset = config.task.dataset() if source is None else Dataset.open(source.place)
+            pool = RayPool.start(config, dataset)
+            try:
+                run = Run(request.out)
+                plan = prepare(config, run, request.resume, dataset)
+                session = Session(config, plan, pool, run, self._show, request.metrics)
+                for row in fit(session, request.provenance, request.resume):
+                    self.rows.append(row)
+            finally:
+                pool.close()
+        except (UserError, RunError) as error:
+            self.error = error
+        except Exception as error:
+            self.error = RunError(f"{type(error).__name__}: {error}")
+            self.error.add_note(traceback.format_exc())
+        self.finished = True
+        time.sleep(LINGER)  # a caller that is still there ends this process sooner
+        os._exit(0)
+
+    def poll(self, after: int) -> tuple[list[Row], tuple[str, float, float], bool, Exception | None]:
+        """Return the rows after the first `after`, the current phase, whether the run is over, and its error if any."""
+        finished, error = self.finished, self.error
+        return self.rows[after:], self.phase, finished, error
+
+    def _show(self, phase: str, done: float, total: float) -> None:
+        self.phase = (phase, done, total)
+
+
+def run(
+    config: Config,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    on_row: Callable[[Row], None] = lambda row: None,
+    show: Show = silent,
+    metrics: Mapping[str, Metric] | None = None,
+    dataset: Dataset | None = None,
+) -> Run:
+    """Train a model, in this process (`config.actors` 0) or on Ray, and return its run directory.
+
+    Rows go to `on_row` as rounds complete, progress to `show`. `metrics` are scores of your own, by name: functions
+    of (samples, the dataset's images), both uint8 [n, c, h, w], that return a number. With `resume`, a stopped run
+    in `out` continues from its last complete round; if it is still running on the cluster, we attach to it.
+    `dataset` is the task's, if it is loaded already.
+
+    Raises:
+        UserError: the request cannot be carried out; nothing was written.
+        RunError: the run could not continue; resume it.
+    """
+    config.check()
+    out = Path(out).absolute()
+    provenance = environment()
+    if resume:
+        check_resumable(Run.open(out), config)
+        if Run(out).result is not None:
+            return Run.open(out)
+    else:
+        check_outside_images(out, config)
+        Run(out).check_vacant()
+    dataset = config.task.dataset() if dataset is None else dataset
+    if config.actors == 0:
+        plan = prepare(config, Run(out), resume, dataset)
+        session = Session(config, plan, LocalPool(config, dataset), Run(out), show, metrics or {})
+        for row in fit(session, provenance, resume):
+            on_row(row)
+    else:
+        plan = make_plan(config, dataset)  # mistakes are told, and images decoded, before Ray starts
+        Run(out).check_disk(config, plan.layout)
+        with connected(config.address):
+            _drive(Request(config, out, resume, provenance, metrics or {}, dataset.source), on_row, show)
+    return Run.open(out)
+
+
+def check_outside_images(out: Path, config: Config) -> None:
+    """Raise `UserError` if a run would put its pictures among the images it learns from."""
+    folder = getattr(config.task, "train_data_dir", None)
+    if folder is not None and out.resolve().is_relative_to(Path(folder).resolve()):
+        raise UserError(
+            f"--out {out} lies below --train-data-dir {folder}, where the run's pictures would become images to learn "
+            f"from; choose another --out."
+        )
+
+
+def _drive(request: Request, on_row: Callable[[Row], None], show: Show) -> None:
+    """Start the run's driver actor, or attach to it, and pass on what it reports until the run is over."""
+    count_actors(request.config)
+    out, name = request.out, f"driver:{request.out}"
+    driver = _find_driver(name)
+    if driver is not None and not request.resume:
+        raise UserError(
+            f"a run with the directory {out} is still going on this cluster; attach to it with --resume, or choose "
+            f"another --out."
+        )
+    if driver is None:
+        send_own_code()
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        detached = make_options(0, 0) | {"name": name, "namespace": NAMESPACE, "lifetime": "detached"}
+        # On this node, since the run directory is; two threads, to answer while it runs.
+        driver = ray.remote(max_concurrency=2, scheduling_strategy=here, **detached)(DriverActor).remote()
+        driver.run.remote(request)
+    seen, finished, error = 0, False, None
+    while not finished:
+        try:
+            rows, phase, finished, error = ray.get(driver.poll.remote(seen), timeout=START_TIMEOUT)
+        except GetTimeoutError:
+            raise RunError(f"the driver actor of {out} does not answer; resume the run.") from None
+        except RayActorError as died:
+            raise RunError(f"the driver actor of {out} died: {explain(died)}; resume the run.") from None
+        for row in rows:
+            on_row(row)
+        seen += len(rows)
+        show(*phase)
+        if not finished:
+            time.sleep(POLL)
+    ray.kill(driver)
+    if error is not None:
+        raise error
+
+
+def _find_driver(name: str) -> Any:
+    """Find the driver actor of that name, if its run still goes on; remove one whose run is over."""
+    try:
+        driver = ray.get_actor(name, NAMESPACE)
+        finished = ray.get(driver.poll.remote(0), timeout=START_TIMEOUT)[2]
+    except (ValueError, RayActorError):
+        return None
+    if finished:
+        ray.kill(driver)
+        _wait_until_gone(name)
+    return None if finished else driver
+
+
+def _wait_until_gone(name: str) -> None:
+    """Wait until Ray has removed a killed actor's name. Raises `RunError` if it does not."""
+    deadline = time.monotonic() + START_TIMEOUT
+    while time.monotonic() < deadline:
+        try:
+            ray.get_actor(name, NAMESPACE)
+        except ValueError:
+            return
+        time.sleep(0.1)
+    raise RunError(f"the actor {name} was killed and does not go away.")

@@ -1,0 +1,225 @@
+"""Methods of a user's own, each in one file: on any number of actors, killed and resumed, with a client that fails."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from runs import fit, sha, train
+
+from fedray.cluster.pool import RayPool
+from fedray.config import Config
+from fedray.errors import UserError
+from fedray.federation.fit import prepare
+from fedray.record.run import Run
+
+EXAMPLES = Path(__file__).parent / "examples"
+MOMENTUM, PROX, CONTROL = (str(EXAMPLES / name) for name in ("momentum.py", "proximal.py", "control.py"))
+SPARSE, MEDIAN = (str(EXAMPLES / name) for name in ("sparse.py", "median.py"))
+SETTINGS = {
+    "momentum": {"algorithm": f"{MOMENTUM}:Momentum:0.8"},
+    "proximal": {"algorithm": f"{PROX}:FedProx:mu=0.3"},
+    "control variates": {"algorithm": f"{CONTROL}:Scaffold", "optimizer": "sgd"},
+    "sparse, feedback": {"wire": f"{SPARSE}:Sparse:0.25"},
+    "median": {"fold": f"{MEDIAN}:Median"},
+    "momentum, sparse, float16": {"algorithm": f"{MOMENTUM}:Momentum", "wire": f"{SPARSE}:Sparse:0.25,float16"},
+    "average of control variates, sparse": {
+        "algorithm": f"ema:0.9:{CONTROL}:Scaffold", "wire": f"{SPARSE}:Sparse:0.5", "optimizer": "sgd",
+    },
+    "momentum, median": {"algorithm": f"{MOMENTUM}:Momentum", "fold": f"{MEDIAN}:Median"},
+}  # fmt: skip
+
+
+@pytest.fixture(params=SETTINGS, ids=lambda name: name.replace(", ", "-"))
+def config(request, toy_config):
+    """Six clients, of whom two thirds take part in a round, and one fails whenever it does."""
+    toy = {"labels": 6, "failing": (2,)}
+    return toy_config(**toy, fraction=0.67, rounds=4, learning_rate=0.05, evaluate_samples=0, **SETTINGS[request.param])
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_an_example_is_a_file_of_at_most_forty_lines(path):
+    assert len(path.read_text().splitlines()) <= 40
+
+
+def test_stopped_after_any_round_and_resumed_is_undisturbed(config, tmp_path):
+    rows = train(config, tmp_path / "whole")
+    assert any(client["outcome"] != "ok" for row in rows for client in row["clients"])
+    for stop in (1, 3):
+        out = tmp_path / f"stopped-{stop}"
+        train(config, out, rounds=stop)
+        train(config, out, resume=True)
+        assert sha(out) == sha(tmp_path / "whole")
+        assert [row["loss"] for row in Run.open(out).rows] == [row["loss"] for row in rows]
+
+
+def test_a_round_that_is_done_again_reads_the_memories_from_before_it(config, tmp_path, monkeypatch):
+    """Killed between the last client's memory and the checkpoint: what was remembered belongs to no complete round."""
+    train(config, tmp_path / "whole")
+    right, calls = Run.complete, []
+
+    def complete(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        right(*arguments)
+
+    with monkeypatch.context() as context:
+        context.setattr(Run, "complete", complete)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path / "killed")
+    train(config, tmp_path / "killed", resume=True)
+    assert sha(tmp_path / "killed") == sha(tmp_path / "whole")
+
+
+@pytest.fixture(scope="module")
+def pool(ray):
+    """Two actors for all of these runs."""
+    pool = RayPool.start(Config(local_steps=1, actors=2))
+    yield pool
+    pool.close()
+
+
+@pytest.mark.slow
+def test_the_same_on_two_actors_and_after_a_stop_on_one(config, tmp_path, pool):
+    train(config, tmp_path / "here")
+    pool.renew(config)
+    for row in fit(config, pool, tmp_path / "stopped"):
+        if row["round"] == 2:
+            break
+    list(fit(config, pool.apart()[1], tmp_path / "stopped", resume=True))
+    assert sha(tmp_path / "stopped") == sha(tmp_path / "here")
+
+
+# What they make, against numbers obtained another way
+
+
+def test_momentum_adds_up_what_a_plain_server_would_forget(toy_config, tmp_path):
+    """Of clients that end where they are told to, the first change is the plain one; β = 0 is averaging, exactly."""
+    plain, none = toy_config(rounds=2), toy_config(rounds=2, algorithm=f"{MOMENTUM}:Momentum:0.0")
+    train(plain, tmp_path / "plain")
+    train(none, tmp_path / "none")
+    assert Run.open(tmp_path / "none").result["loss"] == pytest.approx(Run.open(tmp_path / "plain").result["loss"])
+    states = {}
+    for beta in (0.0, 0.5):
+        config = toy_config(rounds=1, algorithm=f"{MOMENTUM}:Momentum:{beta}")
+        train(config, tmp_path / f"beta-{beta}")
+        states[beta] = Run.open(tmp_path / f"beta-{beta}").state(prepare(config, Run(tmp_path / "x")).layout).tensors
+    assert torch.equal(states[0.0]["model"], states[0.5]["model"])
+
+
+def test_prox_with_mu_zero_is_averaging_bit_for_bit(toy_config, tmp_path):
+    train(toy_config(), tmp_path / "plain")
+    train(toy_config(algorithm=f"{PROX}:FedProx:0"), tmp_path / "prox")
+    assert sha(tmp_path / "prox") == sha(tmp_path / "plain")
+    train(toy_config(algorithm=f"{PROX}:FedProx:1"), tmp_path / "pulled")
+    assert sha(tmp_path / "pulled") != sha(tmp_path / "plain")
+
+
+def test_the_servers_control_is_the_mean_of_the_clients(toy_config, tmp_path):
+    """c = (1/N) Σ c_i (Karimireddy et al. 2020), also where clients fail and are not asked."""
+    config = toy_config(
+        labels=6, failing=(2,), fraction=0.67, rounds=5, optimizer="sgd", learning_rate=0.05,
+        algorithm=f"{CONTROL}:Scaffold",
+    )  # fmt: skip
+    train(config, tmp_path / "run", rounds=3)
+    train(config, tmp_path / "run", resume=True)
+    run = Run.open(tmp_path / "run")
+    state = run.state(prepare(config, Run(tmp_path / "x")).layout)
+    own = [
+        run.recall(client, run.generation(client, 5)).get("algorithm/control", torch.zeros(16)) for client in range(6)
+    ]
+    assert sum(bool(control.any()) for control in own) >= 4
+    torch.testing.assert_close(state.tensors["control"], torch.stack(own).mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_sent_and_what_is_kept_make_the_change(toy_config, tmp_path):
+    """Σ sent + residual = Σ changes; and its bytes are those of values and indices."""
+    config = toy_config(clients=1, labels=1, rounds=1, wire=f"{SPARSE}:Sparse:0.25")
+    (row,) = train(config, tmp_path / "sparse")
+    train(replace(config, wire="float32"), tmp_path / "whole")
+    plan = prepare(config, Run(tmp_path / "x"))
+    run = Run.open(tmp_path / "sparse")
+    sparse, whole = (Run.open(tmp_path / name).state(plan.layout).tensors["model"] for name in ("sparse", "whole"))
+    residual = run.recall(0, 1)["link0.sparse/residual"]
+    assert (residual == 0).sum() == 4
+    assert torch.allclose(sparse - plan.initial + residual, whole - plan.initial, atol=1e-6)
+    assert row["bytes_up"] == 4 * 4 + 4 * 4
+    assert row["bytes_down"] == 16 * 4
+
+
+def test_a_median_is_not_moved_by_one_client(toy_config, tmp_path):
+    config = toy_config(rounds=1, fold=f"{MEDIAN}:Median")
+    train(config, tmp_path / "run")
+    plan = prepare(config, Run(tmp_path / "x"))
+    models = []
+    for client in range(4):
+        train(replace(config, fold="mean", only_client=client), tmp_path / f"alone-{client}")
+        models.append(Run.open(tmp_path / f"alone-{client}").state(plan.layout).tensors["model"].double().numpy())
+    found = Run.open(tmp_path / "run").state(plan.layout).tensors["model"]
+    assert np.array_equal(found.numpy(), np.median(models, axis=0).astype(np.float32))
+
+
+# On the command line
+
+
+DIGITS = "--rounds 3 --local-steps 2 --evaluate-samples 0 --actors 0 --no-use-ema --no-keep-optimizer"
+
+
+def fedray(*arguments, cwd):
+    return subprocess.run([sys.executable, "-m", "fedray", *arguments], cwd=cwd, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_a_run_of_ones_own_methods_from_the_command_line(tmp_path):
+    """Trained, killed, resumed, sampled, evaluated and reported on; the file is named again where it has to run."""
+    methods = ["--algorithm", f"{CONTROL}:Scaffold", "--optimizer", "sgd", "--wire", f"{SPARSE}:Sparse:0.1"]
+    whole = fedray("train", *DIGITS.split(), *methods, "--out", "whole", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    command = [sys.executable, "-m", "fedray", "train", *DIGITS.split(), *methods, "--out", "killed"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    checkpoint = tmp_path / "killed/checkpoints/round-000001.safetensors"
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    refused = fedray("train", "--resume", "killed", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert f"name the file again (--code {CONTROL})" in refused.stderr
+    assert fedray("train", "--resume", "killed", "--code", CONTROL, SPARSE, cwd=tmp_path).returncode == 0
+    assert sha(tmp_path / "killed") == sha(tmp_path / "whole")
+    for command in (
+        "sample whole --num-images 4 --sampling-steps 2 --out s.png",
+        "evaluate whole --samples 16 --sampling-steps 2 --kid-subset-size 8",
+        "report whole",
+    ):
+        done = fedray(*command.split(), cwd=tmp_path)  # these need no method, and no code runs
+        assert done.returncode == 0, done.stderr
+
+
+def test_a_file_that_a_run_names_does_not_run_by_itself(toy_config, tmp_path):
+    """Somebody else's run directory may name any file."""
+    marker, evil = tmp_path / "ran", tmp_path / "evil.py"
+    evil.write_text(
+        "from dataclasses import dataclass\nfrom pathlib import Path\nfrom fedray import Algorithm\n"
+        f"Path({str(marker)!r}).write_text('')\n@dataclass(frozen=True)\nclass Evil(Algorithm):\n    pass\n"
+    )
+    values = Config(local_epochs=1, algorithm=f"{evil}:Evil").to_json()
+    marker.unlink()
+    import fedray.own
+
+    fedray.own._MODULES.clear()
+    config = Config.from_json(values)
+    assert not marker.exists()
+    with pytest.raises(UserError, match=r"if you trust it, name the file again \(--code .*evil.py\)"):
+        config.check()
+    assert not marker.exists()
+    assert Config.from_json(values, {evil.resolve()}).to_json() == values
+    assert marker.exists()
