@@ -1,10 +1,13 @@
-"""Run directories written by hand, in the format of `fedray.record`, with numbers that tests choose."""
+"""Made by hand, with numbers that tests choose: run directories in the format of `fedray.record`, and rounds."""
 
 import json
 from dataclasses import replace
 
 import fedray
+from fedray.algorithms import Round, Upload
+from fedray.algorithms.folds import Mean
 from fedray.config import Config, sha256_of
+from fedray.vector import Layout
 
 PROVENANCE = {
     "images_sha256": "1" * 64, "partition_sha256": "2" * 64, "versions": {"fedray": "0.1.0"}, "git_commit": "3" * 40
@@ -77,3 +80,27 @@ def sweep(out, changes, value, name="made", question="Does it matter?", **settin
     record = {"name": name, "question": question, "varied": list(changes[0]), "trials": trials}
     (out / f"{name}.sweep.json").write_text(json.dumps(record, default=str))
     return out
+
+
+def round_of(weights, layout=None, *, number=0, seed=0, clients=None, adapters=None):
+    """A round of the clients that `weights` names; by default there are no others."""
+    layout = layout or Layout(("w",), ((2,),))
+    return Round(number, seed, tuple(sorted(weights)), clients or max(weights) + 1, weights, layout, adapters)
+
+
+def uploads(vectors, round, rows=None):
+    """What the cohort sends: of each client a vector, or several tensors by name."""
+    sent = []
+    for index, (client, vector) in enumerate(zip(round.cohort, vectors, strict=True)):
+        tensors = vector if isinstance(vector, dict) else {"model": vector}
+        weights = {name: round.weight(client, name) for name in tensors}
+        sent.append(Upload(client, tensors, weights, rows[index] if rows else {}))
+    return sent
+
+
+def fold(vectors, round, fold=Mean(), rows=None):  # noqa: B008 (it is frozen)
+    """What they make together, added one after the other."""
+    partial = fold.start(round)
+    for upload in uploads(vectors, round, rows):
+        partial = fold.add(partial, upload, round)
+    return fold.result(partial, round)

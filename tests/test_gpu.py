@@ -4,10 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fedray.federation.engine import fit
+from runs import train
 
 from fedray.cluster import driver
-from fedray.federation.pool import LocalPool
 from fedray.presets import PRESETS
 
 pytestmark = pytest.mark.gpu
@@ -19,7 +18,7 @@ def test_a_gpu_trains_what_a_cpu_trains(tmp_path):
     losses = {}
     for gpus in (0.0, 1.0):
         config = replace(CONFIG, actors=0, gpus_per_actor=gpus)
-        losses[gpus] = [row["loss"] for row in fit(config, LocalPool(config), tmp_path / str(gpus))]
+        losses[gpus] = [row["loss"] for row in train(config, tmp_path / str(gpus))]
     assert losses[1.0] == pytest.approx(losses[0.0], rel=0.02)
     assert torch.cuda.max_memory_allocated() > 0
 

@@ -81,9 +81,10 @@ def test_sample(run, tmp_path, capsys):
     assert (run / "samples" / "sample-seed0.png").exists()
 
 
-def test_dry_run_tells_the_plan_and_trains_nothing(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("wire", ["--wire float16", "--codec float16"])
+def test_dry_run_tells_the_plan_and_trains_nothing(tmp_path, monkeypatch, capsys, wire):
     monkeypatch.chdir(tmp_path)
-    flags = "--clients 8 --fraction 0.5 --rounds 3 --local-epochs 2 --codec float16 --train-batch-size 25"
+    flags = f"--clients 8 --fraction 0.5 --rounds 3 --local-epochs 2 {wire} --train-batch-size 25"
     assert main(["train", "--dry-run", *flags.split()]) == 0
     printed = capsys.readouterr().out
     for words in ("8, of which 4", "1,797 in all", "159,697", "319,394", "3.8 MB", "216 in all; 54 one after"):
@@ -121,7 +122,13 @@ def test_resume_continues_and_takes_no_new_settings(run, capsys):
         ("--evaluate-samples 1", "at least 2 images"),
         ("--partition idd", "did you mean 'iid'?"),
         ("--partition dirichlet:0", "alpha must be above 0"),
+        ("--wire float61", "did you mean 'float16'?"),
         ("--codec float61", "did you mean 'float16'?"),
+        ("--algorithm fedavf", "did you mean 'fedavg'?"),
+        ("--rule fedavf", "did you mean 'fedavg'?"),
+        ("--fold maen", "did you mean 'mean'?"),
+        ("--optimizer sgdd", "did you mean 'sgd'?"),
+        ("--optimizer sgd:momentum=-1", "Invalid momentum value"),
         ("--resume nowhere", "there is no run at nowhere: the directory does not exist"),
     ],
 )

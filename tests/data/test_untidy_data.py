@@ -15,6 +15,8 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from runs import fit
+from tensorboardX.proto.event_pb2 import Event
 
 import fedray
 from fedray.cli import main
@@ -24,6 +26,7 @@ from fedray.data.images import Form
 from fedray.data.partition import ByAttribute, Dirichlet
 from fedray.data.sources import digits
 from fedray.errors import UserError
+from fedray.federation.pool import LocalPool
 from fedray.federation.worker import Worker
 from fedray.seeds import generator
 
@@ -256,8 +259,9 @@ from dataclasses import replace
 from pathlib import Path
 import numpy as np
 from fedray import DDPM
+from fedray.algorithms import Round
 from fedray.federation.local import TrainJob, client_update
-from fedray.federation.worker import Weights, Worker
+from fedray.federation.worker import Shared, Worker
 from fedray.presets import PRESETS
 from fedray.data.dataset import Source
 
@@ -265,7 +269,8 @@ task = DDPM("imagefolder", sys.argv[1])
 config = replace(PRESETS["digits"], task=task, local_epochs=None, local_steps=20, keep_optimizer=False)
 worker = Worker(config, torch.device("cpu"), "test", Source(Path(sys.argv[2]), sys.argv[3]), sys.argv[3])
 model = worker.learner.flat.vector.detach().numpy().copy()
-client_update(worker, Weights(model), TrainJob(0, 0, np.arange(int(sys.argv[4])), np.array([], int)))
+down = Shared({"model": model}, Round(0, 0, (0,), 4, {0: int(sys.argv[4])}, worker.learner.flat.layout))
+client_update(worker, down, TrainJob(0, 0, np.arange(int(sys.argv[4])), np.array([], int)))
 # Not the file's pages: those are one copy for the node, whoever has mapped them.
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("RssAnon")))
 """
@@ -311,11 +316,6 @@ def test_clients_too_small_to_hold_anything_out(toy_config, tmp_path):
 
 
 def test_curves_are_on_disk_while_the_run_goes_on(toy_config, tmp_path):
-    from tensorboardX.proto.event_pb2 import Event
-
-    from fedray.federation.engine import fit
-    from fedray.federation.pool import LocalPool
-
     config = toy_config()
     row = next(fit(config, LocalPool(config), tmp_path / "run"))
     (path,) = (tmp_path / "run/tensorboard").iterdir()

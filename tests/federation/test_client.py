@@ -2,8 +2,10 @@
 
 from dataclasses import replace
 
+import made
 import numpy as np
 import pytest
+import runs
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DModel
@@ -11,10 +13,8 @@ from diffusers.optimization import get_scheduler
 from sklearn.datasets import load_digits
 
 from fedray import vector
-from fedray.federation.engine import fit
 from fedray.federation.local import TrainJob, client_update, lr_schedule, steps_of
-from fedray.federation.pool import LocalPool
-from fedray.federation.worker import Weights, Worker, do
+from fedray.federation.worker import Shared, Worker, do
 from fedray.presets import PRESETS
 from fedray.record.run import Run
 from fedray.seeds import generator, number
@@ -66,9 +66,15 @@ def digits_config(**changes):
 
 
 def trained(config, out):
-    list(fit(config, LocalPool(config), out))
+    runs.train(config, out)
     run = Run.open(out)
     return run.result["vector_sha256"], run
+
+
+def shared(worker, client):
+    """The initial model, which goes down to one client."""
+    model = worker.learner.flat.vector.detach().numpy().copy()
+    return Shared({"model": model}, made.round_of({client: 8}, worker.learner.flat.layout))
 
 
 def test_one_client_one_round_is_plain_training_bit_for_bit(tmp_path):
@@ -121,22 +127,21 @@ def test_gradients_are_clipped_to_their_norm(toy_config, monkeypatch):
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
     config = toy_config(max_grad_norm=0.01)
     worker = Worker(config, torch.device("cpu"), "test")
-    model = worker.learner.flat.vector.detach().numpy().copy()
-    client_update(worker, Weights(model), TrainJob(0, 3, worker.dataset.labels.nonzero()[0], NONE))
+    client_update(worker, shared(worker, 3), TrainJob(0, 3, worker.dataset.labels.nonzero()[0], NONE))
     assert norms
     assert max(norms) == pytest.approx(0.01, rel=1e-3)
 
 
 def test_a_job_leaves_threads_and_the_global_generator_alone(toy_config):
     worker = Worker(toy_config(), torch.device("cpu"), "test")
-    model = worker.learner.flat.vector.detach().numpy().copy()
+    down = shared(worker, 0)
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        row, _ = do(worker, client_update, Weights(model), TrainJob(0, 0, worker.dataset.labels.nonzero()[0], NONE))
+        row, _ = do(worker, client_update, down, TrainJob(0, 0, worker.dataset.labels.nonzero()[0], NONE))
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

@@ -8,36 +8,38 @@ import numpy as np
 import pytest
 import torch
 from diffusers.training_utils import EMAModel
+from runs import fit, sha, train
 from safetensors.torch import load_file
 
-from fedray.algorithms.rules import FedAvg
+from fedray.algorithms import Algorithm
+from fedray.algorithms.folds import Mean
 from fedray.config import Config
-from fedray.data.partition import Dirichlet, Shards
+from fedray.data.partition import Dirichlet, Partition, Shards
 from fedray.errors import RunError, UserError
-from fedray.federation import engine
-from fedray.federation.engine import fit
+from fedray.federation import fit as whole_run
 from fedray.federation.local import TrainJob, client_update
 from fedray.federation.plan import make_plan
 from fedray.federation.pool import LocalPool
-from fedray.federation.worker import Weights, Worker
+from fedray.federation.round import Session, run_round
+from fedray.federation.worker import Shared, Worker
 from fedray.presets import PRESETS
+from fedray.record import pictures
 from fedray.record import run as record_run
-from fedray.record.run import Run, grid
-from fedray.wire.codecs import Float16
+from fedray.record.checkpoint import State
+from fedray.record.pictures import grid
+from fedray.record.run import Run
+from fedray.wire.float16 import Float16
 
 
-def train(config, out, resume=False, rounds=None):
-    """Run, or only the first `rounds` rounds; the row list."""
-    rows = []
-    for row in fit(config, LocalPool(config), out, resume=resume):
-        rows.append(row)
-        if len(rows) == rounds:
-            break
-    return rows
+def stored_model(out, rounds):
+    return load_file(out / f"checkpoints/round-{rounds:06d}.safetensors")["model"]
 
 
-def sha(out):
-    return Run.open(out).result["vector_sha256"]
+def train_one(worker, plan, client):
+    """What a client makes of the initial model in the first round."""
+    down = Shared({"model": plan.initial.numpy()}, plan.round(worker.config, 0))
+    _, trained = client_update(worker, down, TrainJob(0, client, plan.shards[client], plan.held_out[client]))
+    return trained.payload["model"]
 
 
 def test_a_round_is_the_weighted_mean_of_what_clients_train(toy_config, tmp_path):
@@ -48,14 +50,11 @@ def test_a_round_is_the_weighted_mean_of_what_clients_train(toy_config, tmp_path
     trained = []
     for client in range(4):
         worker = Worker(config, torch.device("cpu"), "test")
-        _, (payload, *_) = client_update(
-            worker, Weights(plan.initial.numpy()), TrainJob(0, client, plan.shards[client], plan.held_out[client])
-        )
-        trained.append(payload.astype(np.float64))
+        trained.append(train_one(worker, plan, client).astype(np.float64))
     expected = np.average(trained, axis=0, weights=plan.shards.sizes)
-    weights = load_file(tmp_path / "run/checkpoints/round-000001.safetensors")["weight"]
+    weights = stored_model(tmp_path / "run", 1)
     assert len(set(plan.shards.sizes.tolist())) > 1
-    assert np.abs(weights.flatten().numpy() - expected).max() < 1e-6
+    assert np.abs(weights.numpy() - expected).max() < 1e-6
 
 
 def test_rows_say_what_happened(toy_config, tmp_path):
@@ -104,7 +103,7 @@ def test_the_model_is_what_was_trained(toy_config, tmp_path):
         train(toy_config(use_ema=use_ema), out)
         stored = load_file(out / "checkpoints/round-000003.safetensors")
         saved = torch.load(out / "model/network.pt")
-        assert torch.equal(saved["weight"], stored["ema.weight" if use_ema else "weight"])
+        assert torch.equal(saved["weight"], stored["ema/model" if use_ema else "model"][None])
 
 
 def test_server_ema_decays_per_local_step(toy_config, tmp_path):
@@ -116,16 +115,16 @@ def test_server_ema_decays_per_local_step(toy_config, tmp_path):
     ema = EMAModel([weights], decay=0.8, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
     for row in fit(config, LocalPool(config), tmp_path / "run"):
         stored = load_file(tmp_path / f"run/checkpoints/round-{row['round']:06d}.safetensors")
-        weights.data.copy_(stored["weight"].flatten())
+        weights.data.copy_(stored["model"])
         for _ in range(steps):
             ema.step([weights])
     expected = ema.shadow_params[0]
-    assert torch.allclose(stored["ema.weight"].flatten().double(), expected, atol=1e-6)
-    assert not torch.allclose(stored["ema.weight"], stored["weight"], atol=1e-3)
+    assert torch.allclose(stored["ema/model"].double(), expected, atol=1e-6)
+    assert not torch.allclose(stored["ema/model"], stored["model"], atol=1e-3)
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"keep_optimizer": True, "fraction": 0.5}, {"codec": Float16(), "use_ema": True}]
+    "changes", [{}, {"keep_optimizer": True, "fraction": 0.5}, {"wire": "float16", "use_ema": True}]
 )
 @pytest.mark.parametrize("stop", [1, 2, 3])
 def test_stopped_and_resumed_is_the_same_run(toy_config, tmp_path, changes, stop):
@@ -145,7 +144,7 @@ def test_killed_in_the_middle_of_writing_and_resumed(toy_config, tmp_path, monke
     """Killed in the second round, just before it is saved, after it is saved, or at the very end."""
     config = toy_config(keep_optimizer=True)
     train(config, tmp_path / "whole")
-    owner = engine if where == "_finish" else Run
+    owner = {"_finish": whole_run, "draw": pictures}.get(where, Run)
     right, calls = getattr(owner, where), []
 
     def killed(*arguments):
@@ -173,7 +172,7 @@ def test_kept_optimizers_change_the_run_and_keep_one_file_a_client(toy_config, t
     assert sha(tmp_path / "fresh") != sha(tmp_path / "kept")
     kept = sorted(path.relative_to(tmp_path / "kept/clients") for path in (tmp_path / "kept").glob("clients/*/*"))
     assert [str(path) for path in kept] == [f"{client:06d}/000003.safetensors" for client in range(4)]
-    assert load_file(tmp_path / "kept/clients/000000/000003.safetensors")["step"] == 3 * 2 * 3
+    assert load_file(tmp_path / "kept/clients/000000/000003.safetensors")["optimizer/step"] == 3 * 2 * 3
 
 
 def test_a_failed_client_is_left_out_with_its_reason(toy_config, tmp_path):
@@ -192,10 +191,9 @@ def test_the_others_are_averaged_as_if_the_failed_were_not_there(toy_config, tmp
     train(config, tmp_path / "run")
     plan = make_plan(config)
     worker = Worker(config, torch.device("cpu"), "test")
-    jobs = [TrainJob(0, client, plan.shards[client], plan.held_out[client]) for client in (1, 3)]
-    trained = [client_update(worker, Weights(plan.initial.numpy()), job)[1][0] for job in jobs]
-    weights = load_file(tmp_path / "run/checkpoints/round-000001.safetensors")["weight"]
-    assert np.abs(weights.flatten().numpy() - np.mean(trained, axis=0, dtype=np.float64)).max() < 1e-6
+    trained = [train_one(worker, plan, client) for client in (1, 3)]
+    weights = stored_model(tmp_path / "run", 1)
+    assert np.abs(weights.numpy() - np.mean(trained, axis=0, dtype=np.float64)).max() < 1e-6
 
 
 def test_no_usable_client_ends_the_run_and_it_can_be_resumed(toy_config, tmp_path):
@@ -210,7 +208,7 @@ def test_no_usable_client_ends_the_run_and_it_can_be_resumed(toy_config, tmp_pat
 
 
 def test_float16_overflow_is_a_failure_of_the_client(toy_config, tmp_path):
-    config = toy_config(codec=Float16(), learning_rate=1e9, max_grad_norm=None)
+    config = toy_config(wire=(Float16(),), learning_rate=1e9, max_grad_norm=None)
     with pytest.raises(RunError, match="OverflowError: the update has values beyond float16"):
         train(config, tmp_path / "run")
 
@@ -292,7 +290,7 @@ def test_kept_optimizers_that_do_not_fit_the_disk_are_refused(toy_config, tmp_pa
 
 def test_configurations_survive_json():
     for config in PRESETS.values():
-        config = replace(config, partition=Dirichlet(0.25), codec=Float16())
+        config = replace(config, partition=Dirichlet(0.25), wire=(Float16(),))
         assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config
 
 
@@ -304,21 +302,66 @@ def test_configurations_of_others_are_refused_by_name():
         Config.from_json(saved | {"task": {"name": "toy"}})
 
 
-def test_a_users_own_rule_and_partition_are_objects(toy_config, tmp_path):
+def test_a_users_own_algorithm_fold_and_partition_are_objects(toy_config, tmp_path):
     @dataclass(frozen=True)
-    class FirstOnly:
-        def step(self, state, updates, adapters, rng):
-            return FedAvg().step(state, list(updates)[:1])
+    class Counting(Algorithm):
+        by: int = 1
+
+        def init(self, model, layout):
+            return {"model": model, "counted": torch.zeros(1)}
+
+        def aggregate(self, server, folded, round):
+            return super().aggregate(server, folded, round) | {"counted": server["counted"] + self.by}
 
     @dataclass(frozen=True)
-    class Halves:
+    class FirstOnly(Mean):
+        def add(self, partial, upload, round):
+            return partial if partial.rows else super().add(partial, upload, round)
+
+    @dataclass(frozen=True)
+    class Halves(Partition):
         def split(self, dataset, clients, rng):
             return Shards(np.arange(len(dataset)), np.linspace(0, len(dataset), clients + 1).astype(int))
 
-    rows = train(toy_config(rule=FirstOnly(), partition=Halves()), tmp_path / "run")
+    config = toy_config(algorithm=Counting(by=2), fold=FirstOnly(), partition=Halves())
+    rows = train(config, tmp_path / "run", rounds=2)
     assert len(rows[0]["clients"]) == 4
-    assert load_file(tmp_path / "run/checkpoints/round-000003.safetensors")["weight"].mean() < 0.6  # label 0's
-    train(toy_config(rule=FirstOnly(), partition=Halves()), tmp_path / "run", resume=True)
+    train(config, tmp_path / "run", resume=True)
+    stored = load_file(tmp_path / "run/checkpoints/round-000003.safetensors")
+    assert stored["model"].mean() < 0.6  # label 0's
+    assert stored["counted"].tolist() == [6]
+    with pytest.raises(UserError, match="--algorithm is .*by=3.* now, but was .*by=2"):
+        train(replace(config, algorithm=Counting(by=3)), tmp_path / "run", resume=True)
+
+
+def test_a_round_done_again_is_the_same_round(toy_config, tmp_path):
+    """Clients read what they kept before the round, and not what they wrote when it was done the first time."""
+    config = toy_config(keep_optimizer=True, rounds=3)
+    plan, run, pool = make_plan(config), Run(tmp_path / "run"), LocalPool(config)
+    run.create(config, plan.data, {})
+    session = Session(config, plan, pool, run)
+    state = State(0, config.method.init(plan.initial, plan.layout))
+    for _ in range(2):
+        before = state
+        state, row = run_round(session, before)
+        again, _ = run_round(session, before)
+        assert torch.equal(again.tensors["model"], state.tensors["model"])
+        assert [run.generation(client, state.round) for client in range(4)] == [state.round] * 4
+        run.complete(state, row, plan.layout, 1)
+    assert load_file(tmp_path / "run/clients/000000/000002.safetensors")["optimizer/step"] == 2 * 2 * 3
+
+
+def test_memories_are_generations(toy_config, tmp_path):
+    run = Run(tmp_path)
+    assert run.generation(5, 10) is None
+    assert run.recall(5, None) == {}
+    for generation in (1, 4):
+        run.remember(5, generation, {"algorithm/control": torch.tensor([float(generation)])})
+    assert [run.generation(5, rounds) for rounds in range(6)] == [None, 1, 1, 1, 4, 4]
+    assert run.recall(5, 1)["algorithm/control"].tolist() == [1]
+    (tmp_path / "clients/000005/000004.safetensors").write_bytes(b"cut")
+    with pytest.raises(UserError, match="000004.safetensors is damaged"):
+        run.recall(5, 4)
 
 
 def test_lost_rows_are_noticed(toy_config, tmp_path):

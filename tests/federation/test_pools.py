@@ -1,5 +1,6 @@
 import time
 
+import made
 import numpy as np
 import pytest
 import torch
@@ -7,7 +8,8 @@ import torch
 from fedray.errors import RunError, UserError
 from fedray.federation.local import TrainJob, client_update
 from fedray.federation.pool import LocalPool, Reply, in_order
-from fedray.federation.worker import Weights
+from fedray.federation.worker import Shared
+from fedray.vector import Layout
 
 
 def replies(order):
@@ -56,9 +58,15 @@ def ray_pool(ray):
         pool.close()
 
 
+def shared(config):
+    """A model of zeros, which goes down to all clients."""
+    layout = Layout(("weight",), ((1, config.task.size),))
+    round = made.round_of(dict.fromkeys(range(config.clients), 8), layout)
+    return Shared({"model": torch.zeros(config.task.size).numpy()}, round)
+
+
 def map_toy(pool, config, clients, drawn):
-    model = torch.zeros(config.task.size).numpy()
-    return pool.map(client_update, Weights(model), jobs_of(config, clients, drawn), lambda done: None)
+    return pool.map(client_update, shared(config), jobs_of(config, clients, drawn), lambda done: None)
 
 
 @pytest.mark.parametrize("first", ["failing", pytest.param("slow", marks=pytest.mark.slow)])
@@ -85,7 +93,7 @@ def test_a_dead_actor_is_a_named_error(ray_pool, toy_config, ray):
     def kill_one(done):
         ray.kill(pool.actors[0])
 
-    answers = pool.map(client_update, Weights(torch.zeros(16).numpy()), jobs_of(config, 4, []), kill_one)
+    answers = pool.map(client_update, shared(config), jobs_of(config, 4, []), kill_one)
     with pytest.raises(RunError, match="the client actor doing client [01] in round 1 died: its process ended"):
         list(answers)
     assert time.monotonic() - started < 30
@@ -110,8 +118,7 @@ def test_a_client_that_does_not_answer_is_a_named_error(ray_pool, toy_config):
 def test_progress_counts_steps(ray_pool, toy_config):
     config = toy_config(actors=1, slow=(0,), local_epochs=1)
     seen = []
-    model = torch.zeros(16).numpy()
-    list(ray_pool(config).map(client_update, Weights(model), jobs_of(config, 1, []), seen.append))
+    list(ray_pool(config).map(client_update, shared(config), jobs_of(config, 1, []), seen.append))
     assert seen
     assert seen == sorted(seen)
     assert 0 < max(seen) <= config.steps(8)

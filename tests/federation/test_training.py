@@ -2,8 +2,10 @@
 
 from dataclasses import replace
 
+import made
 import numpy as np
 import pytest
+import runs
 import torch
 import torch.nn.functional as F
 from diffusers.optimization import get_scheduler
@@ -15,11 +17,9 @@ from fedray.cli import main
 from fedray.cluster.alone import run_local_only
 from fedray.config import LR_SCHEDULERS
 from fedray.errors import UserError
-from fedray.federation.engine import fit
 from fedray.federation.local import TrainJob, client_update, lr_schedule
 from fedray.federation.plan import make_plan
-from fedray.federation.pool import LocalPool
-from fedray.federation.worker import Weights, Worker
+from fedray.federation.worker import Shared, Worker
 from fedray.presets import PRESETS
 from fedray.record.run import Run
 from fedray.seeds import generator
@@ -32,17 +32,35 @@ DIGITS = replace(
 
 
 def train(config, out, resume=False, rounds=None):
-    for row in fit(config, LocalPool(config), out, resume=resume):
-        if row["round"] == rounds:
-            break
+    runs.train(config, out, resume=resume, rounds=rounds)
     return Run.open(out)
+
+
+def shared(worker):
+    """The initial model, which goes down to client 0."""
+    model = worker.learner.flat.vector.detach().numpy().copy()
+    return Shared({"model": model}, made.round_of({0: 64}, worker.learner.flat.layout, clients=4))
 
 
 def trained_vector(config, examples=64):
     worker = Worker(config, torch.device("cpu"), "test")
-    model = worker.learner.flat.vector.detach().numpy().copy()
-    row, trained = client_update(worker, Weights(model), TrainJob(0, 0, np.arange(examples), NONE))
-    return row, trained.payload
+    row, trained = client_update(worker, shared(worker), TrainJob(0, 0, np.arange(examples), NONE))
+    return row, trained.payload["model"]
+
+
+def trained_alone(worker, plan, client, rounds):
+    """Train a client round after round, without a server; what it sends after the last."""
+    model, average, memory, sent = plan.initial.numpy(), plan.initial.numpy(), {}, {}
+    for number in range(rounds):
+        round = made.round_of({client: 8}, plan.layout, number=number, clients=1)
+        steps = np.array([number * worker.config.steps(len(plan.shards[client]))])
+        down = Shared({"model": model, "ema/model": average, "ema/steps": steps}, round)
+        row, (sent, _, memory) = client_update(
+            worker, down, TrainJob(number, client, plan.shards[client], NONE, memory)
+        )
+        model, average = sent["model"], sent["ema/model"]
+        assert row["bytes_up"] == model.nbytes  # of the average, which a deployment would not send, nothing
+    return sent
 
 
 # The loss
@@ -132,9 +150,7 @@ def test_random_flips_mirror_half_of_the_images(monkeypatch):
 
     monkeypatch.setattr(worker.learner, "loss", loss)
     before = worker.dataset.images.copy()
-    client_update(
-        worker, Weights(worker.learner.flat.vector.detach().numpy().copy()), TrainJob(0, 0, np.arange(64), NONE)
-    )
+    client_update(worker, shared(worker), TrainJob(0, 0, np.arange(64), NONE))
     originals = {image.tobytes() for image in before[:64]}
     mirrored = {image[..., ::-1].tobytes() for image in before[:64]} - originals
     shown = [image.numpy().tobytes() for images in seen for image in images]
@@ -157,18 +173,17 @@ def test_one_clients_average_is_taken_at_every_step(tmp_path):
         step()
 
     worker.step = spy
-    model, memory, ema = plan.initial.numpy(), None, plan.initial.numpy()
-    for number in range(2):
-        job = TrainJob(number, 0, plan.shards[0], NONE, memory, ema)
-        _, (model, memory, ema) = client_update(worker, Weights(model), job)
+    trained_alone(worker, plan, 0, 2)
     weights = torch.nn.Parameter(plan.initial.clone())
     theirs = EMAModel([weights], decay=0.75, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
     for vector in vectors:
         weights.data.copy_(vector)
         theirs.step([weights])
     assert len(vectors) == 8  # the warm-up ends at the seventh
-    assert torch.allclose(run.state(plan.layout).ema, theirs.shadow_params[0], atol=1e-6)
-    assert not torch.allclose(run.state(plan.layout).ema, run.state(plan.layout).vector, atol=1e-3)
+    server = run.state(plan.layout).tensors
+    assert torch.allclose(server["ema/model"], theirs.shadow_params[0], atol=1e-6)
+    assert not torch.allclose(server["ema/model"], server["model"], atol=1e-3)
+    assert server["ema/steps"].tolist() == [8]
 
 
 # Precision
@@ -183,8 +198,8 @@ def test_bf16_trains_resumes_and_differs_from_float32(tmp_path):
     exact = train(replace(config, mixed_precision="no"), tmp_path / "exact")  # in the same process
     assert exact.result["vector_sha256"] != whole.result["vector_sha256"]
     assert [row["loss"] for row in whole.rows] == pytest.approx([row["loss"] for row in exact.rows], rel=0.02)
-    weights = load_file(whole.checkpoint())
-    assert all(tensor.dtype == torch.float32 for tensor in weights.values())
+    kinds = {name: tensor.dtype for name, tensor in load_file(whole.checkpoint()).items()}
+    assert kinds == {"model": torch.float32, "ema/model": torch.float32, "ema/steps": torch.int64}
 
 
 def test_fp16_is_for_gpus():
@@ -241,24 +256,21 @@ def test_local_models_are_better_at_home_than_the_average(toy_config, tmp_path):
 
 def test_a_client_alone_is_plain_training_on_its_part(toy_config, tmp_path):
     config = toy_config(keep_optimizer=True, use_ema=True, held_out_share=0.25)
-    runs = run_local_only(config, tmp_path / "alone")
-    assert [run.directory.name for run in runs] == [f"client-{client:04d}" for client in range(4)]
+    alone = run_local_only(config, tmp_path / "alone")
+    assert [run.directory.name for run in alone] == [f"client-{client:04d}" for client in range(4)]
     plan = make_plan(config)
-    for client, run in enumerate(runs):
+    for client, run in enumerate(alone):
         worker = Worker(config, torch.device("cpu"), "test")
-        model, memory, ema = plan.initial.numpy(), None, plan.initial.numpy()
-        for number in range(3):
-            job = TrainJob(number, client, plan.shards[client], NONE, memory, ema)
-            _, (model, memory, ema) = client_update(worker, Weights(model), job)
-        state = run.state(plan.layout)
-        assert np.array_equal(state.vector.numpy(), model)
-        assert np.array_equal(state.ema.numpy(), ema)
+        trained = trained_alone(worker, plan, client, 3)
+        server = run.state(plan.layout).tensors
+        assert np.array_equal(server["model"].numpy(), trained["model"])
+        assert np.array_equal(server["ema/model"].numpy(), trained["ema/model"])
         assert run.result["held_out"]["clients"].keys() == {str(client)}
-    weights = [run.state(plan.layout).vector.mean().item() for run in runs]
+    weights = [run.state(plan.layout).tensors["model"].mean().item() for run in alone]
     assert weights == sorted(weights)  # each goes to its own label
-    before = (runs[0].directory / "result.json").stat().st_mtime_ns
-    assert run_local_only(config, tmp_path / "alone")[0].result == runs[0].result
-    assert (runs[0].directory / "result.json").stat().st_mtime_ns == before
+    before = (alone[0].directory / "result.json").stat().st_mtime_ns
+    assert run_local_only(config, tmp_path / "alone")[0].result == alone[0].result
+    assert (alone[0].directory / "result.json").stat().st_mtime_ns == before
 
 
 def test_local_only_by_the_command_line(tmp_path, capsys):

@@ -6,28 +6,30 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import made
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from fedray.algorithms.lora_rules import FFA, SVD, Flora
-from fedray.algorithms.rules import FedAvg, ServerState, Update
-from fedray.federation.engine import fit
-from fedray.wire.codecs import Float16
 from lora_payload import SD15
 from peft import LoraConfig
 from PIL import Image
+from runs import fit
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fedray
+from fedray.algorithms import Upload
+from fedray.algorithms.fedavg import FedAvg
+from fedray.algorithms.folds import Mean
+from fedray.algorithms.lora import FFA, SVD, Flora
 from fedray.cli import main
 from fedray.data.sources import digits
-from fedray.federation.local import client_update
+from fedray.federation.local import TrainJob, batch_of, client_update
 from fedray.federation.plan import make_plan
 from fedray.federation.pool import LocalPool
-from fedray.federation.worker import Weights, Worker, build
+from fedray.federation.worker import Shared, Worker, build
 from fedray.presets import PRESETS
 from fedray.record.run import Run
 from fedray.seeds import generator
@@ -35,6 +37,9 @@ from fedray.tasks.embedded import HELD_OUT, PIPELINE, enlarge, prompt
 from fedray.tasks.lora import LoRA, LoRALearner
 from fedray.vector import FlatParameters
 from fedray.vector.adapters import WeightedSum, adapters, product_norm
+from fedray.wire.float16 import Float16
+
+MEAN = Mean()
 
 
 @pytest.fixture(scope="session")
@@ -79,14 +84,14 @@ def test_the_papers_adapter_has_its_size():
     assert sum(parameter.numel() for parameter in trainable) == 1_594_368
 
 
-@pytest.mark.parametrize(("rule", "share"), [(FedAvg(), 1), (FFA(), 0.5), (SVD(), 1), (Flora(), 1)])
-def test_bytes_are_those_of_what_travels(config, tmp_path, rule, share):
-    config = replace(config, rule=rule, codec=Float16())
+@pytest.mark.parametrize("method", [FedAvg(), FFA(), SVD(), Flora()])
+def test_bytes_are_those_of_what_travels(config, tmp_path, method):
+    config = replace(config, algorithm=method, wire=(Float16(),))
     rows = train(config, tmp_path / "run").rows
     both = sum(load.numel() for load in load_file(adapter(config, tmp_path / "size")).values())
     sent = [int(row["bytes_up"] / 4) for row in rows]
-    base = 0 if not isinstance(rule, Flora) else 4 * make_plan(config).adapters.base_size
-    if rule == FFA():  # A and B differ in size where a layer is not square
+    base = 0 if not isinstance(method, Flora) else 4 * make_plan(config).adapters.base_size
+    if method == FFA():  # A and B differ in size where a layer is not square
         assert 0.4 * 2 * both < sent[0] < 0.6 * 2 * both
     else:
         assert sent == [2 * both, 2 * both]
@@ -94,7 +99,7 @@ def test_bytes_are_those_of_what_travels(config, tmp_path, rule, share):
 
 
 def adapter(config, out):
-    plain = replace(config, rule=FedAvg(), rounds=1, codec=fedray.Float32())
+    plain = replace(config, algorithm=FedAvg(), rounds=1, wire=())
     return train(plain, out).directory / "model/pytorch_lora_weights.safetensors"
 
 
@@ -120,32 +125,45 @@ def adapted(seed, rank=3, scale=2.0, frozen_a=False):
 
 
 def clients(flat, count, seed=0):
-    """Updates of unequal example counts, float32."""
+    """Uploads of unequal example counts, float32."""
     rng = torch.Generator().manual_seed(seed)
-    return [Update(k, torch.randn(flat.layout.size, generator=rng), 1 + 3 * k) for k in range(count)]
+    return [upload(k, torch.randn(flat.layout.size, generator=rng), 1 + 3 * k) for k in range(count)]
 
 
-def truth(updates, what):
+def upload(client, vector, examples):
+    return Upload(client, {"model": vector}, {"model": examples})
+
+
+def truth(uploads, what):
     """Σ w_i s B_i A_i per layer, in float64, from the definition."""
-    total = sum(update.examples for update in updates)
+    total = sum(each.weights["model"] for each in uploads)
     sums = [torch.zeros(shape, dtype=torch.float64) for shape in what.shapes.values()]
-    for update in updates:
-        for layer, (b, a) in enumerate(what.factors(update.vector)):
-            sums[layer] += update.examples / total * what.scale * (b.double() @ a.double())
+    for each in uploads:
+        for layer, (b, a) in enumerate(what.factors(each.tensors["model"])):
+            sums[layer] += each.weights["model"] / total * what.scale * (b.double() @ a.double())
     return sums
 
 
-def made(after, what):
+def changes(server, what):
     """ΔW per layer of an aggregated state."""
-    found = [what.scale * (b.double() @ a.double()) for b, a in what.factors(after.vector)]
-    if after.base is not None:
-        found = [one + change.double() for one, change in zip(found, what.changes(after.base), strict=True)]
+    found = [what.scale * (b.double() @ a.double()) for b, a in what.factors(server["model"])]
+    if "base" in server:
+        found = [one + change.double() for one, change in zip(found, what.changes(server["base"]), strict=True)]
     return found
 
 
-def step(rule, updates, what, state=None):
-    state = state or ServerState(0, torch.zeros(what.layout.size))
-    return rule.step(state, iter(updates), what, torch.Generator().manual_seed(0))
+def fold(uploads, what):
+    """The round of these uploads, and what the mean makes of them, folded in the order given."""
+    round = made.round_of({each.client: each.weights["model"] for each in uploads}, what.layout, adapters=what)
+    partial = MEAN.start(round)
+    for each in uploads:
+        partial = MEAN.add(partial, each, round)
+    return MEAN.result(partial, round), round
+
+
+def step(method, uploads, what, server=None):
+    folded, round = fold(uploads, what)
+    return method.aggregate(server or {"model": torch.zeros(what.layout.size)}, folded, round)
 
 
 def relative(found, expected):
@@ -154,54 +172,54 @@ def relative(found, expected):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("rule", "frozen"), [(FFA(), True), (Flora(), False)])
+@pytest.mark.parametrize(("method", "frozen"), [(FFA(), True), (Flora(), False)])
 @pytest.mark.parametrize("count", [1, 4, 12])
-def test_exact_rules_are_exact(rule, frozen, count):
+def test_exact_methods_are_exact(method, frozen, count):
     _, flat, what = adapted(0, frozen_a=frozen)
-    updates = clients(flat, count)
-    assert relative(made(step(rule, updates, what), what), truth(updates, what)) < 1e-6
+    uploads = clients(flat, count)
+    assert relative(changes(step(method, uploads, what), what), truth(uploads, what)) < 1e-6
 
 
 def test_averages_of_a_and_b_apart_are_wrong_by_their_covariance():
     _, flat, what = adapted(0)
-    updates = clients(flat, 5)
-    after, expected = step(FedAvg(), updates, what), truth(updates, what)
-    total = sum(update.examples for update in updates)
-    for layer, (b_mean, a_mean) in enumerate(what.factors(after.vector)):
+    uploads = clients(flat, 5)
+    after, expected = step(FedAvg(), uploads, what), truth(uploads, what)
+    total = sum(each.weights["model"] for each in uploads)
+    for layer, (b_mean, a_mean) in enumerate(what.factors(after["model"])):
         lost = torch.zeros_like(expected[layer])
-        for update in updates:
-            b, a = list(what.factors(update.vector))[layer]
-            lost += update.examples / total * what.scale * ((b - b_mean).double() @ (a - a_mean).double())
+        for each in uploads:
+            b, a = list(what.factors(each.tensors["model"]))[layer]
+            lost += each.weights["model"] / total * what.scale * ((b - b_mean).double() @ (a - a_mean).double())
         found = what.scale * b_mean.double() @ a_mean.double()
         torch.testing.assert_close(expected[layer] - found, lost, rtol=1e-4, atol=1e-4)
-    assert relative(made(after, what), expected) > 0.1
+    assert relative(changes(after, what), expected) > 0.1
     alone = clients(flat, 1)
-    assert relative(made(step(FedAvg(), alone, what), what), truth(alone, what)) < 1e-6
+    assert relative(changes(step(FedAvg(), alone, what), what), truth(alone, what)) < 1e-6
 
 
 def test_svd_loses_the_tail_of_the_singular_values():
     _, flat, what = adapted(0, rank=3)
-    updates = clients(flat, 5)
-    found, expected = made(step(SVD(), updates, what), what), truth(updates, what)
+    uploads = clients(flat, 5)
+    found, expected = changes(step(SVD(), uploads, what), what), truth(uploads, what)
     for one, other in zip(found, expected, strict=True):
         tail = torch.linalg.svdvals(other)[3:]
         assert torch.linalg.norm(one - other) == pytest.approx(tail.square().sum().sqrt().item(), rel=1e-4)
     alone = clients(flat, 1)
-    assert relative(made(step(SVD(), alone, what), what), truth(alone, what)) < 1e-5
+    assert relative(changes(step(SVD(), alone, what), what), truth(alone, what)) < 1e-5
 
 
-@pytest.mark.parametrize("rule", [FedAvg(), SVD(), Flora()])
-def test_weights_are_examples_and_scales_are_kept(rule):
+@pytest.mark.parametrize("method", [FedAvg(), SVD(), Flora()])
+def test_weights_are_examples_and_scales_are_kept(method):
     _, flat, what = adapted(0, scale=0.25)
-    updates = clients(flat, 3)
-    twice = [replace(update, examples=2 * update.examples) for update in updates]
-    first = made(step(rule, updates, what), what)
-    assert relative(made(step(rule, twice, what), what), first) < 1e-5
-    equal = [replace(update, examples=1) for update in updates]
-    assert relative(made(step(rule, equal, what), what), first) > 0.01
-    absent = [*updates, Update(9, torch.full((flat.layout.size,), 1e6), 0)]
-    assert relative(made(step(rule, absent, what), what), first) < 1e-5
-    turned = made(step(rule, updates[::-1], what), what)
+    uploads = clients(flat, 3)
+    twice = [upload(each.client, each.tensors["model"], 2 * each.weights["model"]) for each in uploads]
+    first = changes(step(method, uploads, what), what)
+    assert relative(changes(step(method, twice, what), what), first) < 1e-5
+    equal = [upload(each.client, each.tensors["model"], 1) for each in uploads]
+    assert relative(changes(step(method, equal, what), what), first) > 0.01
+    absent = [*uploads, upload(9, torch.full((flat.layout.size,), 1e6), 0)]
+    assert relative(changes(step(method, absent, what), what), first) < 1e-5
+    turned = changes(step(method, uploads[::-1], what), what)
     assert relative(turned, first) < 1e-5
 
 
@@ -212,33 +230,36 @@ def test_flora_adds_to_the_base_and_starts_new_adapters():
     expected = [
         a + b for a, b in zip(truth(clients(flat, 3), what), truth(clients(flat, 3, seed=1), what), strict=True)
     ]  # fmt: skip
-    assert relative(list(what.changes(second.base.double())), expected) < 1e-6
-    assert all(not b.any() and a.any() for b, a in what.factors(second.vector))
+    assert relative(list(what.changes(second["base"].double())), expected) < 1e-6
+    assert all(not b.any() and a.any() for b, a in what.factors(second["model"]))
     before = [module.wide.base_layer.weight.clone(), module.tall.base_layer.weight.clone()]
     for _ in range(2):  # set, not added
-        what.change_base(module, second.base)
-    for layer, old, change in zip((module.wide, module.tall), before, what.changes(second.base), strict=True):
+        what.change_base(module, second["base"])
+    for layer, old, change in zip((module.wide, module.tall), before, what.changes(second["base"]), strict=True):
         torch.testing.assert_close(layer.base_layer.weight, old + change)
 
 
-@pytest.mark.parametrize("rule", [FedAvg(), FFA(), SVD(), Flora()])
-def test_the_error_in_the_row_is_the_error(rule):
-    _, flat, what = adapted(0, frozen_a=isinstance(rule, FFA))
-    updates = clients(flat, 12)  # more directions than either layer has
-    before = ServerState(0, torch.zeros(flat.layout.size))
-    after = step(rule, updates, what, before)
+@pytest.mark.parametrize("method", [FedAvg(), FFA(), SVD(), Flora()])
+def test_the_error_in_the_row_is_the_error(method):
+    _, flat, what = adapted(0, frozen_a=isinstance(method, FFA))
+    uploads = clients(flat, 12)  # more directions than either layer has
+    before = {"model": torch.zeros(flat.layout.size)}
+    folded, round = fold(uploads, what)
+    after = method.aggregate(before, folded, round)
     total = WeightedSum(what)
-    for update in updates:
-        total.add(update.vector, update.examples)
-    for (left, right), expected in zip(total.factors(), truth(updates, what), strict=True):
+    for each in uploads:
+        total.add(each.tensors["model"], each.weights["model"])
+    for (left, right), expected in zip(total.factors(), truth(uploads, what), strict=True):
         torch.testing.assert_close(left @ right, expected)
         assert len(right) <= right.shape[1]
-    errors = total.errors(before.base, after.vector, after.base)
+    errors = total.errors(before.get("base"), after["model"], after.get("base"))
     expected = [
         (torch.linalg.norm(a - b) / torch.linalg.norm(b)).item()
-        for a, b in zip(made(after, what), truth(updates, what), strict=True)
+        for a, b in zip(changes(after, what), truth(uploads, what), strict=True)
     ]
     assert errors.tolist() == pytest.approx(expected, rel=1e-3, abs=1e-7)
+    told = {"error_max": max(expected), "error_mean": np.mean(expected)}
+    assert method.diagnose(before, after, folded, round) == pytest.approx(told, rel=1e-3, abs=1e-7)
 
 
 def test_product_norm():
@@ -251,9 +272,9 @@ def test_product_norm():
 
 def test_rows_tell_what_aggregation_loses(config, tmp_path):
     found = {}
-    for rule in (FedAvg(), FFA(), SVD(), Flora()):
-        config = replace(config, rule=rule, learning_rate=1e-2)
-        found[type(rule)] = train(config, tmp_path / type(rule).__name__).rows[-1]["aggregation"]
+    for method in (FedAvg(), FFA(), SVD(), Flora()):
+        config = replace(config, algorithm=method, learning_rate=1e-2)
+        found[type(method)] = train(config, tmp_path / type(method).__name__).rows[-1]["aggregation"]
     assert found[FedAvg]["error_max"] > 0.01
     assert 0 < found[SVD]["error_mean"] < found[FedAvg]["error_mean"]
     assert found[FFA]["error_max"] < 1e-6
@@ -261,17 +282,17 @@ def test_rows_tell_what_aggregation_loses(config, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "rule",
+    "method",
     [pytest.param(FedAvg(), marks=pytest.mark.slow), FFA(), SVD(), pytest.param(Flora(), marks=pytest.mark.slow)],
 )
-def test_stopped_and_resumed_and_on_actors_it_is_the_same_run(ray, config, tmp_path, rule):
-    config = replace(config, rule=rule, rounds=3)
-    whole = train(config, tmp_path / "whole").result["vector_sha256"]
+def test_stopped_and_resumed_and_on_actors_it_is_the_same_run(ray, config, tmp_path, method):
+    config = replace(config, algorithm=method, rounds=3)
+    whole = train(config, tmp_path / "whole").result["state_sha256"]
     rounds = fit(config, LocalPool(config), tmp_path / "run")
     next(rounds)
     rounds.close()
-    moved = replace(config, actors=2 if rule in (FedAvg(), Flora()) else 0)
-    assert train(moved, tmp_path / "run", resume=True).result["vector_sha256"] == whole
+    moved = replace(config, actors=2 if method in (FedAvg(), Flora()) else 0)
+    assert train(moved, tmp_path / "run", resume=True).result["state_sha256"] == whole
 
 
 @pytest.mark.slow
@@ -279,7 +300,7 @@ def test_floras_change_of_the_base_is_sent_once_a_round(ray, config, tmp_path, m
     """To training, validation, prompts and samples alike."""
     from fedray.cluster import pool as ray_pool
 
-    config = replace(config, rule=Flora(), rounds=3, actors=2, held_out_share=0.25, evaluate_samples=4)
+    config = replace(config, algorithm=Flora(), rounds=3, actors=2, held_out_share=0.25, evaluate_samples=4)
     size, put, sent = make_plan(config).adapters.base_size, ray.put, []
     monkeypatch.setattr(ray_pool.ray, "put", lambda value: [sent.append(value), put(value)][1])
     pool = ray_pool.RayPool.start(config)
@@ -330,7 +351,7 @@ def test_a_client_alone_is_plain_peft_training(config, tmp_path):
         torch.nn.utils.clip_grad_norm_([learner.flat.vector], config.max_grad_norm)
         optimizer.step()
         learner.flat.gradient.zero_()
-    assert torch.equal(run.state(plan.layout).vector, learner.flat.vector.detach())
+    assert torch.equal(run.state(plan.layout).tensors["model"], learner.flat.vector.detach())
 
 
 def test_images_and_captions_are_encoded_once_and_the_encoders_leave(config, monkeypatch):
@@ -347,10 +368,10 @@ def test_images_and_captions_are_encoded_once_and_the_encoders_leave(config, mon
         return vae, text_encoder, tokenizer
 
     monkeypatch.setattr(LoRALearner, "_encode_with", spy)
-    job = fedray.client.TrainJob(0, 0, plan.shards[0], np.zeros(0, int))
-    model = Weights(plan.initial.numpy())
+    job = TrainJob(0, 0, plan.shards[0], np.zeros(0, int))
+    down = Shared({"model": plan.initial.numpy()}, plan.round(config, 0))
     for _ in range(3):
-        client_update(worker, model, job)
+        client_update(worker, down, job)
     assert encoded == [1] * (2 * len(plan.shards[0]))  # both sides, each once
     assert worker.learner._encoders is None
 
@@ -363,7 +384,7 @@ def test_class_images_add_their_loss(config, photos, tmp_path):
         extra = dict(class_data_dir=str(tmp_path / "class"), class_prompt="the digit", prior_loss_weight=weight)
         learner = build(replace(config, task=replace(config.task, **extra)), torch.device("cpu"))
         learner.prepare(dataset, np.arange(3), False)
-        batch = fedray.client.batch_of(dataset, np.arange(3))
+        batch = batch_of(dataset, np.arange(3))
         losses[weight] = learner.loss(batch, torch.Generator().manual_seed(0)).item()
     assert losses[2.0] - losses[0.0] == pytest.approx(2 * (losses[1.0] - losses[0.0]), rel=1e-4)
     assert losses[1.0] > losses[0.0] > 0
@@ -385,7 +406,7 @@ def test_the_loss_by_hand(config, tmp_path, kind, gamma, offset):
     path = tmp_path / "pipeline/scheduler/scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": kind}))
     learner, dataset = learner_of(config, tmp_path / "pipeline", snr_gamma=gamma, noise_offset=offset)
-    batch = fedray.client.batch_of(dataset, np.arange(3))
+    batch = batch_of(dataset, np.arange(3))
     with torch.no_grad():
         found = learner.loss(batch, torch.Generator().manual_seed(3)).item()
     rng = torch.Generator().manual_seed(3)
@@ -412,7 +433,7 @@ def test_mirror_images_dropout_and_empty_prompts_change_the_loss(config):
     learner, dataset = learner_of(config)
     plain, turned = learner._latents[0, False][0], learner._latents[0, True][0]
     assert not torch.allclose(plain, turned, atol=0.1)
-    batch = fedray.client.batch_of(dataset, np.arange(4))
+    batch = batch_of(dataset, np.arange(4))
 
     def loss(learner, batch, grad=True):
         torch.manual_seed(0)
@@ -420,7 +441,7 @@ def test_mirror_images_dropout_and_empty_prompts_change_the_loss(config):
             return learner.loss(batch, torch.Generator().manual_seed(1)).item()
 
     usual = loss(learner, batch)
-    mirrored = fedray.client.batch_of(dataset, np.arange(4), torch.ones(4, dtype=torch.bool))
+    mirrored = batch_of(dataset, np.arange(4), torch.ones(4, dtype=torch.bool))
     assert loss(learner, mirrored) != pytest.approx(usual, rel=1e-3)
     dropping, _ = learner_of(config, lora_dropout=0.5)
     empty, _ = learner_of(config, proportion_empty_prompts=1.0)
@@ -430,7 +451,7 @@ def test_mirror_images_dropout_and_empty_prompts_change_the_loss(config):
     usual = loss(learner, batch)
     assert loss(dropping, batch) != pytest.approx(usual, rel=1e-3)
     assert loss(dropping, batch, grad=False) == pytest.approx(usual, rel=1e-5)  # held-out losses drop nothing
-    nothing = fedray.client.batch_of(dataset, np.arange(4)) | {"prompts": [""] * 4}
+    nothing = batch_of(dataset, np.arange(4)) | {"prompts": [""] * 4}
     assert loss(empty, batch) == loss(empty, nothing)
     assert loss(empty, batch, grad=False) != loss(empty, nothing, grad=False)
 
@@ -515,32 +536,32 @@ np.save(out, (images * 255).round().astype(np.uint8).transpose(0, 3, 1, 2))
 
 
 @pytest.mark.parametrize(
-    ("rule", "alpha"),
+    ("method", "alpha"),
     [
         (FedAvg(), None),
         pytest.param(FFA(), 4.0, marks=pytest.mark.slow),
         pytest.param(Flora(), None, marks=pytest.mark.slow),
     ],
 )
-def test_what_is_saved_diffusers_loads_alone_and_draws_the_same(config, tmp_path, rule, alpha):
-    config = replace(config, rule=rule, learning_rate=3e-2, task=replace(config.task, lora_alpha=alpha))
+def test_what_is_saved_diffusers_loads_alone_and_draws_the_same(config, tmp_path, method, alpha):
+    config = replace(config, algorithm=method, learning_rate=3e-2, task=replace(config.task, lora_alpha=alpha))
     run = train(config, tmp_path / "run")
-    merged = isinstance(rule, Flora)
+    merged = isinstance(method, Flora)
     where = [str(run.directory / "model"), "none"] if merged else [str(PIPELINE), str(run.directory / "model")]
     command = [sys.executable, "-c", LOADED, *where, str(tmp_path / "images.npy")]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
     learner = build(config, torch.device("cpu"))
-    state = run.state(learner.flat.layout)
-    learner.flat.vector.detach().copy_(state.vector)
-    if state.base is not None:
-        learner.set_base(state.base)
+    server = run.state(learner.flat.layout).tensors
+    learner.flat.vector.detach().copy_(server["model"])
+    if "base" in server:
+        learner.set_base(server["base"])
     prompts = ("the digit six", "the digit nine")
     ours = learner.sample(2, torch.Generator().manual_seed(5), "dpmsolver++", 4, prompts).numpy().astype(int)
     theirs = np.load(tmp_path / "images.npy").astype(int)
     assert np.abs(ours - theirs).max() <= 1
     learner.flat.vector.detach().zero_()
     if merged:
-        learner.set_base(torch.zeros_like(state.base))
+        learner.set_base(torch.zeros_like(server["base"]))
     untrained = learner.sample(2, torch.Generator().manual_seed(5), "dpmsolver++", 4, prompts).numpy().astype(int)
     assert np.abs(ours - untrained).max() > 3  # not the adapter from before training
     card = (run.directory / "model/README.md").read_text()
@@ -563,11 +584,11 @@ def test_sampling_prompts_at_any_strength(config, tmp_path, capsys):
 
 def test_scores_of_a_run_of_adapters(config, tmp_path, capsys):
     """Images are drawn for the prompts in turn, whatever the batches; `fedray evaluate` gives the run's own scores."""
-    for rule in (FedAvg(), Flora()):
+    for method in (FedAvg(), Flora()):
         config = replace(
-            config, rule=rule, features="digits", evaluate_samples=12, eval_batch_size=5, held_out_share=0.25
+            config, algorithm=method, features="digits", evaluate_samples=12, eval_batch_size=5, held_out_share=0.25
         )  # fmt: skip
-        run = train(config, tmp_path / type(rule).__name__)
+        run = train(config, tmp_path / type(method).__name__)
         scores = run.result["scores"]
         assert {"fd[digits]", "accuracy[digits]", "copies"} <= set(scores)
         assert len(run.result["held_out"]["clients"]) == 4
@@ -652,9 +673,13 @@ def pipeline_of(kind, folder):
         (None, "--clients 5", "by-folder has only 4 to deal"),
         (None, "--resolution 18", "--resolution 18: it must be a multiple of 4"),
         (None, "--base-dtype float8", "there is no dtype of the base 'float8'"),
-        (None, "--rule flora --keep-optimizer", "say --no-use-ema and --no-keep-optimizer"),
-        (None, "--rule svd --no-keep-optimizer --use-ema", "say --no-use-ema and --no-keep-optimizer"),
-        (None, "--rule flora --no-keep-optimizer --base-dtype bfloat16", "--rule flora needs --base-dtype float32"),
+        (None, "--rule flora --keep-optimizer", "--algorithm flora makes new factors every round, to which an opt"),
+        (
+            None,
+            "--rule svd --no-keep-optimizer --use-ema",
+            "--algorithm svd makes new factors every round, to which an av",
+        ),
+        (None, "--rule flora --no-keep-optimizer --base-dtype bfloat16", "--algorithm flora needs a float32 base"),
         (None, "--snr-gamma -5", "--snr-gamma -5.0: it must be above 0"),
         (None, "--noise-offset nan", "--noise-offset nan: it must not be negative"),
         (None, "--class-data-dir {tmp}/none --class-prompt x", "--class-data-dir {tmp}/none does not exist"),
@@ -710,9 +735,11 @@ def test_caption_files_that_do_not_fit(photos, tmp_path, capsys, spoil, message)
     assert message in capsys.readouterr().err
 
 
-def test_rules_of_adapters_are_not_for_whole_models(tmp_path, capsys):
-    assert main(["train", "--rule", "svd", "--actors", "0", "--out", str(tmp_path / "run")]) == 2
-    assert "--rule svd is for adapters (fedray finetune)" in capsys.readouterr().err
+@pytest.mark.parametrize("flag", ["--algorithm", "--rule"])
+@pytest.mark.parametrize("name", ["ffa", "svd", "flora"])
+def test_algorithms_for_adapters_are_not_for_whole_models(tmp_path, capsys, flag, name):
+    assert main(["train", flag, name, "--actors", "0", "--out", str(tmp_path / "run")]) == 2
+    assert f"--algorithm {name} is for adapters (fedray finetune)" in capsys.readouterr().err
 
 
 def test_a_run_is_resumed_by_the_command_that_began_it(config, tmp_path, capsys):

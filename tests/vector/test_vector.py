@@ -127,3 +127,20 @@ def test_sha256_is_of_the_bytes():
     assert vector.sha256(torch.tensor([1.0, -2.0])) == (
         "ee4ac73c2bd27756ab82780f27c73a7bc4d3f0bb6acb37e008bc27eccd7e588b"
     )
+
+
+def test_sha256_of_named_tensors_is_of_names_and_bytes():
+    # printf 'a\x00\x00\x80\x3fb\x00\x00\x00\xc0' | sha256sum
+    expected = "caad4aa4f3a94b2b6fc39ce5fd5597f08581e4fbf2e4236746dbae247d40cf7d"
+    tensors = {"b": torch.tensor([-2.0]), "a": torch.tensor([1.0])}
+    assert vector.sha256_of(tensors) == vector.sha256_of(dict(reversed(tensors.items()))) == expected
+    assert vector.sha256_of({"a": tensors["b"], "b": tensors["a"]}) != expected
+
+
+def test_two_names_of_one_tensor_are_saved_as_two(tmp_path):
+    model = torch.arange(3.0)
+    vector.save(tmp_path / "state.safetensors", {"model": model, "ema/model": model, "steps": torch.tensor([7])})
+    stored = load_file(tmp_path / "state.safetensors")
+    assert torch.equal(stored["model"], model)
+    assert torch.equal(stored["ema/model"], model)
+    assert stored["steps"].dtype == torch.int64

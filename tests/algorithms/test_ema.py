@@ -1,0 +1,47 @@
+"""The average of the global model against diffusers' `EMAModel`."""
+
+import made
+import pytest
+import torch
+from diffusers.training_utils import EMAModel
+
+from fedray.algorithms.ema import EMA
+from fedray.algorithms.folds import Mean
+
+
+@pytest.mark.parametrize(("max_decay", "inv_gamma", "power"), [(0.9999, 1.0, 0.75), (0.8, 2.0, 0.5)])
+def test_the_decay_is_that_of_diffusers(max_decay, inv_gamma, power):
+    theirs = EMAModel(
+        [torch.nn.Parameter(torch.zeros(1))], decay=max_decay, use_ema_warmup=True, inv_gamma=inv_gamma, power=power
+    )
+    ours = EMA(max_decay, inv_gamma=inv_gamma, power=power)
+    assert [ours.decay(step) for step in range(1, 50)] == pytest.approx([theirs.get_decay(k) for k in range(1, 50)])
+
+
+def test_the_servers_average_takes_as_many_steps_as_clients_made_on_average():
+    method, round = EMA(0.8), made.round_of({0: 3, 1: 1})
+    server = method.init(torch.zeros(2), round.layout)
+    weights = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    theirs = EMAModel([weights], decay=0.8, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+    for number in range(3):
+        vectors = [torch.tensor([number + 1.0, 2.0]), torch.tensor([3.0, -1.0])]
+        folded = made.fold(vectors, round, Mean(), [{"examples": 3, "steps": 2}, {"examples": 1, "steps": 6}])
+        before = {name: tensor.clone() for name, tensor in server.items()}
+        after = method.aggregate(server, folded, round)
+        assert all(torch.equal(server[name], tensor) for name, tensor in before.items())  # not changed in place
+        server = after
+        weights.data.copy_((3 * vectors[0].double() + vectors[1].double()) / 4)
+        for _ in range(3):  # (3 · 2 + 1 · 6) / 4
+            theirs.step([weights])
+    assert server["ema/steps"].tolist() == [9]
+    assert torch.allclose(server["ema/model"].double(), theirs.shadow_params[0], atol=1e-6)
+    assert server["model"].tolist() == [3.0, 1.25]
+
+
+def test_the_average_travels_where_one_client_trains_and_is_not_counted():
+    method = EMA(0.8)
+    server = method.init(torch.zeros(2), made.round_of({0: 1}).layout)
+    alone = method.broadcast(server, made.round_of({0: 1}, clients=1))
+    assert alone.keys() == {"model", "ema/model", "ema/steps"}
+    assert alone.keys() - method.uncounted == {"model"}
+    assert method.broadcast(server, made.round_of({0: 1}, clients=4)).keys() == {"model"}
