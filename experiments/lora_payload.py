@@ -23,7 +23,7 @@ from torch import nn
 import fedray
 from fedray.algorithms import Round
 from fedray.commands.terminal import print_frame, program
-from fedray.config import parse_wire
+from fedray.menus import parse_wire
 from fedray.tasks.ddpm import DDPM
 from fedray.tasks.embedded import PIPELINE
 from fedray.tasks.lora import LoRA

@@ -4,13 +4,12 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from tyro.constructors import PrimitiveConstructorSpec
 
 from fedray.algorithms import Algorithm
 from fedray.algorithms.ema import EMA
@@ -18,7 +17,21 @@ from fedray.algorithms.fedavg import FedAvg
 from fedray.algorithms.folds import Fold, Mean
 from fedray.data.partition import IID, Partition
 from fedray.errors import UserError, check_name
-from fedray.forms import Menu, Unloaded, check_types, parse_all
+from fedray.forms import check_types
+from fedray.menus import (
+    ALGORITHMS,
+    EXACT,
+    FOLDS,
+    FORMS,
+    LINKS,
+    PARTITIONS,
+    TEXTS,
+    parse_wire,
+    saved_features,
+    wire_form,
+    word,
+    words_of,
+)
 from fedray.scores import networks
 from fedray.tasks import Task
 from fedray.tasks.ddpm import DDPM
@@ -27,12 +40,6 @@ from fedray.vector.optimizer import Optimizer
 from fedray.wire import Link, Wire
 
 FORMAT = 2  # of config.json: 1 knew `rule` and `codec`
-ALGORITHMS = Menu("algorithm", Algorithm, "fedray.algorithms")
-FOLDS = Menu("fold", Fold, "fedray.algorithms.folds")
-LINKS = Menu("link", Link, "fedray.wire")
-PARTITIONS = Menu("partition", Partition, "fedray.data.partition")
-EXACT: dict[str, tuple] = {"float32": ()}  # a wire without links
-
 LR_SCHEDULERS = (
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
 )  # fmt: skip
@@ -41,31 +48,6 @@ PRECISIONS = ("no", "bf16", "fp16")
 # Where a run is computed. It does not change the result, but for threads and for GPUs, whose float sums differ:
 # `check_resumable` holds a run to those.
 PLACEMENT = ("actors", "cpus_per_actor", "gpus_per_actor", "address", "client_timeout", "inception_weights")
-
-
-def _word(parse: Callable[[str], Any], form: Callable[[Any], str], names: str) -> PrimitiveConstructorSpec:
-    """How tyro reads and shows what is named by a short form: `--partition dirichlet:0.1`."""
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar=names,
-        instance_from_str=lambda arguments: parse(arguments[0]),
-        is_instance=lambda instance: True,
-        str_from_instance=lambda instance: [form(instance)],
-    )
-
-
-def _of(menu: Menu) -> PrimitiveConstructorSpec:
-    return _word(menu.parse, menu.form, "|".join(menu.classes))
-
-
-def parse_wire(text: str, allowed: Collection[Path] | None = None) -> tuple[Link, ...]:
-    """Make the links of a wire from short forms, separated by commas; `float32` is none."""
-    return parse_all(LINKS, text, EXACT, allowed)
-
-
-def wire_form(links: tuple[Link, ...]) -> str:
-    """Return the inverse of `parse_wire`."""
-    return ",".join(map(LINKS.form, links)) or "float32"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +61,7 @@ class Config:
     """C, how many clients hold the data. One client is centralised training."""
     fraction: float = 1.0
     """Share of the clients that take part in a round, drawn anew each round; in (0, 1]."""
-    partition: Annotated[Partition, _of(PARTITIONS)] = IID()
+    partition: Annotated[Partition, words_of(PARTITIONS)] = IID()
     """Who holds which examples: iid, quantity:ALPHA (skewed sizes), by-label, by-attribute:COLUMN, by-folder (or
     identity), or dirichlet:ALPHA[:COLUMN] (the smaller ALPHA, the more skewed)."""
     held_out_share: float = 0.0
@@ -92,15 +74,15 @@ class Config:
     """Train this client alone, on its part of the partition: what it would reach without the others."""
     rounds: int = 10
     """T, communication rounds."""
-    algorithm: Annotated[Algorithm, _of(ALGORITHMS), tyro.conf.arg(aliases=["--rule"])] = FedAvg()
+    algorithm: Annotated[Algorithm, words_of(ALGORITHMS), tyro.conf.arg(aliases=["--rule"])] = FedAvg()
     """The federated method: fedavg; of adapters (which fedavg averages as A and B apart) also ffa (A is frozen), svd
     (the best factors of the mean of B A) or flora (stacking; the mean of B A goes into the base); ema:DECAY:ALGORITHM;
     or a class of your own, FILE.py:CLASS:VALUES."""
-    fold: Annotated[Fold, _of(FOLDS)] = Mean()
+    fold: Annotated[Fold, words_of(FOLDS)] = Mean()
     """How the uploads of a round become one: mean, or a class of your own, FILE.py:CLASS:VALUES."""
     wire: Annotated[
         tuple[Link, ...],
-        _word(parse_wire, wire_form, "|".join([*EXACT, *LINKS.classes])),
+        word(parse_wire, wire_form, "|".join([*EXACT, *LINKS.classes])),
         tyro.conf.arg(aliases=["--codec"]),
     ] = ()
     """How weights travel: float32 (exact), float16 (half the bytes), or links separated by commas, your own by
@@ -123,7 +105,7 @@ class Config:
     """Optimizer steps that a client makes in a round, in place of local epochs."""
     train_batch_size: int = 16
     """Images in a client's batch; an epoch's last batch may be smaller."""
-    optimizer: Annotated[Optimizer, _word(Optimizer.parse, str, "adamw|adam|sgd|CLASS")] = Optimizer()
+    optimizer: Annotated[Optimizer, word(Optimizer.parse, str, "adamw|adam|sgd|CLASS")] = Optimizer()
     """Of a client: adamw, adam, sgd, or the name of a class of torch.optim, with options as sgd:momentum=0.9."""
     learning_rate: float = 1e-4
     """The optimizer's learning rate."""
@@ -292,8 +274,6 @@ class Config:
         if self.mixed_precision == "fp16" and not self.gpus_per_actor:
             raise UserError("--mixed-precision fp16 needs a GPU (--gpus-per-actor); on a CPU use bf16.")
         self.task.check(self.sampler, self.sampling_steps)
-        if self.features == "digits" and isinstance(self.task, DDPM) and self.task.dataset_name != "digits":
-            raise UserError("--features digits judges digits only; this run learns something else.")
         self._check_fit()
 
     def _check_fit(self) -> None:
@@ -340,33 +320,10 @@ class Config:
         if unknown:
             raise UserError(f"this run is of another version of fedray: it has a setting {unknown[0]!r}.")
         parsed = {name: parse(values[name], allowed) for name, parse in FORMS.items() if name in values}
-        parsed["features"] = _saved_features(values.get("features"), allowed)
+        parsed["features"] = saved_features(values.get("features"), allowed)
         # A cluster is joined where the user says so: on the command line, or by RAY_ADDRESS.
         parsed["address"] = None
         return cls(**{**values, **parsed, "task": task_from_json(values["task"], allowed)})
-
-
-def _saved_features(name: str | None, allowed: Collection[Path]) -> Any:
-    """Return features that a run was scored on; of code (Python, TorchScript) that may not run, an `Unloaded`."""
-    if name is None or not networks.network_of(name).runs_code or Path(name.partition(":")[0]).resolve() in allowed:
-        return name
-    return Unloaded("features", name)
-
-
-def _optimizer(text: str, allowed: Collection[Path] | None) -> Optimizer:
-    return Optimizer.parse(text)
-
-
-# Settings that have a short form: how it is read, given the files that may run, and how it is written.
-FORMS: dict[str, Any] = {
-    "partition": PARTITIONS.parse, "algorithm": ALGORITHMS.parse, "fold": FOLDS.parse, "wire": parse_wire,
-    "optimizer": _optimizer,
-}  # fmt: skip
-TEXTS: dict[str, Any] = {
-    "partition": PARTITIONS.form, "algorithm": ALGORITHMS.form, "fold": FOLDS.form, "wire": wire_form,
-    "optimizer": str,
-    "features": lambda name: name and str(name),
-}  # fmt: skip
 
 
 def sha256_of(values: dict[str, Any]) -> str:

@@ -7,9 +7,9 @@ import pytest
 from fedray.algorithms.ema import EMA
 from fedray.algorithms.fedavg import FedAvg
 from fedray.algorithms.lora import SVD
-from fedray.config import ALGORITHMS, FOLDS, LINKS, PARTITIONS, parse_wire, wire_form
 from fedray.data.partition import Dirichlet, Partition
 from fedray.errors import UserError
+from fedray.menus import ALGORITHMS, FOLDS, LINKS, PARTITIONS, parse_wire, wire_form
 from fedray.presets import PRESETS
 from fedray.vector.optimizer import Optimizer
 from fedray.wire.float16 import Float16

@@ -10,7 +10,7 @@ import fedray
 
 PACKAGE = Path(fedray.__file__).parent
 ROOMS = [
-    *("errors", "own", "forms", "seeds", "files", "vector", "data", "tasks", "algorithms", "wire", "scores"),
+    *("errors", "own", "forms", "seeds", "files", "vector", "data", "tasks", "algorithms", "wire", "scores", "menus"),
     *("config", "presets", "record", "federation", "reports", "cluster", "commands", "cli", "__main__"),
 ]
 FILES = {
