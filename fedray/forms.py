@@ -95,13 +95,19 @@ class Menu:
         for field in fields_of(cls):
             value = getattr(chosen, field.name)
             if self._nests(field):
-                nested = [self.form(value)]
+                nested, in_order = [self.form(value)], False
             elif value == field.default:
                 in_order = False
             else:
                 text = _text(value)
                 words.append(text if in_order else f"{field.name}={text}")
         return ":".join([*words, *nested])
+
+    def _next(self, waiting: list["Field"], value: str) -> "Field | None":
+        """The field that a value in order is for: what a wrapper wraps may come before values that have defaults."""
+        names_a_class = value in self.classes or value.endswith(".py")
+        nested = next((field for field in waiting if self._nests(field)), None)
+        return nested if names_a_class and nested is not None else next(iter(waiting), None)
 
     def _nests(self, field: "Field") -> bool:
         return isinstance(field.type, type) and issubclass(field.type, self.base)
@@ -117,7 +123,7 @@ class Menu:
             key, equals, named = value.partition("=")
             field = by_name.get(key) if equals else None
             if field is None:
-                field = next((field for field in waiting if field.name not in given), None)
+                field = self._next([field for field in waiting if field.name not in given], value)
             else:
                 value = named
             if field is None:

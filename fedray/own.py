@@ -9,11 +9,11 @@ from types import ModuleType
 
 from fedray.errors import UserError, reason
 
-_modules: dict[Path, ModuleType] = {}
+_modules: dict[tuple[Path, int, int], ModuleType] = {}  # by place, time of change and size
 
 
 def load_file(path: str | Path) -> ModuleType:
-    """Run a user's Python file as a module, once per file.
+    """Run a user's Python file as a module, once until it changes.
 
     The module is in `sys.modules` under a name of its own, since dataclasses look up their annotations there. The
     file's folder joins `sys.path` and stays there: functions of the file may import its neighbours later.
@@ -23,23 +23,24 @@ def load_file(path: str | Path) -> ModuleType:
     """
     path = Path(path)
     place = path.resolve()
-    if place in _modules:
-        return _modules[place]
     if not path.is_file():
         raise UserError(f"there is no file {path}.")
+    version = (place, place.stat().st_mtime_ns, place.stat().st_size)
+    if version in _modules:
+        return _modules[version]
     # Of two files of the same name, each keeps its own module.
-    name = f"fedray_own_{path.stem}_{sha256(str(place).encode()).hexdigest()[:8]}"
+    name = f"fedray_own_{path.stem}_{sha256(repr(version).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, place)
     if spec is None or spec.loader is None:
         raise UserError(f"{path} is not a Python file; its name must end in .py.")
     module = importlib.util.module_from_spec(spec)
     if str(place.parent) not in sys.path:
         sys.path.insert(0, str(place.parent))
-    sys.modules[name] = _modules[place] = module
+    sys.modules[name] = _modules[version] = module
     try:
         spec.loader.exec_module(module)
     except BaseException as error:
-        del _modules[place]
+        del _modules[version]
         sys.modules.pop(name, None)
         if isinstance(error, Exception):
             raise UserError(f"{path}{_line(error, place)}: {_sentence(error)}") from error

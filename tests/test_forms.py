@@ -140,7 +140,7 @@ def test_files_that_a_run_names_do_not_run_by_themselves(tmp_path, capsys):
     theirs = ALGORITHMS.parse(f"{path}:Mine:0.5", allowed=())
     assert ALGORITHMS.form(theirs) == f"{path}:Mine:0.5"
     assert capsys.readouterr().out == ""
-    with pytest.raises(UserError, match=rf"code of a file that the run names: .*--code {path}"):
+    with pytest.raises(UserError, match=rf"code that the run names: .*--code {path}"):
         theirs.aggregate({}, None, None)
     assert ALGORITHMS.parse(f"{path}:Mine:0.5", allowed={path.resolve()}).strength == 0.5
 

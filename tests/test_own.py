@@ -96,13 +96,13 @@ def test_a_file_imports_its_neighbours_also_later(tmp_path):
         ("def f():\n    return 1 / 0\n\n\nf()\n", ", line 2: ZeroDivisionError: division by zero."),
         (
             "import fedray\n\nx = fedray.nothing\n",
-            ", line 3: AttributeError: module 'fedray' has no attribute 'nothing'.",
+            ", line 3: AttributeError: No fedray attribute nothing.",
         ),
         ("a = 1\n\nfor\n", ", line 3: SyntaxError: invalid syntax."),
         ("import json\n\njson.loads('{')\n", ", line 3: JSONDecodeError: Expecting property name"),
         ("import broken_neighbour\n", ", line 1: SyntaxError: invalid syntax."),
         (
-            "\nfrom fedray.errors import pick\npick('wire', 'x', {'y': int})\n",
+            "\nfrom fedray.errors import check_name\ncheck_name('wire', 'x', ['y'])\n",
             ", line 3: there is no wire 'x'; choose one.",
         ),
     ],

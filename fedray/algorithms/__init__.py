@@ -93,8 +93,11 @@ class Local(Protocol):
     weights: Tensor  # [d] float32, what is trained, on its device
     total_learning_rate: float  # Σ of the learning rates of the steps made: K η where they are all η
 
-    def run(self, correct: Callable[[Tensor], None], stepped: Callable[[], None]) -> None:
-        """Train for `steps` steps: `correct` gets the gradient [d] before each, `stepped` is called after each."""
+    def run(self, correct: Callable[[Tensor], None]) -> None:
+        """Train for `steps` steps: `correct` gets the gradient [d] before each is clipped and made."""
+
+    def watch(self, stepped: Callable[[], object]) -> None:
+        """Call `stepped` after each step."""
 
 
 class Algorithm:
@@ -144,15 +147,9 @@ class Algorithm:
     def correct(self, gradient: Tensor, weights: Tensor, down: Tensors, memory: Tensors) -> None:
         """Change a gradient [d] in place, before it is clipped and the optimizer steps."""
 
-    def stepped(self, local: Local, down: Tensors, memory: Tensors) -> None:
-        """Look at the weights after an optimizer step."""
-
     def train(self, local: Local, down: Tensors, memory: Tensors) -> None:
-        """Train a client: the whole of it, for methods to which `correct` and `stepped` are not enough."""
-        local.run(
-            lambda gradient: self.correct(gradient, local.weights, down, memory),
-            lambda: self.stepped(local, down, memory),
-        )
+        """Train a client: the whole of it, for methods to which `correct` is not enough."""
+        local.run(lambda gradient: self.correct(gradient, local.weights, down, memory))
 
     def upload(self, local: Local, down: Tensors, memory: Tensors) -> tuple[Tensors, Rows, Tensors]:
         """Return what a client sends, numbers for the record and the server, and what it keeps for its next round."""
@@ -210,8 +207,8 @@ class Wrapper(Algorithm):
     def correct(self, gradient: Tensor, weights: Tensor, down: Tensors, memory: Tensors) -> None:
         self.algorithm.correct(gradient, weights, down, memory)
 
-    def stepped(self, local: Local, down: Tensors, memory: Tensors) -> None:
-        self.algorithm.stepped(local, down, memory)
+    def train(self, local: Local, down: Tensors, memory: Tensors) -> None:
+        self.algorithm.train(local, down, memory)
 
     def upload(self, local: Local, down: Tensors, memory: Tensors) -> tuple[Tensors, Rows, Tensors]:
         return self.algorithm.upload(local, down, memory)

@@ -52,10 +52,11 @@ class EMA(Wrapper):
             memory["ema/model"] = down["ema/model"].clone()
         return self.algorithm.start(down, memory)
 
-    def stepped(self, local: Local, down: Tensors, memory: Tensors) -> None:
-        self.algorithm.stepped(local, down, memory)
+    def train(self, local: Local, down: Tensors, memory: Tensors) -> None:
         if "ema/model" in memory:
-            memory["ema/model"].lerp_(local.weights, 1 - self.decay(int(down["ema/steps"]) + local.step))
+            average, before = memory["ema/model"], int(down["ema/steps"])
+            local.watch(lambda: average.lerp_(local.weights, 1 - self.decay(before + local.step)))
+        self.algorithm.train(local, down, memory)
 
     def upload(self, local: Local, down: Tensors, memory: Tensors) -> tuple[Tensors, Rows, Tensors]:
         tensors, rows, kept = self.algorithm.upload(local, down, memory)

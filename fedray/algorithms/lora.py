@@ -10,6 +10,7 @@ from fedray.algorithms import Algorithm, Folded, Round, Tensors
 from fedray.vector.adapters import Adapters, WeightedSum
 
 ADAPTERS = {"adapters": "is for adapters (fedray finetune), not for whole models"}
+NOTHING: frozenset[str] = frozenset()  # new factors every round: the vector does not mean the same
 UPLOADS = {"uploads": "needs each client's own factors, which this fold does not keep: use fold mean"}
 
 
@@ -35,7 +36,7 @@ class SVD(Algorithm):
     """
 
     needs = ADAPTERS | UPLOADS
-    offers: frozenset[str] = frozenset()
+    offers = NOTHING
 
     def aggregate(self, server: Tensors, folded: Folded, round: Round) -> Tensors:
         adapters = adapters_of(round)
@@ -58,7 +59,7 @@ class Flora(Algorithm):
     """
 
     needs = ADAPTERS | UPLOADS | {"float32 base": "needs a float32 base (base_dtype): rounding would lose the change"}
-    offers: frozenset[str] = frozenset()
+    offers = NOTHING
 
     def broadcast(self, server: Tensors, round: Round) -> Tensors:
         return {name: server[name] for name in ("model", "base") if name in server}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fedray.cluster.actors import START_TIMEOUT, count_actors, explain, make_options
@@ -147,13 +147,14 @@ def _drive(request: Request, on_row: Callable[[Row], None], show: Show) -> None:
             f"a run with the directory {out} is still going on this cluster; attach to it with --resume, or choose "
             f"another --out."
         )
+    started = None  # of a driver that was there already, another process knows
     if driver is None:
         send_own_code()
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         detached = make_options(0, 0) | {"name": name, "namespace": NAMESPACE, "lifetime": "detached"}
         # On this node, since the run directory is; two threads, to answer while it runs.
         driver = ray.remote(max_concurrency=2, scheduling_strategy=here, **detached)(DriverActor).remote()
-        driver.run.remote(request)
+        started = driver.run.remote(request)
     seen, finished, error = 0, False, None
     while not finished:
         try:
@@ -167,10 +168,28 @@ def _drive(request: Request, on_row: Callable[[Row], None], show: Show) -> None:
         seen += len(rows)
         show(*phase)
         if not finished:
+            if started is not None:
+                _check_begun(started, driver, out)
             time.sleep(POLL)
     ray.kill(driver)
     if error is not None:
         raise error
+
+
+def _check_begun(started: Any, driver: Any, out: Path) -> None:
+    """Raise `RunError` if the run ended before it could say so: its driver could not read what it was given."""
+    if not ray.wait([started], timeout=0)[0]:
+        return
+    try:
+        ray.get(started)
+    except RayActorError:
+        return  # it ended by itself; the next poll tells why
+    except RayError as error:
+        ray.kill(driver)
+        raise RunError(
+            f"the driver actor of {out} could not begin: {explain(error)}. Classes of your own must be in a file that "
+            f"its process can import, or in the script that calls fedray.run."
+        ) from None
 
 
 def _find_driver(name: str) -> Any:

@@ -77,13 +77,18 @@ class LocalTraining:
         self.weights = flat.vector.detach()
         self.total_learning_rate = 0.0
         self.loss_sum = torch.zeros((), device=worker.device)
+        self.watchers: list[Callable[[], Any]] = []
         self.batches = 0
         self.images = 0
         self.optimizer = config.optimizer.make([flat.vector], config.learning_rate, config.adam)
         self.scaler = torch.amp.GradScaler(worker.device.type, enabled=config.mixed_precision == "fp16")
 
-    def run(self, correct: Callable[[Tensor], None], stepped: Callable[[], None]) -> None:
-        """Train for `steps` steps: `correct` gets the gradient [d] before each, `stepped` is called after each."""
+    def watch(self, stepped: Callable[[], Any]) -> None:
+        """Call `stepped` after each step."""
+        self.watchers.append(stepped)
+
+    def run(self, correct: Callable[[Tensor], None]) -> None:
+        """Train for `steps` steps: `correct` gets the gradient [d] before each is clipped and made."""
         worker, config, job, flat = self.worker, self.worker.config, self.job, self.worker.learner.flat
         learning_rate = lr_schedule(config, self.steps)
         rng = generator(config.seed, *job.key)
@@ -99,7 +104,8 @@ class LocalTraining:
             self.scaler.update()
             self.step += 1
             self.total_learning_rate += rate
-            stepped()
+            for stepped in self.watchers:
+                stepped()
             worker.step()
 
     def _accumulate(self, batches: list[np.ndarray], rng: torch.Generator) -> None:

@@ -162,5 +162,8 @@ class Idle:
         self.weights = start
         self.total_learning_rate = self.steps * config.learning_rate
 
-    def run(self, correct: Callable[[torch.Tensor], None], stepped: Callable[[], None]) -> None:
+    def run(self, correct: Callable[[torch.Tensor], None]) -> None:
         """Make no step."""
+
+    def watch(self, stepped: Callable[[], object]) -> None:
+        """There is no step to watch."""

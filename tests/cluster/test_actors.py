@@ -13,8 +13,11 @@ import pytest
 import torch
 from runs import fit
 
+import fedray
 from fedray.cli import main
-from fedray.cluster import actors
+from fedray.cluster import connection
+from fedray.cluster.actors import count_actors
+from fedray.cluster.pool import RayPool
 from fedray.errors import RunError, UserError
 from fedray.federation.evaluation import sample
 from fedray.federation.pool import LocalPool
@@ -61,7 +64,7 @@ def test_nor_does_it_on_two_threads(ray, tmp_path):
 
 @pytest.mark.slow
 def test_actors_share_the_clients(ray, toy_config, tmp_path):
-    run = actors.run(toy_config(actors=2, slow=(0, 1, 2, 3), local_epochs=1), tmp_path / "run")
+    run = fedray.run(toy_config(actors=2, slow=(0, 1, 2, 3), local_epochs=1), tmp_path / "run")
     assert {client["actor"] for row in run.rows for client in row["clients"]} == {"actor 0", "actor 1"}
     assert run.saved["command"] == sys.argv  # the user's, not the driver actor's
 
@@ -69,13 +72,13 @@ def test_actors_share_the_clients(ray, toy_config, tmp_path):
 @pytest.mark.slow
 def test_stopped_here_and_resumed_there(ray, toy_config, tmp_path):
     config = toy_config(keep_optimizer=True, use_ema=True)
-    whole = actors.run(config, tmp_path / "whole").result["vector_sha256"]
+    whole = fedray.run(config, tmp_path / "whole").result["vector_sha256"]
     rounds = fit(config, LocalPool(config), tmp_path / "run")
     next(rounds)
     rounds.close()
     moved = toy_config(keep_optimizer=True, use_ema=True, actors=2, cpus_per_actor=0.5)
     rows = []
-    resumed = actors.run(moved, tmp_path / "run", resume=True, on_row=rows.append)
+    resumed = fedray.run(moved, tmp_path / "run", resume=True, on_row=rows.append)
     assert [row["round"] for row in rows] == [2, 3]
     assert resumed.result["vector_sha256"] == whole
 
@@ -84,7 +87,7 @@ def test_samples_do_not_depend_on_the_pool(ray, toy_config):
     config = toy_config(eval_batch_size=3)
     model, sampling = model_of({"model": torch.linspace(0, 1, 16)}), replace(Sampling.of(config, 10), seed=4)
     here = sample(LocalPool(config), model, sampling)[1]
-    pool = actors.RayPool.start(toy_config(eval_batch_size=3, actors=2))
+    pool = RayPool.start(toy_config(eval_batch_size=3, actors=2))
     try:
         there = sample(pool, model, sampling)[1]
     finally:
@@ -98,9 +101,9 @@ def test_samples_do_not_depend_on_the_pool(ray, toy_config):
 def test_errors_of_the_driver_reach_the_caller(ray, toy_config, tmp_path):
     for resume in (False, True):
         with pytest.raises(RunError, match="no client returned a model. Client 0: ValueError"):
-            actors.run(toy_config(failing=(0, 1, 2, 3), actors=2), tmp_path / "run", resume=resume)
+            fedray.run(toy_config(failing=(0, 1, 2, 3), actors=2), tmp_path / "run", resume=resume)
     with pytest.raises(UserError, match="only 32 examples"):
-        actors.run(toy_config(clients=40, actors=2), tmp_path / "more")
+        fedray.run(toy_config(clients=40, actors=2), tmp_path / "more")
     assert not (tmp_path / "more").exists()
 
 
@@ -108,7 +111,7 @@ def test_errors_of_the_driver_reach_the_caller(ray, toy_config, tmp_path):
 def test_a_killed_actor_ends_the_run_which_can_be_resumed(ray, toy_config, tmp_path):
     """SIGKILL of a client's process, from outside, in the second round; then --resume."""
     slow = {"slow": (0, 1, 2, 3), "local_epochs": 1, "rounds": 3}
-    whole = actors.run(toy_config(**slow), tmp_path / "whole").result["vector_sha256"]
+    whole = fedray.run(toy_config(**slow), tmp_path / "whole").result["vector_sha256"]
 
     def kill(row):
         out = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True).stdout
@@ -118,10 +121,10 @@ def test_a_killed_actor_ends_the_run_which_can_be_resumed(ray, toy_config, tmp_p
 
     started = time.monotonic()
     with pytest.raises(RunError, match="died: its process ended"):
-        actors.run(toy_config(**slow, actors=2), tmp_path / "run", on_row=kill)
+        fedray.run(toy_config(**slow, actors=2), tmp_path / "run", on_row=kill)
     assert time.monotonic() - started < 60
     assert len(Run.open(tmp_path / "run").rows) == 1
-    assert actors.run(toy_config(**slow, actors=2), tmp_path / "run", resume=True).result["vector_sha256"] == whole
+    assert fedray.run(toy_config(**slow, actors=2), tmp_path / "run", resume=True).result["vector_sha256"] == whole
 
 
 def _descends_from(pid, ancestor):
@@ -133,12 +136,12 @@ def _descends_from(pid, ancestor):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_more_actors_than_the_machine_has(ray, toy_config, tmp_path):
     with pytest.raises(UserError, match=r"--actors 3 needs 3 CPUs, and there are 2 CPUs and 0 GPUs: at most 2 fit"):
-        actors.run(toy_config(actors=3), tmp_path / "run")
+        fedray.run(toy_config(actors=3), tmp_path / "run")
     with pytest.raises(UserError, match="no GPU"):
-        actors.run(toy_config(actors=1, gpus_per_actor=0.5), tmp_path / "run")
+        fedray.run(toy_config(actors=1, gpus_per_actor=0.5), tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    assert actors.count_actors(toy_config(actors=None)) == 2
-    assert actors.count_actors(toy_config(actors=None, cpus_per_actor=0.25)) == 4  # never more than the cohort
+    assert count_actors(toy_config(actors=None)) == 2
+    assert count_actors(toy_config(actors=None, cpus_per_actor=0.25)) == 4  # never more than the cohort
 
 
 @pytest.mark.slow
@@ -147,7 +150,8 @@ def test_a_private_ray_asks_for_a_token():
     code = """
 import os, subprocess, sys
 import ray
-from fedray.cluster.actors import connected
+import fedray
+from fedray.cluster.connection import connected
 with connected(None):
     address = ray.get_runtime_context().gcs_address
     join = "import ray; ray.init(address=sys.argv[1], log_to_driver=False); print('joined', ray.cluster_resources())"
@@ -163,10 +167,10 @@ with connected(None):
 
 
 def test_no_cluster_at_the_address(monkeypatch):
-    monkeypatch.setattr(actors.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(connection.ray, "is_initialized", lambda: False)
     started = time.monotonic()
     for address in ("127.0.0.1:1", "nowhere", "host:port"):
-        with pytest.raises(UserError, match=f"--address {address}: no Ray cluster"), actors.connected(address):
+        with pytest.raises(UserError, match=f"--address {address}: no Ray cluster"), connection.connected(address):
             pass
     assert time.monotonic() - started < 30
 
@@ -196,3 +200,18 @@ def test_the_driver_outlives_its_caller_and_can_be_attached_to(ray, tmp_path, ca
     resumed = Run.open(tmp_path / "run")
     assert len({row["round"] for row in resumed.rows}) == len(resumed.rows) == 12
     assert resumed.result["vector_sha256"] == train(tmp_path / "whole", f"{flags} --actors 0")[0]
+
+
+def test_a_task_that_the_driver_cannot_import_is_told_at_once(ray, toy_config, tmp_path, monkeypatch):
+    (tmp_path / "hidden_task.py").write_text(
+        "from dataclasses import dataclass\nimport toy\n@dataclass(frozen=True)\nclass Hidden(toy.Toy):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    import hidden_task
+
+    config = replace(toy_config(actors=1), task=hidden_task.Hidden())
+    with pytest.raises(RunError, match="could not begin: .*hidden_task"):
+        fedray.run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    config = toy_config(actors=1)
+    assert fedray.run(config, tmp_path / "run").result["rounds"] == 3  # the directory is free

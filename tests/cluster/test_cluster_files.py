@@ -6,6 +6,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import cluster_checks as checks
@@ -451,7 +452,10 @@ def stand_in(tmp_path, monkeypatch):
 
 
 def bash(*arguments, **more):
-    return subprocess.run(["bash", *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, **more)
+    """Run a script in a copy of its folder: a project whose .venv, which it puts first on the PATH, is not there."""
+    with tempfile.TemporaryDirectory() as project:
+        shutil.copytree(ROOT / "experiments/cluster", Path(project) / "experiments/cluster")
+        return subprocess.run(["bash", *map(str, arguments)], capture_output=True, text=True, cwd=project, **more)
 
 
 def test_the_script_begins_a_run_and_then_resumes_it(tmp_path, stand_in):

@@ -19,7 +19,7 @@ from runs import fit
 import fedray
 from fedray import files
 from fedray.cli import main
-from fedray.cluster.actors import RayPool
+from fedray.cluster.pool import RayPool
 from fedray.data.sources import digits
 from fedray.errors import RunError, UserError
 from fedray.federation.evaluation import Comparison, Scoring, evaluate, open_reference
@@ -433,7 +433,7 @@ def test_evaluate_a_folder_of_images(tmp_path, capsys, spoil, message):
         ("{run} --features {run}/nothing.pt", "no TorchScript module could be loaded"),
         ("{run} --inception-weights x", "--inception-weights is given, but the features are digits"),
         ("{run} --kid-subset-size 1", "--kid-subset-size 1: it must be at least 2"),
-        ("{run} --features {tmp}/broken.py:f", "--features {tmp}/broken.py:f: name 'nothing' is not defined"),
+        ("{run} --features {tmp}/broken.py:f", "{tmp}/broken.py, line 1: NameError: name 'nothing' is not defined"),
         ("{run} --features :f", "--features :f: "),
         ("{run} --resolution 8", "which is scored against its own data"),
         ("{run}/model --features digits", "say what to score against, with --dataset-name"),

@@ -1,13 +1,14 @@
 """Sampling: how images are divided into batches, and what a task's `sample` must give."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
 import toy
+from runs import train
 
-from fedray.errors import RunError, UserError
+from fedray.errors import UserError
 from fedray.federation.evaluation import prompts_of, sample
 from fedray.federation.pool import LocalPool
 from fedray.federation.sampling import Sampling, check_sample
@@ -52,7 +53,7 @@ def test_a_sample_of_images_is_let_through(channels):
 def test_wrong_samples_are_named_where_they_are_made(toy_config, monkeypatch):
     monkeypatch.setattr(toy.ToyLearner, "sample", lambda self, n, rng, sampler, steps: torch.zeros(n, 2))
     config = toy_config()
-    with pytest.raises(RunError, match=r"batch 0 of the samples .* the task 'toy': .* gave a float32 tensor \[4, 2\]"):
+    with pytest.raises(UserError, match=r"the task 'toy': .* gave a float32 tensor \[4, 2\]"):
         sample(LocalPool(config), model_of({"model": torch.zeros(16)}), Sampling.of(config, 4))
 
 
@@ -73,3 +74,23 @@ def test_a_task_gets_prompts_if_it_knows_them(toy_config, monkeypatch):
     monkeypatch.setattr(toy.Toy, "prompts", lambda self, dataset: ("a", "b", "c"), raising=False)
     sample(LocalPool(config), model, Sampling.of(config, 3, prompts_of(config, dataset)))
     assert seen == [("a", "b"), ("c",)]
+
+
+@dataclass(frozen=True)
+class Floats(toy.Toy):
+    """A task whose learner samples floats."""
+
+    def build(self, device):
+        learner = super().build(device)
+        sample = learner.sample
+        learner.sample = lambda *arguments: sample(*arguments).float()
+        return learner
+
+
+def test_a_task_whose_samples_cannot_be_drawn_is_refused_before_round_1(toy_config, tmp_path):
+    config = replace(toy_config(), task=Floats())
+    said = r"the task 'toy': its learner's sample gave a float32 tensor \[1, 1, 2, 2\], and must give a uint8 tensor"
+    with pytest.raises(UserError, match=said):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert len(train(replace(config, evaluate_samples=0), tmp_path / "run")) == 3  # then nothing is drawn

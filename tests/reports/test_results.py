@@ -112,7 +112,7 @@ def test_mixed_runs_share_a_frame(tmp_path, toy_config):
     made.run(tmp_path / "lora", replace(fedray.PRESETS["digits-lora"], rounds=2))
     made.run(tmp_path / "unscored", made.config(evaluate_samples=0), [made.row(number) for number in (1, 2, 3)])
     fedray.run(toy_config(rounds=2), tmp_path / "own")  # a task that is not fedray's, really run
-    older = {key: value for key, value in made.config().to_json().items() if key != "codec"} | {"ema_decay": 0.5}
+    older = {key: value for key, value in made.config().to_json().items() if key != "wire"} | {"ema_decay": 0.5}
     made.run(tmp_path / "older", older)
     rounds, problems = load(tmp_path)
     assert all(problem.startswith("the runs are of 2 ") for problem in problems)
@@ -120,7 +120,7 @@ def test_mixed_runs_share_a_frame(tmp_path, toy_config):
     assert runs["task.name"].loc[["ddpm", "lora", "older", "own"]].tolist() == ["ddpm", "lora", "ddpm", "toy"]
     assert runs["task.rank"].dropna().to_dict() == {"lora": 8}
     assert runs["task.lora_alpha"].dtype == "float64"
-    assert runs.index[runs["codec"].isna()].tolist() == ["older"]
+    assert runs.index[runs["wire"].isna()].tolist() == ["older"]
     assert runs.loc["older", "ema_decay"] == 0.5
     assert json.loads(runs.loc["own", "task.failing"]) == []
     own = Run.open(tmp_path / "own")

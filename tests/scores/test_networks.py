@@ -11,6 +11,7 @@ from PIL import Image
 
 import fedray
 from fedray.cli import main
+from fedray.cluster.trials import Experiment
 from fedray.cluster.tune import sweep
 from fedray.data.images import Form, decode
 from fedray.data.sources import digits
@@ -102,7 +103,7 @@ def test_training_evaluating_and_sweeping_ask_too(photos, tmp_path, capsys):
         assert REFUSED in capsys.readouterr().err
     base = replace(fedray.Run.open(tmp_path / "run").config, features="digits")
     with pytest.raises(UserError, match="judges only images of digits"):
-        sweep(base, {"seed": [0, 1]}, tmp_path / "sweep")
+        sweep(Experiment(base, {"seed": [0, 1]}), tmp_path / "sweep")
     assert not (tmp_path / "sweep").exists()
 
 

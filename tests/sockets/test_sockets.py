@@ -215,7 +215,7 @@ def test_a_file_that_a_run_names_does_not_run_by_itself(toy_config, tmp_path):
     marker.unlink()
     import fedray.own
 
-    fedray.own._MODULES.clear()
+    fedray.own._modules.clear()
     config = Config.from_json(values)
     assert not marker.exists()
     with pytest.raises(UserError, match=r"if you trust it, name the file again \(--code .*evil.py\)"):
