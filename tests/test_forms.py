@@ -9,6 +9,7 @@ from fedray.algorithms.fedavg import FedAvg
 from fedray.algorithms.lora import SVD
 from fedray.data.partition import Dirichlet, Partition
 from fedray.errors import UserError
+from fedray.forms import fields_of
 from fedray.menus import ALGORITHMS, FOLDS, LINKS, PARTITIONS, parse_wire, wire_form
 from fedray.presets import PRESETS
 from fedray.vector.optimizer import Optimizer
@@ -55,6 +56,13 @@ def test_the_menus_are_whole():
     assert "mean" in FOLDS.classes
     assert "collect" not in FOLDS.classes  # abstract
     assert "wrapper" not in ALGORITHMS.classes
+
+
+def test_what_a_method_offers_is_no_value_of_it():
+    for name in ("fedavg", "ffa", "svd", "flora"):
+        assert fields_of(ALGORITHMS.classes[name]) == []
+        with pytest.raises(UserError, match=f"is not of the form '{name}'"):
+            ALGORITHMS.parse(f"{name}:fixed coordinates")
 
 
 def test_wrong_names_get_the_nearest():

@@ -55,3 +55,28 @@ def test_only_the_cluster_room_imports_ray():
     users = {name for name in FILES if any(module.split(".")[0] == "ray" for module in imported(name))}
     assert users
     assert {name.split(".")[0] for name in users} == {"cluster"}
+
+
+def test_a_reader_can_hold_a_file_and_a_function_in_mind():
+    for name, path in FILES.items():
+        text = path.read_text()
+        assert len(text.splitlines()) <= 350, f"{name} is long"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                every = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                own = [argument for argument in every if argument.arg not in ("self", "cls")]
+                assert len(own) <= 7, f"{name}: {node.name} has {len(own)} parameters"
+
+
+def test_no_code_asks_for_a_concrete_task_algorithm_or_link():
+    """What a part needs and another offers is compared in one place, `Config._check_fit`."""
+    from fedray import menus
+    from fedray.tasks.named import OURS
+
+    concrete = {cls for _, cls in OURS.values()}
+    concrete |= {cls.__name__ for menu in (menus.ALGORITHMS, menus.FOLDS, menus.LINKS) for cls in menu.classes.values()}
+    for name, path in FILES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "isinstance":
+                asked = {each.id for each in ast.walk(node.args[1]) if isinstance(each, ast.Name)}
+                assert not asked & concrete, f"{name}, line {node.lineno}"

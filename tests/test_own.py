@@ -13,7 +13,8 @@ from fedray.commands.sweep import load_experiment
 from fedray.errors import UserError
 from fedray.federation.evaluation import sample
 from fedray.federation.pool import LocalPool
-from fedray.federation.worker import Weights
+from fedray.federation.sampling import Sampling
+from fedray.federation.worker import model as model_of
 from fedray.own import load_file, loaded
 
 EXPERIMENT = '''"""Does it load?"""
@@ -129,13 +130,13 @@ def test_what_is_not_a_python_file(tmp_path):
 
 def test_a_files_classes_reach_client_actors(ray, toy_config, file):
     config = toy_config(partition=load_file(file).Strided(), actors=1)
-    model = Weights(torch.zeros(16).numpy())
+    model, sampling = model_of({"model": torch.zeros(16)}), Sampling.of(config, 4)
     pool = RayPool.start(config)  # each actor is given the configuration
     try:
-        there = sample(pool, model, 4, config, seed=0)[1]
+        there = sample(pool, model, sampling)[1]
     finally:
         pool.close()
-    assert np.array_equal(there, sample(LocalPool(config), model, 4, config, seed=0)[1])
+    assert np.array_equal(there, sample(LocalPool(config), model, sampling)[1])
 
 
 @pytest.mark.slow

@@ -113,10 +113,11 @@ def train(autoencoder_steps: int = 2000, steps: int = 3000, batch_size: int = 64
         set_alpha_to_one=False,
         steps_offset=1,
     )
-    train_denoiser(vae, text, tokens, model, scheduler, images, labels, steps, batch_size)
-    StableDiffusionPipeline(
+    pipeline = StableDiffusionPipeline(
         vae, text, tokens, model, scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-    ).save_pretrained(PIPELINE)
+    )
+    train_denoiser(pipeline, images, labels, steps, batch_size)
+    pipeline.save_pretrained(PIPELINE)
     # vocab.json and merges.txt too: transformers 5 writes only tokenizer.json, which 4 does not read.
     tokens.backend_tokenizer.model.save(str(PIPELINE / "tokenizer"))
     print(f"wrote {PIPELINE.name}, {sum(path.stat().st_size for path in PIPELINE.rglob('*.*')):,} bytes")
@@ -142,18 +143,13 @@ def train_autoencoder(vae: AutoencoderKL, images: Tensor, steps: int, batch_size
 
 
 def train_denoiser(
-    vae: AutoencoderKL,
-    text: CLIPTextModel,
-    tokens: CLIPTokenizer,
-    model: UNet2DConditionModel,
-    scheduler: DDIMScheduler,
-    images: Tensor,
-    labels: Tensor,
-    steps: int,
-    batch_size: int,
+    pipeline: StableDiffusionPipeline, images: Tensor, labels: Tensor, steps: int, batch_size: int
 ) -> None:
     """‖ε − ε_θ(z_t, t, text)‖² (Rombach et al. 2022, equation 3), U-Net and text encoder together."""
     rng = generator(0, "embedded", "denoiser")
+    vae, text, tokens, model, scheduler = (
+        pipeline.vae, pipeline.text_encoder, pipeline.tokenizer, pipeline.unet, pipeline.scheduler
+    )  # fmt: skip
     with torch.no_grad():
         posterior = vae.encode(images).latent_dist
     prompts = [*(prompt(label) for label in range(10)), ""]

@@ -1,10 +1,15 @@
 """The average of the global model against diffusers' `EMAModel`."""
 
+from dataclasses import dataclass
+
 import made
 import pytest
 import torch
 from diffusers.training_utils import EMAModel
+from runs import train
+from safetensors.torch import load_file
 
+from fedray.algorithms import Algorithm
 from fedray.algorithms.ema import EMA
 from fedray.algorithms.folds import Mean
 
@@ -45,3 +50,19 @@ def test_the_average_travels_where_one_client_trains_and_is_not_counted():
     assert alone.keys() == {"model", "ema/model", "ema/steps"}
     assert alone.keys() - method.uncounted == {"model"}
     assert method.broadcast(server, made.round_of({0: 1}, clients=4)).keys() == {"model"}
+
+
+@dataclass(frozen=True)
+class EndsAtZero(Algorithm):
+    """Trains as usual, and then throws it away: a method with a `train` of its own."""
+
+    def train(self, local, down, memory):
+        super().train(local, down, memory)
+        local.weights.zero_()
+
+
+def test_an_algorithm_trains_in_its_own_way_inside_the_average(toy_config, tmp_path):
+    for use_ema in (False, True):
+        out = tmp_path / f"ema-{use_ema}"
+        train(toy_config(algorithm=EndsAtZero(), use_ema=use_ema, rounds=1, evaluate_samples=0), out)
+        assert not load_file(out / "checkpoints/round-000001.safetensors")["model"].any()

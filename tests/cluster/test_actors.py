@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from fedray.federation.engine import fit
+from runs import fit
 
 from fedray.cli import main
 from fedray.cluster import actors
@@ -19,7 +19,7 @@ from fedray.errors import RunError, UserError
 from fedray.federation.evaluation import sample
 from fedray.federation.pool import LocalPool
 from fedray.federation.sampling import Sampling
-from fedray.federation.worker import Weights
+from fedray.federation.worker import model as model_of
 from fedray.record.run import Run
 
 TRAIN = "train --preset digits --clients 4 --rounds 2 --local-epochs 1 --evaluate-samples 8 --sampling-steps 5"
@@ -82,7 +82,7 @@ def test_stopped_here_and_resumed_there(ray, toy_config, tmp_path):
 
 def test_samples_do_not_depend_on_the_pool(ray, toy_config):
     config = toy_config(eval_batch_size=3)
-    model, sampling = Weights(torch.linspace(0, 1, 16).numpy()), replace(Sampling.of(config, 10), seed=4)
+    model, sampling = model_of({"model": torch.linspace(0, 1, 16)}), replace(Sampling.of(config, 10), seed=4)
     here = sample(LocalPool(config), model, sampling)[1]
     pool = actors.RayPool.start(toy_config(eval_batch_size=3, actors=2))
     try:

@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 import psutil
 import pytest
-from fedray.federation.engine import fit
+from runs import fit
 
 from fedray.cluster import driver
 from fedray.cluster.pool import RayPool

@@ -181,7 +181,7 @@ def test_what_is_there_is_not_run_again_unless_asked(toy_config, tmp_path, ray):
 
 @pytest.mark.slow
 def test_a_stopped_trial_goes_on_from_its_last_round(toy_config, tmp_path, ray):
-    from fedray.federation.engine import fit
+    from runs import fit
 
     from fedray.federation.pool import LocalPool
 

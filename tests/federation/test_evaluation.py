@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDPMScheduler, UNet2DModel
-from fedray.federation.engine import fit
 from PIL import Image
+from runs import fit
 
 import fedray
 from fedray import files
@@ -26,7 +26,7 @@ from fedray.federation.evaluation import Comparison, Scoring, evaluate, open_ref
 from fedray.federation.plan import make_plan
 from fedray.federation.pool import LocalPool
 from fedray.federation.sampling import Sampling, dataset_features
-from fedray.federation.worker import Weights
+from fedray.federation.worker import model as model_of
 from fedray.record.run import Run
 from fedray.scores import networks
 from fedray.scores.frechet import frechet_distance, gaussian
@@ -151,7 +151,7 @@ def test_scores_do_not_depend_on_the_pool(ray, short):
         pool = LocalPool(config) if actors == 0 else RayPool.start(config, plan.dataset)
         scoring = Scoring.of(config)
         comparison = Comparison(plan.dataset, scoring, open_reference(scoring, plan.dataset, pool))
-        found.append(evaluate(pool, Weights(plan.initial.numpy()), Sampling.of(config, 70), comparison))
+        found.append(evaluate(pool, model_of({"model": plan.initial}), Sampling.of(config, 70), comparison))
         if actors:
             pool.close()
     assert found[0].scores == found[1].scores == found[2].scores

@@ -11,7 +11,7 @@ from fedray.errors import RunError, UserError
 from fedray.federation.evaluation import prompts_of, sample
 from fedray.federation.pool import LocalPool
 from fedray.federation.sampling import Sampling, check_sample
-from fedray.federation.worker import Weights
+from fedray.federation.worker import model as model_of
 
 
 def test_images_are_divided_into_batches_with_their_prompts():
@@ -53,13 +53,13 @@ def test_wrong_samples_are_named_where_they_are_made(toy_config, monkeypatch):
     monkeypatch.setattr(toy.ToyLearner, "sample", lambda self, n, rng, sampler, steps: torch.zeros(n, 2))
     config = toy_config()
     with pytest.raises(RunError, match=r"batch 0 of the samples .* the task 'toy': .* gave a float32 tensor \[4, 2\]"):
-        sample(LocalPool(config), Weights(np.zeros(16, np.float32)), Sampling.of(config, 4))
+        sample(LocalPool(config), model_of({"model": torch.zeros(16)}), Sampling.of(config, 4))
 
 
 def test_a_task_gets_prompts_if_it_knows_them(toy_config, monkeypatch):
     """A task of a user's own has neither `prompts` nor a parameter for them."""
     config = toy_config(eval_batch_size=2)
-    model, dataset = Weights(np.zeros(16, np.float32)), config.task.dataset()
+    model, dataset = model_of({"model": torch.zeros(16)}), config.task.dataset()
     assert prompts_of(config, dataset) == ()
     sample(LocalPool(config), model, Sampling.of(config, 3))
     seen = []
