@@ -1,4 +1,4 @@
-"""Short forms: objects that a user names in one word, on the command line, in JSON and in Python.
+"""Short forms: objects that a user names in one word on the command line, in JSON or in Python.
 
 dirichlet:0.1              a class of fedray's, and the values of its fields in order
 fedadam:lr=0.01            or by name
@@ -136,9 +136,9 @@ class Menu:
 
 @dataclass(frozen=True)
 class Unloaded:
-    """An object of a user's own file that a run directory names and the user has not: code there never runs by itself.
+    """An object of a file that only a run directory names, not the user: such code never runs by itself.
 
-    It is told apart by its text, and refuses to be used.
+    Two are equal if their texts are; any use raises `UserError`.
     """
 
     kind: str
@@ -183,14 +183,14 @@ def name_of(cls: type) -> str:
 
 
 def _plain(hint: Any) -> Any:
-    """The type of `X | None` is X."""
+    """Return X for the type `X | None`."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return next(each for each in typing.get_args(hint) if each is not type(None))
     return hint
 
 
 def _value(text: str, kind: Any, what: str, form: str) -> Any:
-    """A value as its field's type."""
+    """Convert a value to its field's type."""
     if kind is bool:
         if text.lower() not in ("true", "false"):
             raise UserError(f"{what}: {text!r} is neither true nor false (the form is {form!r}).")

@@ -1,4 +1,4 @@
-"""The whole run: rounds, checkpoints, samples and scores, one after the other, until all rounds are complete."""
+"""A whole run: rounds, checkpoints, samples and scores in sequence, until all rounds are complete."""
 
 import math
 import time
@@ -55,7 +55,7 @@ def prepare(config: Config, run: Run, resume: bool = False, dataset: Dataset | N
 
 
 def fit(session: Session, provenance: dict[str, Any], resume: bool = False) -> Iterator[Row]:
-    """Do all rounds that are left: yields a row per round, and writes the run directory.
+    """Do all remaining rounds: yield a row per round and write the run directory.
 
     `provenance` is what config.json says of versions, machine and command.
 
