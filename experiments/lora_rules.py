@@ -2,7 +2,7 @@
 
 The four clients of lora_digits.py (one digit each that the base has never seen), with each algorithm: fedavg averages
 A and B separately (the paper's), ffa freezes A, svd takes the best factors of the mean of B·A, flora adds that mean to
-the base. A row's aggregation error is ‖ΔW − Σ w_i ΔW_i‖ / ‖Σ w_i ΔW_i‖; the table shows its mean over layers and rounds.
+the base. A row's aggregation error is ‖ΔW − Σ w_i ΔW_i‖ / ‖Σ w_i ΔW_i‖; the table has its mean over layers and rounds.
 
     python experiments/lora_rules.py --seeds 0 1 2
 
