@@ -1,4 +1,4 @@
-"""What feature networks have in common."""
+"""The common part of feature networks."""
 
 import hashlib
 from collections.abc import Callable, Sequence
