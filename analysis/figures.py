@@ -2,9 +2,9 @@
 
     python analysis/figures.py RESULTS [--score 'fd[digits]'] [--out DIR]
 
-RESULTS is a folder of runs, or of the results.parquet that `fedray.results.write` made. Draws the figures that make
-sense for what varies there, to RESULTS/figures; of several sweeps that share RESULTS, each in a folder of its own.
-Each function here draws one figure from the frame of `fedray.results.load`, and can be used from a notebook.
+RESULTS is a folder of runs, or of the results.parquet that `fedray.reports.results.write` made. Draws the figures that
+make sense for what varies there, to RESULTS/figures; of several sweeps that share RESULTS, each in a folder of its own.
+Each function here draws one figure from the frame of `fedray.load`, and can be used from a notebook.
 """
 
 import json

@@ -1,8 +1,8 @@
 """How close does federated training come to centralised training?
 
-Four clients with a quarter of the digits each, against one client with all of them: once for as many steps one
-after the other as a federated client makes (the paper's comparison: the federation computes four times as much),
-once for as many passes over the data (the same compute, four times the steps).
+Four clients hold a quarter of the digits each; one client holds all of them. The one trains once for as many sequential
+steps as a federated client makes (the paper's comparison: the federation computes four times as much), and once for as
+many passes over the data (the same compute, four times the steps).
 
     python experiments/digits.py --seeds 0 1 2          the question, with its spread
     python experiments/digits.py --no-same-passes       `make demo`

@@ -2,9 +2,9 @@
 
 The small Stable Diffusion that ships with fedray knows the digits 0 to 5. Four clients have 32 images each of one digit
 that it has never seen: 6, 7, 8, 9. They fine-tune it together by LoRA (federated), pool their images (centralised, with
-as many steps one after the other: of as large batches, or of batches four times as large and so as many images as the
-federation sees), or train alone. Then each model is asked for all four digits, and a classifier says
-which digit came out: the prompt accuracy. An untrained adapter is the base itself.
+as many sequential steps: of batches of the same size, or of batches four times as large, which see as many images as
+the federation), or train alone. Then each model is asked for all four digits, and a classifier says which digit came
+out: the prompt accuracy. An untrained adapter is the base itself.
 
     python experiments/lora_digits.py --seeds 0 1 2     the question, with its spread
     python experiments/lora_digits.py --demo            `make demo-lora`: the federation alone, before and after

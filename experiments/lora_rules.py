@@ -1,12 +1,12 @@
 """What does each way of aggregating adapters lose, cost and reach?
 
-The four clients of lora_digits.py (one digit each that the base has never seen), with each rule: the averages of A and
-B apart (the paper's), A frozen (ffa), the best factors of the mean of B A (svd), stacking into the base (flora). A
-row's aggregation error is ‖ΔW − Σ w_i ΔW_i‖ / ‖Σ w_i ΔW_i‖; the mean over layers and rounds is shown.
+The four clients of lora_digits.py (one digit each that the base has never seen), with each algorithm: fedavg averages
+A and B separately (the paper's), ffa freezes A, svd takes the best factors of the mean of B·A, flora adds that mean to
+the base. A row's aggregation error is ‖ΔW − Σ w_i ΔW_i‖ / ‖Σ w_i ΔW_i‖; the table has its mean over layers and rounds.
 
     python experiments/lora_rules.py --seeds 0 1 2
 
-flora starts new adapters every round, so no rule keeps optimizers here: they differ in nothing else.
+flora starts new adapters every round, so no algorithm keeps optimizers here: they differ in nothing else.
 """
 
 import time

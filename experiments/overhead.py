@@ -3,8 +3,8 @@
     python experiments/overhead.py
 
 The digits preset on two actors, against two bare processes that at the same time make the same steps with diffusers
-and torch alone (no Ray, no flat vector, no messages). Both are measured in turns, on the same machine, several
-times; the figure is seconds per round, without the first, and the ratio.
+and torch alone (no Ray, no flat vector, no messages). The measurements alternate on the same
+machine, several times; the result is seconds per round, without the first, and their ratio.
 """
 
 import multiprocessing

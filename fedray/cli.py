@@ -22,7 +22,7 @@ Each command has its own --help.
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command. Returns the exit code: 0, 1 for a run that failed, 2 for a mistake, 130 for Ctrl-C."""
+    """Run a command and return its exit code: 0, 1 for a run that failed, 2 for a mistake, 130 for Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
     command, *rest = arguments or ["--help"]
     if command == "--version":

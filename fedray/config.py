@@ -190,7 +190,7 @@ class Config:
 
     @property
     def links(self) -> Wire:
-        """The wire, as what it does to messages."""
+        """The wire as a chain of links."""
         return Wire(self.wire)
 
     @property
@@ -204,7 +204,7 @@ class Config:
 
     @property
     def threads(self) -> int:
-        """Threads a client computes with. Float sums depend on it, so a resumed run must keep it."""
+        """Threads per client. Float sums depend on their number, so a resumed run must keep it."""
         return max(1, math.floor(self.cpus_per_actor))
 
     @property
@@ -212,7 +212,7 @@ class Config:
         return 1 if self.only_client is not None else max(1, math.floor(self.fraction * self.clients + 0.5))
 
     def steps(self, examples: int) -> int:
-        """Optimizer steps of a client with so many examples in one round."""
+        """Return the optimizer steps in one round of a client with this number of examples."""
         if self.local_steps is not None:
             return self.local_steps
         assert self.local_epochs is not None
@@ -220,17 +220,17 @@ class Config:
         return self.local_epochs * math.ceil(batches / self.gradient_accumulation_steps)
 
     def validates(self, rounds: int) -> bool:
-        """Whether held-out losses are measured, and prompts drawn, after so many rounds."""
+        """Tell whether to measure held-out losses, and sample for prompts, after this number of rounds."""
         return rounds == self.rounds or rounds % self.validation_rounds == 0
 
     def evaluates(self, rounds: int) -> bool:
-        """Whether the model is sampled and scored after so many rounds."""
+        """Tell whether to sample and score the model after this number of rounds."""
         due = rounds == self.rounds or (self.evaluate_every is not None and rounds % self.evaluate_every == 0)
         return due and self.evaluate_samples > 0
 
     @property
     def single(self) -> bool:
-        """One client trains: the run is plain training, not a federation."""
+        """True where one client trains: the run is plain training, not a federation."""
         return self.clients == 1 or self.only_client is not None
 
     def check(self) -> None:
@@ -293,7 +293,7 @@ class Config:
 
     @property
     def task_offers(self) -> frozenset[str]:
-        """What the task offers to an algorithm; a user's own task need not say."""
+        """Properties of the task that an algorithm may require; a user's own task need not define them."""
         return getattr(self.task, "offers", frozenset())
 
     def to_json(self) -> dict[str, Any]:
@@ -303,7 +303,7 @@ class Config:
 
     @property
     def sha256(self) -> str:
-        """Of everything that the result depends on: the same for two runs that only compute in other places."""
+        """SHA-256 of everything that the result depends on: equal for two runs that differ only in placement."""
         return sha256_of(self.to_json())
 
     @classmethod
@@ -327,11 +327,11 @@ class Config:
 
 
 def sha256_of(values: dict[str, Any]) -> str:
-    """`Config.sha256` of what `to_json` gave, as it was saved with a run."""
+    """Return `Config.sha256` of a saved configuration, as `to_json` gave it."""
     matters = {name: value for name, value in values.items() if name not in PLACEMENT}
     return hashlib.sha256(json.dumps(matters, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def flag(name: str) -> str:
-    """The command line's spelling of a field."""
+    """Return the command-line flag of a field."""
     return "--" + name.replace("_", "-")

@@ -1,4 +1,4 @@
-"""What users are told: the two kinds of error, and the nearest name to a wrong one."""
+"""Errors that users see: the two kinds, and the nearest name to a wrong one."""
 
 import difflib
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ class RunError(RuntimeError):
 
 
 def reason(error: Exception) -> str:
-    """Return what an error of somebody else's code says, as a part of our sentence: its first line."""
+    """Return the first line of another library's error, as a part of our sentence."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
 
 

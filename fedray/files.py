@@ -1,4 +1,4 @@
-"""What is made once per node and kept: an entry is a directory, written aside and renamed."""
+"""A per-node cache, and atomic writes. Each entry is a directory, built in a temporary one and renamed."""
 
 import fcntl
 import hashlib
@@ -20,18 +20,18 @@ LOCK_TIMEOUT = 86_400.0  # seconds to wait for another process that makes the sa
 
 
 def home() -> Path:
-    """Where entries are: $FEDRAY_CACHE, else fedray in the user's cache directory."""
+    """Return the cache's directory: $FEDRAY_CACHE, else fedray in the user's cache directory."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("FEDRAY_CACHE") or Path(base) / "fedray").absolute()
 
 
 def kept(what: str, key: object, make: Callable[[Path], None]) -> Path:
-    """The directory of an entry; `make` fills it, unless it is there already.
+    """Return the directory of an entry; `make` fills it, unless it is cached already.
 
-    Safe against a killed maker and against two of them: one makes it, the other waits.
+    Safe if a maker is killed, or if two start at once: one makes the entry, the other waits.
 
     Args:
-        what: is made, for messages.
+        what: describes the work, for messages.
         key: JSON that changes whenever the entry would.
 
     Raises:
@@ -53,7 +53,7 @@ def kept(what: str, key: object, make: Callable[[Path], None]) -> Path:
 
 @contextmanager
 def _locked(path: Path, what: str) -> Iterator[None]:
-    """One maker at a time; the kernel frees the lock of one that was killed."""
+    """Lock an entry for one maker at a time; the kernel frees the lock of a killed process."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "w")  # noqa: SIM115
@@ -82,7 +82,7 @@ def _locked(path: Path, what: str) -> Iterator[None]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises `UserError`."""
+    """Read a JSON file. Raises `UserError` if it is damaged."""
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
@@ -94,7 +94,7 @@ def as_json(values: dict[str, Any]) -> str:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file: complete or not at all."""
+    """Write a file by way of a temporary one: complete or not at all."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         aside.write_text(text)

@@ -1,4 +1,4 @@
-"""Short forms: objects that a user names in one word, on the command line, in JSON and in Python.
+"""Short forms: objects that a user names in one word on the command line, in JSON or in Python.
 
 dirichlet:0.1              a class of fedray's, and the values of its fields in order
 fedadam:lr=0.01            or by name
@@ -142,22 +142,33 @@ class Menu:
 
 @dataclass(frozen=True)
 class Unloaded:
-    """An object of a user's own file that a run directory names and the user has not: code there never runs by itself.
+    """An object of a file that only a run directory names, not the user: such code never runs by itself.
 
-    It is told apart by its text, and refuses to be used.
+    Two are equal if their texts are; any use raises `UserError`.
     """
 
     kind: str
     text: str
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
+    # Enough to sample and to score a model: none of it is asked of an algorithm, a fold or a link.
+    needs: typing.ClassVar[Mapping[str, str]] = {}
+    offers: typing.ClassVar[frozenset[str]] = frozenset({"fixed coordinates", "uploads"})
+    trains: typing.ClassVar[None] = None
+    uncounted: typing.ClassVar[frozenset[str]] = frozenset()
+    uniform: typing.ClassVar[bool] = False
+
+    def refuse(self) -> typing.NoReturn:
+        """Raise `UserError` with what to type where the code may run."""
         place, _, _ = self.text.partition(":")
         again = f"the file again (--code {place})" if place.endswith(CODE) else f"it again (--{self.kind} {self.text})"
         raise UserError(
             f"this needs the {self.kind} {self.text}, which is code that the run names: if you trust it, name {again}."
         )
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        self.refuse()
 
     def __str__(self) -> str:
         return self.text
@@ -189,14 +200,14 @@ def name_of(cls: type) -> str:
 
 
 def _plain(hint: Any) -> Any:
-    """The type of `X | None` is X."""
+    """Return X for the type `X | None`."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return next(each for each in typing.get_args(hint) if each is not type(None))
     return hint
 
 
 def _value(text: str, kind: Any, what: str, form: str) -> Any:
-    """A value as its field's type."""
+    """Convert a value to its field's type."""
     if kind is bool:
         if text.lower() not in ("true", "false"):
             raise UserError(f"{what}: {text!r} is neither true nor false (the form is {form!r}).")
@@ -211,12 +222,15 @@ def _value(text: str, kind: Any, what: str, form: str) -> Any:
 
 
 def _text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value).removesuffix(".0")
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
 def files_named(arguments: Collection[str]) -> set[Path]:
     """Return the files of code that command-line arguments name, as `FILE.py:Class` or alone: these may run."""
-    words = [word.strip(":") for argument in arguments for word in re.split(r"[=,]", argument)]
+    whole = [part for argument in arguments for part in (argument, argument.partition("=")[2])]
+    words = [*whole, *(word for part in whole for word in re.split(r"[=,]", part))]
     parts = [part for word in words for part in (word, *word.split(":"))]
     return {Path(part).resolve() for part in parts if part.endswith(CODE) and Path(part).is_file()}
 
@@ -226,6 +240,14 @@ def parse_all(menu: Menu, text: str, plain: Mapping[str, tuple], allowed: Collec
     if text in plain:
         return plain[text]
     return tuple(menu.parse(each, allowed) for each in text.split(","))
+
+
+def check_loaded(part: Any) -> None:
+    """Raise `UserError` if an object, or one that it wraps, is code that has not been allowed to run."""
+    if isinstance(part, Unloaded):
+        part.refuse()
+    for value in vars(part).values() if dataclasses.is_dataclass(part) else part if isinstance(part, tuple) else ():
+        check_loaded(value)
 
 
 def check_types(settings: Any) -> None:

@@ -1,4 +1,4 @@
-"""What users can name: the menus of fedray's own classes, and how settings are read from text and written as it."""
+"""Menus of the classes that users can name, and the conversion of settings from and to text."""
 
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -22,7 +22,7 @@ EXACT: dict[str, tuple] = {"float32": ()}  # a wire without links
 
 
 def word(parse: Callable[[str], Any], form: Callable[[Any], str], names: str) -> PrimitiveConstructorSpec:
-    """How tyro reads and shows what is named by a short form: `--partition dirichlet:0.1`."""
+    """Make the constructor by which tyro reads and shows a short form: `--partition dirichlet:0.1`."""
     return PrimitiveConstructorSpec(
         nargs=1,
         metavar=names,

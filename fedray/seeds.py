@@ -6,7 +6,7 @@ import torch
 
 
 def number(seed: int, *key: str | int) -> int:
-    """A 63-bit seed from the run's seed and a key such as `("train", round, client)`.
+    """Derive a 63-bit seed from the run's seed and a key such as `("train", round, client)`.
 
     Hashed, so that neighbouring rounds, clients and seeds have unrelated streams.
     """
@@ -15,7 +15,7 @@ def number(seed: int, *key: str | int) -> int:
 
 
 def generator(seed: int, *key: str | int) -> torch.Generator:
-    """A CPU generator for one purpose; the same key gives the same draws on every machine and in every process.
+    """Return a CPU generator for one purpose; the same key gives the same draws on every machine, in every process.
 
     On the CPU also for work on a GPU: what is drawn must not depend on where it is used. torch seeds its
     Mersenne Twister with the low 32 bits, so two of a million keys may share a stream; none depends on another.

@@ -99,7 +99,7 @@ def uploads(vectors, round, rows=None):
 
 
 def fold(vectors, round, fold=Mean(), rows=None):  # noqa: B008 (it is frozen)
-    """What they make together, added one after the other."""
+    """What they make together, added sequentially."""
     partial = fold.start(round)
     for upload in uploads(vectors, round, rows):
         partial = fold.add(partial, upload, round)

@@ -1,4 +1,4 @@
-"""Federated methods, one file each: what a client does and what the server makes of it, in one object.
+"""Federated methods, one file each: the client's half and the server's half in one object.
 
 An algorithm is a frozen dataclass whose fields are its hyperparameters. It holds no state: what a method remembers are
 dictionaries of named tensors, kept at the server and at each client, which the engine saves, restores and sends without
@@ -51,7 +51,7 @@ class Round:
 
 @dataclass(eq=False)
 class Upload:
-    """What one client returned, decoded: tensors, their weights in means, and numbers, by name."""
+    """One client's decoded contribution: tensors, their weights in means, and numbers, by name."""
 
     client: int
     tensors: Tensors
@@ -61,7 +61,7 @@ class Upload:
 
 @dataclass(eq=False)
 class Folded:
-    """What all uploads of a round make.
+    """The combination of all uploads of a round.
 
     sums: Σ w x by name, float64;  weights: Σ w;  rows: (client, numbers), ascending by client;  uploads: the uploads
     themselves, ascending by client, where the fold keeps them.
@@ -114,12 +114,12 @@ class Algorithm:
 
     @property
     def needs(self) -> Mapping[str, str]:
-        """What the rest of a run must offer, and what to tell the user where it does not."""
+        """Requirements on the rest of a run: by name, the message for users where it is not met."""
         return {}
 
     @property
     def offers(self) -> frozenset[str]:
-        """What the method offers to the rest: by default that the vector means the same in every round."""
+        """Properties that others may require; by default, that the vector means the same in every round."""
         return frozenset({"fixed coordinates"})
 
     @property
@@ -129,7 +129,7 @@ class Algorithm:
 
     @property
     def trains(self) -> Callable[[str], bool] | None:
-        """Which adapters' parameters are trained, by name; None for all. The others stay as they are drawn."""
+        """A test of which adapters' parameters are trained, by name; None trains all. The others stay as drawn."""
         return None
 
     def init(self, model: Tensor, layout: Layout) -> Tensors:
@@ -160,7 +160,7 @@ class Algorithm:
         return server | {"model": folded.mean("model")}
 
     def diagnose(self, before: Tensors, after: Tensors, folded: Folded, round: Round) -> Rows:
-        """Return what the record says of an aggregation: of adapters, how far ΔW is from the mean of the clients'.
+        """Return numbers about an aggregation for the record: for adapters, the distance of ΔW from the clients' mean.
 
         ‖ΔW − Σ w_i ΔW_i‖ / ‖Σ w_i ΔW_i‖ (Frobenius), the largest and the mean over layers.
         """
@@ -174,7 +174,7 @@ class Algorithm:
 
 
 class Wrapper(Algorithm):
-    """An algorithm around another: whatever it does not override is the wrapped one's affair."""
+    """An algorithm around another: it delegates whatever it does not override."""
 
     abstract = True
     algorithm: Algorithm

@@ -59,8 +59,9 @@ class EMA(Wrapper):
         self.algorithm.train(local, down, memory)
 
     def upload(self, local: Local, down: Tensors, memory: Tensors) -> tuple[Tensors, Rows, Tensors]:
+        average = memory.pop("ema/model", None)
         tensors, rows, kept = self.algorithm.upload(local, down, memory)
-        return tensors | {name: memory[name] for name in ("ema/model",) if name in memory}, rows, kept
+        return tensors if average is None else tensors | {"ema/model": average}, rows, kept
 
     def aggregate(self, server: Tensors, folded: Folded, round: Round) -> Tensors:
         after = self.algorithm.aggregate(server, folded, round)

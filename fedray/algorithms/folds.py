@@ -1,4 +1,4 @@
-"""Folds: how the uploads of a round become one. A fold is a monoid: uploads are added to a partial, partials merged."""
+"""Folds combine the uploads of a round. A fold is a monoid: uploads are added to a partial, partials are merged."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,18 +10,18 @@ from fedray.algorithms import Folded, Round, Rows, Tensors, Upload
 
 
 class Fold:
-    """How the uploads of a round become one. Derive from it, as a frozen dataclass."""
+    """A way to combine the uploads of a round. Derive from it, as a frozen dataclass."""
 
     abstract = False  # not to be named by users
 
     @property
     def needs(self) -> Mapping[str, str]:
-        """What the rest of a run must offer, and what to tell the user where it does not."""
+        """Requirements on the rest of a run: by name, the message for users where it is not met."""
         return {}
 
     @property
     def offers(self) -> frozenset[str]:
-        """What the fold offers to the rest of a run: "uploads" where it keeps them."""
+        """Properties that others may require: "uploads" where it keeps them."""
         return frozenset()
 
     def start(self, round: Round) -> Any:
@@ -37,12 +37,12 @@ class Fold:
         raise NotImplementedError
 
     def result(self, partial: Any, round: Round) -> Folded:
-        """Return what all uploads make."""
+        """Return the combination of all uploads."""
         raise NotImplementedError
 
 
 class Collect(Fold):
-    """All uploads, to be combined at once by `combine`: memory grows with the cohort."""
+    """A fold that collects all uploads and combines them at once: its memory grows with the cohort."""
 
     abstract = True
 
@@ -57,15 +57,16 @@ class Collect(Fold):
 
     def result(self, partial: list[Upload], round: Round) -> Folded:
         uploads = sorted(partial, key=lambda upload: upload.client)
-        names = uploads[0].tensors if uploads else ()
-        combined = {name: self.combine([upload.tensors[name] for upload in uploads]) for name in names}
-        rows = [(upload.client, upload.rows) for upload in uploads]
-        return Folded(
-            {name: tensor.double() for name, tensor in combined.items()}, dict.fromkeys(combined, 1), rows, uploads
-        )
+        sums: Tensors = {}
+        weights: dict[str, float] = {}
+        for name in dict.fromkeys(name for upload in uploads for name in upload.tensors):
+            sent = [upload for upload in uploads if name in upload.tensors]
+            weights[name] = sum(upload.weights[name] for upload in sent)
+            sums[name] = self.combine([upload.tensors[name] for upload in sent]).double() * weights[name]
+        return Folded(sums, weights, [(upload.client, upload.rows) for upload in uploads], uploads)
 
     def combine(self, tensors: list[Tensor]) -> Tensor:
-        """Return what takes the mean's place, from each client's tensor [d], ascending by client."""
+        """Return the replacement for the mean, from each client's tensor [d], ascending by client."""
         raise NotImplementedError
 
 
@@ -81,7 +82,7 @@ class _Means:
 
 @dataclass(frozen=True)
 class Mean(Fold):
-    """Σ w x / Σ w, as a running mean: it holds one upload at a time, and of one upload alone it is x itself.
+    """The weighted mean Σ w x / Σ w, as a running mean: it holds one upload at a time; of a single one it is x itself.
 
     Adapters' uploads are kept: products of factors are no sums of vectors.
     """

@@ -1,4 +1,4 @@
-"""Rules for adapters, whose averages as A and B apart (`FedAvg`, the paper's) are not the average of ΔW = s B A."""
+"""Methods for adapters: averaging A and B separately (`FedAvg`, the paper's) does not average ΔW = s B A."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,9 +16,9 @@ UPLOADS = {"uploads": "needs each client's own factors, which this fold does not
 
 @dataclass(frozen=True)
 class FFA(Algorithm):
-    """A stays as it was drawn, and only B is trained, sent and averaged: exact, at half the payload.
+    """FFA-LoRA: freezes A as it was drawn; trains, sends and averages only B: exact, at half the payload.
 
-    Sun et al. 2024 (FFA-LoRA, arXiv:2403.12313).
+    Sun et al. 2024 (arXiv:2403.12313).
     """
 
     needs = ADAPTERS
@@ -30,9 +30,9 @@ class FFA(Algorithm):
 
 @dataclass(frozen=True)
 class SVD(Algorithm):
-    """The best factors of rank r of Σ w_i s B_i A_i: what is lost is the tail of its singular values.
+    """FlexLoRA: takes the best factors of rank r of Σ w_i s B_i A_i; it loses the tail of the singular values.
 
-    Bai et al. 2024 (FlexLoRA, arXiv:2402.11505); Eckart and Young 1936.
+    Bai et al. 2024 (arXiv:2402.11505); Eckart and Young 1936.
     """
 
     needs = ADAPTERS | UPLOADS
@@ -53,9 +53,9 @@ class SVD(Algorithm):
 
 @dataclass(frozen=True)
 class Flora(Algorithm):
-    """Stacking: Σ w_i s B_i A_i itself is added to the base, and every round starts new adapters: exact.
+    """FLoRA stacks adapters: it adds Σ w_i s B_i A_i to the base and starts new ones every round: exact.
 
-    Wang et al. 2024 (FLoRA, arXiv:2409.05976). The base's change is dense, float32, and goes down to every client.
+    Wang et al. 2024 (arXiv:2409.05976). The base's change is dense, float32, and goes down to every client.
     """
 
     needs = ADAPTERS | UPLOADS | {"float32 base": "needs a float32 base (base_dtype): rounding would lose the change"}
@@ -80,7 +80,7 @@ class Flora(Algorithm):
 
 
 def adapters_of(round: Round) -> Adapters:
-    """Return what the vector means (`needs` has seen to it that it is adapters)."""
+    """Return the round's adapters; `needs` ensures that there are some."""
     assert round.adapters is not None
     return round.adapters
 

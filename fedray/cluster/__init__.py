@@ -1,4 +1,4 @@
-"""Ray: where runs, clients and sweeps are placed. No other room imports it."""
+"""Everything that runs on Ray: runs, clients and sweeps. No other folder imports Ray."""
 
 import os
 

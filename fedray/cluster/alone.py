@@ -29,7 +29,7 @@ def run_local_only(
     show: Show = silent,
     dataset: Dataset | None = None,
 ) -> list[Run]:
-    """Train each client by itself, to measure what the others are worth to it; in parallel, one client per actor.
+    """Train each client alone, to measure its gain from the federation; in parallel, one client per actor.
 
     Each client has a run, in `out`/client-0000 and so on: incomplete ones are continued, complete ones kept. Raises as
     `run` does.

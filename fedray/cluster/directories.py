@@ -1,4 +1,4 @@
-"""Directories of a sweep: where each trial goes, the sweep's record, and what became of the trials. Without Ray."""
+"""Directories of a sweep: each trial's place, the sweep's record, and the outcome of trials. Without Ray."""
 
 import json
 import re
@@ -25,7 +25,7 @@ class Trial:
 
 
 class Sweep(NamedTuple):
-    """What became of a sweep's trials: the complete runs; and, by directory name, why others are not complete."""
+    """The outcome of a sweep: its complete runs and, by directory name, why other trials are not complete."""
 
     runs: list[Run]
     stopped: dict[str, str]  # by ASHA
@@ -105,7 +105,7 @@ def settled(trial: Trial) -> bool:
 
 
 def outcome(trial: Trial) -> str:
-    """Tell what became of a trial: complete, stopped or failed."""
+    """Tell the outcome of a trial: complete, stopped or failed."""
     if Run(trial.directory).result is not None:
         return "complete"
     return "stopped" if (trial.directory / STOPPED).exists() else "failed"

@@ -32,7 +32,7 @@ LINGER = 60.0  # seconds that a driver keeps its last rows for a caller that may
 
 @dataclass(frozen=True)
 class Request:
-    """What a driver actor is asked to run. `source` is where this node has the task's dataset, if it is cached."""
+    """A run for a driver actor. `source` is the place of the task's dataset on this node, if it is cached."""
 
     config: Config
     out: Path

@@ -1,4 +1,4 @@
-"""Sweeps on Ray Tune: many runs that differ, in parallel. A trial is a whole federated run, and its own driver.
+"""Sweeps on Ray Tune: many different runs in parallel. A trial is a whole federated run and its own driver.
 
 We discard Tune's own experiment state. The run directories, found by config hash, are the record.
 """
@@ -224,7 +224,7 @@ def _train(
 
 
 class _Watch(tune.Callback):
-    """A callback that passes on what happens to trials, and ends a sweep in which nothing can start."""
+    """A callback that reports the progress of trials, and ends a sweep in which nothing can start."""
 
     def __init__(self, trials: dict[str, Trial], on_news: Callable[[News], None]) -> None:
         self.trials = trials

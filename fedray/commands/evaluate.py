@@ -163,7 +163,7 @@ def _evaluate_pipeline(options: Evaluate) -> None:
 
 
 def _evaluate_folder(options: Evaluate) -> None:
-    """Score a folder of images, made by whatever model."""
+    """Score a folder of images, made by any model."""
     resolution, channels = form_of(options.target)
     reference = Images(**options.reference(resolution, channels))
     folder = Images("imagefolder", str(options.target), resolution=resolution, channels=channels)
@@ -195,7 +195,7 @@ def _untrained(task: object) -> Config:
 
 
 def _compare(config: Config, dataset: Dataset, pool: Pool, show: Show) -> Comparison:
-    """Open what samples are compared with."""
+    """Open the dataset and reference that samples are compared with."""
     scoring = Scoring.of(config)
     assert scoring is not None
     return Comparison(dataset, scoring, open_reference(scoring, dataset, pool, show))

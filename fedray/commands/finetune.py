@@ -1,4 +1,4 @@
-"""fedray finetune: as fedray train, of adapters."""
+"""fedray finetune: fedray train for adapters."""
 
 from fedray.commands.train import finetune as main
 

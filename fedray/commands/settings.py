@@ -1,4 +1,4 @@
-"""A command's flags beside those of every setting, which start from a preset."""
+"""A command's own flags, beside a flag for every setting; a preset gives the defaults."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar

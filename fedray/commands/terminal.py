@@ -1,4 +1,4 @@
-"""What commands show: progress, tables, and how to type the next command."""
+"""Terminal output of commands: progress, tables, the next command to type."""
 
 import math
 import os
@@ -22,7 +22,7 @@ from fedray.scores.metrics import deciding
 
 
 def program() -> str:
-    """How to type fedray here: by its path, where its environment is not activated."""
+    """Return the command that starts fedray here: its path, where its environment is not activated."""
     return "fedray" if shutil.which("fedray") else os.path.relpath(Path(sys.executable).with_name("fedray"))
 
 
@@ -30,7 +30,7 @@ def program() -> str:
 def progress(
     rounds: int, alone: bool = False
 ) -> Iterator[tuple[Callable[[dict[str, Any]], None], Callable[[str, float, float], None]]]:
-    """A progress bar with the time left, and a line per round: what `run` takes as `on_row` and `show`.
+    """Show a progress bar with the time left, and a line per round; yield the `on_row` and `show` that `run` takes.
 
     Args:
         alone: rounds are of several runs, one per client.

@@ -132,7 +132,7 @@ def _print_plan(config: Config) -> None:
         "rounds": f"{config.rounds}",
         "actors": f"{actors}, {config.cpus_per_actor:g} CPUs and {config.gpus_per_actor:g} GPUs each",
         "parameters": f"{plan.layout.size:,}",
-        "steps": f"{sum(map(sum, steps)):,} in all; {sum(map(max, steps)):,} one after the other",
+        "steps": f"{sum(map(sum, steps)):,} in all; {sum(map(max, steps)):,} sequential",
         "bytes": f"{planned.down:,} down to a client in a round, {planned.up:,} up",
         "bytes in all": f"{down / 1e6:,.1f} MB down, {planned.up * messages / 1e6:,.1f} up",
     }.items():

@@ -1,4 +1,4 @@
-"""What is said of each image: captions from where people put them."""
+"""Captions of images, from the places where people put them."""
 
 import re
 from pathlib import Path
@@ -10,8 +10,10 @@ from fedray.errors import UserError, reason
 
 
 def captions_of(dataset: Dataset, source: str, column: str, instance_prompt: str | None) -> list[str]:
-    """A caption for each image: the one prompt for all, else a column of the dataset or of its metadata file, else a
-    text file beside each image, else the names of their folders.
+    """Return a caption for each image.
+
+    It is the one prompt for all, else from a column of the dataset or of its metadata file, else from a text file
+    beside each image, else the name of its folder.
 
     Args:
         source: the folder of the images, or the dataset's name.
@@ -40,7 +42,7 @@ def captions_of(dataset: Dataset, source: str, column: str, instance_prompt: str
 
 
 def _from_files(root: Path, names: np.ndarray) -> list[str]:
-    """From a text file beside each image, else from its folder's name."""
+    """Read captions from a text file beside each image, else take the names of folders."""
     beside = [(root / name).with_suffix(".txt") for name in names]
     there = [path.is_file() for path in beside]
     if not any(there):

@@ -1,4 +1,4 @@
-"""A dataset: images as one uint8 array, and what is known of each."""
+"""Datasets: images as one uint8 array, their labels and columns."""
 
 import difflib
 import hashlib
@@ -28,7 +28,7 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Images and what is known of them.
+    """Images, their labels and their columns.
 
     images: uint8 [n, channels, height, width];  labels: int64 [n] or None;  columns: by name, [n] each: folder or
     identity, attributes, and whatever a metadata file has;  source: where other processes of this node find the same.
@@ -41,7 +41,7 @@ class Dataset:
 
     @classmethod
     def open(cls, place: Path, columns: Sequence[str] | None = None) -> "Dataset":
-        """A dataset that was loaded on this node before, memory-mapped; without listing its files again.
+        """Open a dataset that is cached on this node, memory-mapped, without listing its files again.
 
         Args:
             columns: those to read, where there are such; None reads all.
@@ -62,11 +62,11 @@ class Dataset:
 
     @cached_property
     def sha256(self) -> str:
-        """Of the images in this form: what a run, or a score's reference, can be held to."""
+        """SHA-256 of the images in this form, by which runs and references recognise them."""
         return self.source.sha256 if self.source else sha256(self.images)
 
     def with_column(self, name: str, values: np.ndarray) -> "Dataset":
-        """The dataset with one more column [n]; other processes of this node find it too."""
+        """Return the dataset with one more column [n]; other processes of this node find it too."""
         columns = {**self.columns, name: values}
         if self.source is None:
             return replace(self, columns=columns)
@@ -74,7 +74,7 @@ class Dataset:
         return keep(images, self.source.sha256, self.labels, columns)
 
     def column(self, name: str) -> np.ndarray:
-        """A column by name; "label" are the labels. Raises `UserError` with the names that there are."""
+        """Return a column by name; "label" are the labels. Raises `UserError` with the names that there are."""
         columns = dict(self.columns) if self.labels is None else {"label": self.labels, **self.columns}
         if name not in columns:
             near = difflib.get_close_matches(name, columns, n=1)
@@ -87,7 +87,7 @@ class Dataset:
 
 
 def keep(images: Path, sha256: str, labels: np.ndarray | None, columns: Mapping[str, np.ndarray]) -> Dataset:
-    """A dataset in this node's cache: where its images are, and what is known of them."""
+    """Save labels and columns of cached images in this node's cache, and return the dataset."""
     table = pd.DataFrame(dict(columns))
     known = np.zeros(0, np.int64) if labels is None else np.asarray(labels)
 

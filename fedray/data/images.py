@@ -27,7 +27,7 @@ CHUNK = 32  # images that a thread decodes at a time
 
 @dataclass(frozen=True)
 class Form:
-    """What every image is made into."""
+    """The form that every image is brought into."""
 
     resolution: int  # height and width, in pixels
     channels: int  # 1 grey, 3 RGB
@@ -35,7 +35,7 @@ class Form:
 
 
 class Decoded(NamedTuple):
-    """What the cache holds of a source."""
+    """A source's images in the cache."""
 
     path: Path  # of the array: uint8 [n, channels, resolution, resolution]
     positions: np.ndarray  # int64 [n], of its rows among the source's images: some may be unreadable
@@ -43,7 +43,7 @@ class Decoded(NamedTuple):
 
 
 def decode(source: Path | bytes, form: Form) -> np.ndarray:
-    """One image as uint8 [channels, resolution, resolution].
+    """Decode one image as uint8 [channels, resolution, resolution].
 
     Turned upright (EXIF), its first frame if it is animated, its central square, resized by an antialiased bicubic
     filter. 16-bit images keep their upper 8 bits; CMYK, palettes and transparency become plain RGB or grey.
@@ -70,7 +70,7 @@ def decode(source: Path | bytes, form: Form) -> np.ndarray:
 def cached(
     what: str, names: Sequence[str], stamp: object, read: Callable[[int], Path | bytes], form: Form, skip: bool
 ) -> Decoded:
-    """The images that `read(i)` gives, decoded into the cache unless they are there already.
+    """Decode the images that `read(i)` gives into the cache, unless they are there already.
 
     Args:
         what: the source, for messages.
@@ -99,7 +99,7 @@ def cached(
 
 
 def form_of(directory: Path) -> tuple[int, int]:
-    """Resolution and channels (1 or 3) that all images below a directory have.
+    """Return the resolution and channels (1 or 3) that all images below a directory have.
 
     Raises:
         UserError: there are none, or they are not square, or differ in size or mode: then nothing could be compared
@@ -126,7 +126,7 @@ def form_of(directory: Path) -> tuple[int, int]:
 
 
 def images_below(directory: Path, flag: str = "--train-data-dir ") -> list[Path]:
-    """All image files below a directory, sorted; those hidden are left out. Raises `UserError` where there are none."""
+    """List the image files below a directory, sorted, without hidden ones. Raises `UserError` where there are none."""
     if not directory.is_dir():
         wrong = "is a file, not a directory" if directory.exists() else "does not exist"
         raise UserError(f"{flag}{directory} {wrong}.")
@@ -145,7 +145,7 @@ def images_below(directory: Path, flag: str = "--train-data-dir ") -> list[Path]
 
 
 def sha256(images: np.ndarray) -> str:
-    """SHA-256 of an array of images and its shape: the same images in the same form have the same."""
+    """Return the SHA-256 of an array of images and its shape."""
     digest = hashlib.sha256(repr(images.shape).encode())
     for start in range(0, len(images), 4096):
         digest.update(np.ascontiguousarray(images[start : start + 4096]).data)
@@ -155,7 +155,7 @@ def sha256(images: np.ndarray) -> str:
 def _decode_all(
     what: str, names: Sequence[str], read: Callable[[int], Path | bytes], form: Form, path: Path
 ) -> tuple[dict[int, str], bool]:
-    """Decode in parallel into `path`; returns why some could not be, and whether that may pass."""
+    """Decode in parallel into `path`; return why some failed, and whether the cause may be temporary."""
     shape = (len(names), form.channels, form.resolution, form.resolution)
     need, free = math.prod(shape), shutil.disk_usage(path.parent).free
     if need > free:  # a mapped file that finds the disk full kills the process

@@ -1,4 +1,4 @@
-"""Who holds which examples."""
+"""Partitions: which client holds which examples."""
 
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ class Shards:
         return len(self.offsets) - 1
 
     def __getitem__(self, client: int) -> np.ndarray:
-        """Indices into the dataset of one client's examples."""
+        """Return one client's examples, as indices into the dataset."""
         return self.indices[self.offsets[client] : self.offsets[client + 1]]
 
     @property
@@ -33,7 +33,7 @@ class Shards:
 
 
 def hold_out(shards: Shards, shares: tuple[float, ...], rng: torch.Generator) -> list[Shards]:
-    """Set shares of each client's examples apart: what is left for training, then a `Shards` for each share.
+    """Hold out shares of each client's examples. Returns the `Shards` left for training, then one for each share.
 
     Raises:
         UserError: a client is left without an example to train on.
@@ -54,7 +54,7 @@ def hold_out(shards: Shards, shares: tuple[float, ...], rng: torch.Generator) ->
 
 
 class Partition:
-    """Who holds which examples. Derive from it, as a frozen dataclass."""
+    """A division of the examples among clients. Derive from it, as a frozen dataclass."""
 
     def split(self, dataset: Dataset, clients: int, rng: torch.Generator) -> Shards:
         """Deal all examples to `clients` clients, each at least one."""
@@ -63,7 +63,7 @@ class Partition:
 
 @dataclass(frozen=True)
 class IID(Partition):
-    """Shuffled and cut into equal parts."""
+    """Examples shuffled and cut into equal parts."""
 
     def split(self, dataset: Dataset, clients: int, rng: torch.Generator) -> Shards:
         return _shards(np.array_split(_permutation(len(dataset), rng), clients))
@@ -71,7 +71,7 @@ class IID(Partition):
 
 @dataclass(frozen=True)
 class Quantity(Partition):
-    """Shuffled, and cut into parts of sizes drawn from Dir(α): the smaller α, the more skewed the sizes.
+    """Examples shuffled and cut into parts of sizes drawn from Dir(α): the smaller α, the more skewed the sizes.
 
     Li et al. 2022 (arXiv:2102.02079), "quantity skew". A client that would get nothing takes one example.
     """
@@ -88,7 +88,7 @@ class Quantity(Partition):
 
 @dataclass(frozen=True)
 class ByLabel(Partition):
-    """Sorted by label and cut into equal parts: each client sees as few labels as possible.
+    """Examples sorted by label and cut into equal parts: each client sees as few labels as possible.
 
     McMahan et al. 2017, section 3, with one part per client instead of two.
     """
@@ -101,7 +101,7 @@ class ByLabel(Partition):
 
 @dataclass(frozen=True)
 class ByAttribute(Partition):
-    """As by-label, by any column: "Smiling" gives clients who smile and clients who do not."""
+    """The same as by-label, by any column: "Smiling" gives clients who smile and clients who do not."""
 
     name = "by-attribute"
 
@@ -169,24 +169,24 @@ def _check_alpha(partition: str, alpha: float) -> None:
 
 
 def _dirichlet(alpha: float, clients: int, rng: torch.Generator, draws: int = 1) -> np.ndarray:
-    """Shares [draws, clients]. NumPy's draw, seeded from ours: torch's gives NaN for small α."""
+    """Draw shares [draws, clients] by NumPy, seeded from our generator: torch's draw gives NaN for small α."""
     numpy_rng = np.random.default_rng(int(torch.randint(2**62, (), generator=rng)))
     return numpy_rng.dirichlet(np.full(clients, alpha), draws)
 
 
 def _cuts(shares: np.ndarray, n: int) -> np.ndarray:
-    """Where to cut n examples into these shares."""
+    """Return the positions that cut n examples into these shares."""
     return np.rint(np.cumsum(shares)[:-1] * n).astype(np.int64)
 
 
 def _by_owner(examples: np.ndarray, owners: np.ndarray, clients: int) -> list[np.ndarray]:
-    """Each client's examples, in the order given."""
+    """Group examples by client, in the order given."""
     order = np.argsort(owners, kind="stable")
     return np.split(examples[order], np.cumsum(np.bincount(owners, minlength=clients))[:-1])
 
 
 def _none_empty(parts: list[np.ndarray]) -> list[np.ndarray]:
-    """A client without examples takes one from the largest."""
+    """Give each client without examples one of the largest client's."""
     for client, part in enumerate(parts):
         if len(part) == 0:
             largest = max(range(len(parts)), key=lambda other: len(parts[other]))

@@ -1,4 +1,4 @@
-"""Who holds what: a table and a picture of a partition."""
+"""A table and a picture of a partition."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -17,7 +17,7 @@ DIFFERENT = "different values of"
 
 
 def table(dataset: Dataset, parts: Mapping[str, Shards]) -> pd.DataFrame:
-    """A row per client: its examples, those of each part (train, held out, test), and its shares.
+    """Tabulate clients, a row for each: its examples, those of each part (train, held out, test), and its shares.
 
     Shares are of all its examples: of each label ("label 3"), folder or other value, and of each attribute that is
     true. Of a column of more than 64 values (identities) it has how many different ones the client holds.
@@ -46,7 +46,7 @@ def table(dataset: Dataset, parts: Mapping[str, Shards]) -> pd.DataFrame:
 
 
 def make(dataset: Dataset, parts: Mapping[str, Shards]) -> tuple[pd.DataFrame, Figure]:
-    """The table, and a picture of its first 200 clients."""
+    """Return the table, and a picture of its first 200 clients."""
     frame = table(dataset, parts)
     return frame, _picture(frame[:SHOWN], list(parts))
 
@@ -59,13 +59,13 @@ def _columns(dataset: Dataset) -> dict[str, np.ndarray]:
 
 
 def _same(labels: np.ndarray, column: np.ndarray) -> bool:
-    """Whether the labels are numbers for a column's values (folders, identities): then they are shown by name."""
+    """Tell whether the labels number a column's values (folders, identities): then that column is shown instead."""
     groups = np.unique(np.stack([labels, np.unique(column, return_inverse=True)[1]]), axis=1).shape[1]
     return groups == len(np.unique(labels)) == len(np.unique(column))
 
 
 def _picture(frame: pd.DataFrame, parts: list[str]) -> Figure:
-    """How many examples each client holds, and, as shades, its shares."""
+    """Draw each client's number of examples, and its shares as shades."""
     shares = frame.drop(columns=["client", "examples", *parts])
     shares = shares[[name for name in shares if not str(name).startswith(DIFFERENT)]]
     rows = max(3.0, min(12.0, 0.2 * len(frame)))

@@ -1,4 +1,4 @@
-"""Where datasets come from: scikit-learn's digits, folders of images, CelebA, Hugging Face."""
+"""Sources of datasets: scikit-learn's digits, folders of images, CelebA, Hugging Face."""
 
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ CELEBA_CROP = 178  # the central square of CelebA's 178×218
 
 
 def digits() -> Dataset:
-    """The 1,797 handwritten digits, 8×8 grey, that scikit-learn ships (E. Alpaydin, C. Kaynak, UCI 1998).
+    """Load the 1,797 handwritten digits, 8×8 grey, that scikit-learn ships (E. Alpaydin, C. Kaynak, UCI 1998).
 
     images: uint8 [1797, 1, 8, 8] (its 17 grey levels spread over 0…255);  labels: 0…9.
     """
@@ -31,7 +31,7 @@ def digits() -> Dataset:
 def image_folder(
     directory: Path, form: Form, skip_unreadable: bool = False, flag: str = "--train-data-dir "
 ) -> Dataset:
-    """All images below a directory, in Hugging Face's `imagefolder` form.
+    """Load all images below a directory, in Hugging Face's `imagefolder` form.
 
     The column "folder" is where an image lies, relative to the directory; folders are the labels, unless
     metadata.csv or metadata.jsonl (with a column file_name, relative to where it lies) has a column "label". Other
@@ -52,7 +52,7 @@ def image_folder(
 
 
 def celeba(directory: Path, form: Form, skip_unreadable: bool = False) -> Dataset:
-    """CelebA as it is distributed (Liu et al. 2015): img_align_celeba/ or its zip, and the three lists beside it.
+    """Load CelebA as distributed (Liu et al. 2015): img_align_celeba/ or its zip, and the three lists beside it.
 
     The labels are the identities. Columns: identity (identity_CelebA.txt), split (list_eval_partition.txt: train,
     valid or test), and the 40 attributes as booleans (list_attr_celeba.txt). A list that is not there gives no column.
@@ -101,7 +101,7 @@ def celeba(directory: Path, form: Form, skip_unreadable: bool = False) -> Datase
 
 
 def hugging_face(name: str, form: Form, skip_unreadable: bool = False) -> Dataset:
-    """The train split of a dataset of the Hugging Face hub, or of a local Parquet file, with an image column.
+    """Load the train split of a Hugging Face dataset, or a local Parquet file, with an image column.
 
     The column "label" are the labels; other columns of numbers, booleans or text are kept.
 
@@ -137,21 +137,21 @@ def hugging_face(name: str, form: Form, skip_unreadable: bool = False) -> Datase
 
 
 def _holds_images(kind: Any) -> bool:
-    """An image column, as `datasets` marks it, or as pandas and others write it: the encoded bytes, and a path."""
+    """Recognise an image column, marked by `datasets` or written by pandas and others as encoded bytes and a path."""
     import datasets
 
     return isinstance(kind, datasets.Image) or (isinstance(kind, dict) and "bytes" in kind)
 
 
 def _codes(labels: np.ndarray) -> np.ndarray:
-    """Labels of any kind as int64, in their sorted order; integers stay as they are."""
+    """Encode labels of any kind as int64, in their sorted order; integers stay as they are."""
     if np.issubdtype(labels.dtype, np.integer):
         return labels.astype(np.int64)
     return np.unique(labels.astype(str), return_inverse=True)[1]
 
 
 def _columns(table: pd.DataFrame, source: object, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """A table's columns as booleans, numbers (NaN where missing) or text ("" where missing); lists are left out.
+    """Convert a table's columns to booleans, numbers (NaN where missing) or text ("" where missing); omit lists.
 
     Raises:
         UserError: a label is missing.
@@ -172,14 +172,14 @@ def _columns(table: pd.DataFrame, source: object, names: Sequence[str]) -> dict[
 
 
 def _dataset(decoded: Decoded, labels: np.ndarray | None, columns: Mapping[str, np.ndarray]) -> Dataset:
-    """What is known of the images that could be read, kept beside them for other processes of the node."""
+    """Make the dataset of the images that could be read, cached for other processes of the node."""
     rows = decoded.positions
     kept = {name: column[rows] for name, column in columns.items()}
     return keep(decoded.path, decoded.sha256, None if labels is None else labels[rows], kept)
 
 
 def _stamp(paths: Sequence[Path]) -> list[list[object]]:
-    """Changes whenever a file does: names, sizes and times (of contents, and of permissions)."""
+    """Return a value that changes whenever a file does: names, sizes and times (of contents, and of permissions)."""
     stamp: list[list[object]] = []
     for path in paths:
         stat = path.stat() if path.exists() else path.lstat()  # a link may be broken: then it is named later
@@ -188,7 +188,7 @@ def _stamp(paths: Sequence[Path]) -> list[list[object]]:
 
 
 def _metadata(directory: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """The columns of the metadata files below a directory, in the order of `names`; none where there are no files."""
+    """Read the columns of the metadata files below a directory, in the order of `names`; {} without such files."""
     paths = sorted(path for kind in ("csv", "jsonl") for path in directory.rglob(f"metadata.{kind}"))
     tables = []
     for path in paths:
@@ -207,7 +207,7 @@ def _metadata(directory: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
 
 
 def _listed(path: Path, names: Sequence[str], columns: list[str], skip: int = 0) -> pd.DataFrame:
-    """One of CelebA's lists: a file name and its values on each line."""
+    """Read one of CelebA's lists: a file name and its values on each line."""
     try:
         table = pd.read_csv(path, sep=r"\s+", header=None, names=["file_name", *columns], skiprows=skip)
     except ValueError as error:
@@ -221,7 +221,7 @@ def _listed(path: Path, names: Sequence[str], columns: list[str], skip: int = 0)
 
 
 def _aligned(table: pd.DataFrame, path: object, names: Sequence[str], listed: bool = False) -> pd.DataFrame:
-    """The rows of `names`, in their order. Raises `UserError` if some are not there, or are there twice.
+    """Select the rows of `names`, in their order. Raises `UserError` if some are missing, or there are duplicates.
 
     Args:
         listed: the table may name images that are not there, as CelebA's lists do for a part of it.

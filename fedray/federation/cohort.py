@@ -1,4 +1,4 @@
-"""Who takes part in a round."""
+"""The cohort of a round: the clients that take part."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Evaluation: samples of a model, their scores, and whether they copy. All of its work is jobs of the pool."""
+"""Evaluation: samples of a model, their scores, and a search for copies. The pool does all of its work as jobs."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,7 +32,7 @@ def silent(phase: str, done: float, total: float) -> None:
 
 @dataclass(frozen=True)
 class Scoring:
-    """How images are scored. The pool that makes the features must have been opened with the same settings."""
+    """Settings of scores. The pool that makes the features must have been opened with the same settings."""
 
     features: str
     """Name of the feature network."""
@@ -64,7 +64,7 @@ class Scoring:
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """What samples are compared with: a dataset, and the reference made of it (None for no scores but `metrics`)."""
+    """The dataset that samples are compared with, and its reference (None for no scores but `metrics`)."""
 
     dataset: Dataset
     scoring: Scoring | None = None

@@ -1,4 +1,4 @@
-"""The whole run: rounds, checkpoints, samples and scores, one after the other, until all rounds are complete."""
+"""A whole run: rounds, checkpoints, samples and scores in sequence, until all rounds are complete."""
 
 import math
 import time
@@ -27,6 +27,7 @@ from fedray.federation.plan import Plan, make_plan
 from fedray.federation.round import Session, run_round, validate_round
 from fedray.federation.sampling import Sampling
 from fedray.federation.worker import build, model, sampled
+from fedray.forms import check_loaded
 from fedray.record import pictures
 from fedray.record.checkpoint import State
 from fedray.record.resume import check_resumable
@@ -44,6 +45,8 @@ def prepare(config: Config, run: Run, resume: bool = False, dataset: Dataset | N
     Raises:
         UserError: the configuration, the data or the directory does not allow it.
     """
+    for part in (config.algorithm, config.fold, config.wire, config.partition, config.features):
+        check_loaded(part)
     plan = make_plan(config, dataset)
     if resume:
         check_resumable(Run.open(run.directory), config)
@@ -55,7 +58,7 @@ def prepare(config: Config, run: Run, resume: bool = False, dataset: Dataset | N
 
 
 def fit(session: Session, provenance: dict[str, Any], resume: bool = False) -> Iterator[Row]:
-    """Do all rounds that are left: yields a row per round, and writes the run directory.
+    """Do all remaining rounds: yield a row per round and write the run directory.
 
     `provenance` is what config.json says of versions, machine and command.
 

@@ -23,7 +23,7 @@ DRAWS = 16  # timesteps and noises at which each held-out example's loss is take
 
 @dataclass(frozen=True, eq=False)
 class TrainJob:
-    """Train one client in one round. Idempotent: the same job gives the same bits wherever it runs."""
+    """A job to train one client in one round. Idempotent: the same job gives the same bits wherever it runs."""
 
     round: int
     client: int
@@ -41,7 +41,7 @@ class TrainJob:
 
 @dataclass(frozen=True, eq=False)
 class ValidateJob:
-    """Measure a model's loss on one client's held-out examples."""
+    """A job to measure a model's loss on one client's held-out examples."""
 
     client: int
     held_out: np.ndarray
@@ -55,7 +55,7 @@ class ValidateJob:
 
 
 class Trained(NamedTuple):
-    """What a client returns beside its row: the message to the server, the algorithm's numbers, what it keeps."""
+    """A trained client's reply beside its row: the message to the server, the algorithm's numbers, the next memory."""
 
     payload: Payload
     rows: Rows
@@ -254,7 +254,7 @@ def precision(config: Config, device: torch.device) -> torch.autocast:
 
 
 def lr_schedule(config: Config, steps: int) -> Callable[[int], float]:
-    """Learning rate at a step of the whole run (round × local steps + local step), by diffusers' schedules."""
+    """Return the learning rate as a function of the step in the whole run (round × local steps + local step)."""
     dummy = torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate)
     schedule = get_scheduler(
         config.lr_scheduler,

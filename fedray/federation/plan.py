@@ -1,4 +1,4 @@
-"""What a run is going to do, worked out without training anything."""
+"""The plan of a run, worked out without training anything."""
 
 import hashlib
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from fedray.wire import counted
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What a run is going to do."""
+    """The data, shards, initial weights and references of a run, before it starts."""
 
     dataset: Dataset
     shards: Shards  # what clients train on
@@ -39,7 +39,7 @@ class Plan:
 
     @property
     def data(self) -> dict[str, str]:
-        """What a resumed run must find again: the images, who holds which, and what they are compared by."""
+        """Hashes that a resumed run must find again: of the images, the partition, and the features of scores."""
         owners = hashlib.sha256()
         for shards in self.parts.values():
             owners.update(shards.offsets.tobytes() + shards.indices.tobytes())
@@ -58,7 +58,7 @@ class Plan:
         return np.concatenate([self.held_out.indices, self.test.indices])
 
     def round(self, config: Config, number: int) -> Round:
-        """Return the round of that number, from 0: its cohort, and what each of it weighs."""
+        """Return the round of that number, from 0: its cohort, and the weight of each client."""
         clients = cohort_of(config, number)
         uniform = any(link.uniform for link in config.wire)
         weights = {client: 1 if uniform else len(self.shards[client]) for client in clients}
@@ -106,7 +106,7 @@ def make_plan(config: Config, dataset: Dataset | None = None) -> Plan:
 
 
 def steps_planned(config: Config, plan: Plan) -> list[list[int]]:
-    """Optimizer steps of each client of each round's cohort."""
+    """Return the optimizer steps of each client of each round's cohort."""
     return [
         [config.steps(len(plan.shards[client])) for client in cohort_of(config, number)]
         for number in range(config.rounds)

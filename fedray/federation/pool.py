@@ -1,4 +1,4 @@
-"""Who does the jobs of a round. A pool maps work over jobs; where and in what order is its own affair."""
+"""Pools map work over jobs; each decides where, and in which order, the jobs run."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,14 +31,14 @@ class Reply:
 
 class Pool(Protocol):
     def apart(self) -> Sequence["Pool"]:
-        """As many pools as can work side by side."""
+        """Return as many pools as can work in parallel."""
 
     def map(self, work: Work, shared: Any, jobs: Iterable[Any], progress: Progress) -> Iterator[Reply]:
-        """One reply per job, in any order; jobs are drawn only as fast as replies are taken."""
+        """Yield one reply per job, in any order; jobs are drawn only as fast as replies are taken."""
 
 
 class LocalPool:
-    """Jobs one after the other in this process, without Ray."""
+    """A pool that does jobs sequentially in this process, without Ray."""
 
     def __init__(self, config: Config, dataset: Dataset | None = None) -> None:
         if config.gpus_per_actor and not torch.cuda.is_available():
@@ -63,7 +63,7 @@ def _same(payload: Any) -> Any:
 
 
 def in_order(replies: Iterable[Reply]) -> Iterator[Reply]:
-    """The replies in the order of their jobs, each as soon as all before it are there."""
+    """Yield replies in the order of their jobs, each as soon as all before it are there."""
     early: dict[int, Reply] = {}
     due = 0
     for reply in replies:

@@ -1,8 +1,8 @@
-"""A communication round on one page (Chen 2024, section 2.4.1), and how the model does on what clients hold out.
+"""A communication round on one page (Chen 2024, section 2.4.1), and the loss on held-out examples.
 
 The server sends w to a random subset of the clients, each trains locally and returns v, the server takes the mean
-weighted by examples as the new w: or whatever the algorithm, the fold and the wire make of these steps. Who computes
-is the pool's affair.
+weighted by examples as the new w. The algorithm, the fold and the wire can change each of these steps. The pool decides
+where clients run.
 """
 
 import time
@@ -28,7 +28,7 @@ from fedray.wire import Payload, counted
 
 @dataclass(frozen=True, eq=False)
 class Session:
-    """A run that is going on: what was asked, what it comes to, who computes, where it is written, who looks on."""
+    """A run in progress: its configuration, plan, pool, directory and progress display."""
 
     config: Config
     plan: Plan
@@ -91,14 +91,14 @@ def train(session: Session, round: Round, down: Payload) -> Iterator[Reply]:
 
 
 def remember(session: Session, client: int, round: Round, trained: Trained) -> None:
-    """Save what a client keeps: it counts once the round is complete."""
+    """Save a client's memory: it counts once the round is complete."""
     if trained.memory:
         memory = {name: as_tensor(array) for name, array in trained.memory.items()}
         session.run.remember(client, round.number + 1, memory)
 
 
 class Ledger:
-    """What happened in a round: a row for each client of the cohort, and what they make together."""
+    """The record of a round: a row for each client of the cohort, and their totals."""
 
     def __init__(self, round: Round) -> None:
         self.round = round
@@ -108,7 +108,7 @@ class Ledger:
         self.failures: list[tuple[int, str, str]] = []  # client, reason, trace
 
     def add(self, reply: Reply) -> bool:
-        """Note a client's reply. Returns whether it took part."""
+        """Record a client's reply. Returns whether the client took part."""
         job: TrainJob = reply.job
         row = {"client": job.client, "examples": len(job.indices), "bytes_down": self.bytes_down, **reply.row}
         self.rows.append(row)
@@ -190,5 +190,5 @@ def validate_round(session: Session, state: State, row: Row) -> Row:
 
 
 def plain(state: State) -> dict[str, Any]:
-    """Return the model that clients train, without its average."""
+    """Return the model that clients train, without its moving average."""
     return {name: tensor for name, tensor in state.tensors.items() if name in ("model", "base")}

@@ -19,7 +19,7 @@ from fedray.vector import as_tensor
 
 @dataclass(frozen=True)
 class Sampling:
-    """What to sample from a model. The bits of the images depend on this and on the model alone."""
+    """Settings of sampling. The bits of the images depend only on these and on the model."""
 
     n: int
     """How many images."""
@@ -67,7 +67,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class SampleJob:
-    """One batch of images to generate, and their features if those are wanted."""
+    """A job to generate one batch of images, and their features if those are wanted."""
 
     batch: int
     size: int
@@ -88,7 +88,7 @@ class SampleJob:
 
 @dataclass(frozen=True)
 class FeatureJob:
-    """Images `start` to `stop` of the dataset, to make features of."""
+    """A job to compute features of images `start` to `stop` of the dataset."""
 
     start: int
     stop: int
@@ -103,7 +103,7 @@ class FeatureJob:
 
 @dataclass(frozen=True, eq=False)
 class NearestJob:
-    """Images whose nearest training images are to be found: themselves, or their indices in the dataset."""
+    """A job to find the nearest training images of some images, or of some indices into the dataset."""
 
     start: int
     images: np.ndarray

@@ -1,4 +1,4 @@
-"""A process that does jobs: what it keeps between them, and how it does one. Knows nothing of Ray."""
+"""A process that does jobs, and the state that it keeps between them. Knows nothing of Ray."""
 
 import threading
 import time
@@ -23,14 +23,14 @@ BUILDING = threading.Lock()  # torch's global generator is seeded for it
 
 
 class Shared(NamedTuple):
-    """What the jobs of one map share: named arrays, each sent to a process once, and whatever else is small."""
+    """Inputs that the jobs of one map share: named arrays, each sent to a process once, and a small object."""
 
     arrays: Payload
     about: Any = None
 
 
 class Worker:
-    """What a process needs for its jobs, built once: the learner on its device, the data, the feature network."""
+    """The state of a process that does jobs, built once: the learner on its device, the data, the feature network."""
 
     def __init__(
         self, config: Config, device: torch.device, name: str, source: Source | None = None, sha256: str | None = None
@@ -131,6 +131,6 @@ def model(tensors: dict[str, Tensor]) -> Shared:
 
 
 def sampled(server: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return what is sampled of a server's state: its average in place of the model, where there is one."""
+    """Return the tensors to sample from: the server's, with the moving average in place of the model if it has one."""
     average = {"model": server["ema/model"]} if "ema/model" in server else {}
     return {name: server[name] for name in ("model", "base") if name in server} | average

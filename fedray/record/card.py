@@ -1,4 +1,4 @@
-"""What a model was made of and how, in the form of a Hugging Face model card."""
+"""Model cards in Hugging Face's form: a model's data, training and scores."""
 
 import shlex
 from pathlib import Path
@@ -8,7 +8,7 @@ from fedray.config import Config
 
 
 def model_card(config: Config, result: dict[str, Any], command: list[str]) -> str:
-    """Markdown, from a run's settings, its result and the command that began it."""
+    """Write the card in Markdown, from a run's settings, its result and the command that began it."""
     settings = config.to_json()
     base = getattr(config.task, "pretrained_model_name_or_path", None)
     base = Path(base).name if base and Path(base).exists() else base  # a path of this machine says nothing elsewhere

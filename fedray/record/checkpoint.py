@@ -14,9 +14,9 @@ from fedray.vector import Layout, load, save
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """Everything that the next round depends on, but for what clients keep.
+    """Everything that the next round depends on, except the memories of clients.
 
-    round: complete rounds;  tensors: the server's, by name: "model" [d], and what the algorithm has.
+    round: complete rounds;  tensors: the server's, by name: "model" [d], and the algorithm's own.
     """
 
     round: int
@@ -65,7 +65,7 @@ def _check_layout(path: Path, shapes: Mapping[str, tuple[int, ...]], layout: Lay
 
 
 def _load_format_1(path: Path, layout: Layout) -> State:
-    """A checkpoint whose tensors are the model's parameters by name, of its average `ema.NAME`, and `base`."""
+    """Read a checkpoint of format 1: the model's parameters by name, those of its average as `ema.NAME`, and `base`."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata, names = file.metadata(), set(file.keys())

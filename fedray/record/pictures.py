@@ -13,7 +13,7 @@ from torchvision.utils import make_grid
 
 
 def grid(images: Tensor, columns: int = 8) -> Image.Image:
-    """A picture of uint8 images [n, channels, height, width], enlarged to at least 48 pixels, with gaps between."""
+    """Make a picture of uint8 images [n, channels, height, width], enlarged to at least 48 pixels, with gaps."""
     scale = max(1, -(-48 // images.shape[-1]))
     large = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     return Image.fromarray(make_grid(large, nrow=columns, padding=4, pad_value=96).permute(1, 2, 0).numpy())

@@ -1,4 +1,4 @@
-"""What a run ran with."""
+"""The provenance of a run: versions, machine, commit, command."""
 
 import importlib.metadata
 import os
@@ -13,7 +13,7 @@ import torch
 
 
 def environment() -> dict[str, Any]:
-    """What a run ran with: versions, machine, git commit of fedray (None if it is not a checkout), command, time."""
+    """Return versions, machine, git commit of fedray (None if it is not a checkout), command and time."""
     packages = ("fedray", "torch", "diffusers", "ray", "numpy")
     return {
         "versions": {name: importlib.metadata.version(name) for name in packages}

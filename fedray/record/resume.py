@@ -1,4 +1,4 @@
-"""What a resumed run must keep."""
+"""The settings that a resumed run must keep."""
 
 import json
 import math

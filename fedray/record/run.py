@@ -1,9 +1,9 @@
-"""A run's directory: what was asked, what happened round by round, and everything that a resumed run needs.
+"""A run's directory: its configuration, a row per round, and everything that a resumed run needs.
 
 config.json     the configuration, versions and git commit
 rounds.jsonl    a row per complete round
 result.json     the final model's SHA-256, totals and scores
-partition.csv   who holds what, and a picture of it: partition.png
+partition.csv   which client holds what; drawn as partition.png
 tensorboard/    the numbers of the rows, as event files
 checkpoints/    the last complete round: round-000020.safetensors (the server's state: "model", "ema/model" …)
 clients/        what clients keep between rounds (optimizers, what algorithms and links remember), by rounds complete
@@ -54,7 +54,7 @@ class Run:
 
     @classmethod
     def open(cls, directory: str | Path) -> "Run":
-        """An existing run. Raises `UserError` where there is none."""
+        """Open an existing run. Raises `UserError` where there is none."""
         run = cls(directory)
         if not run.directory.is_dir():
             raise UserError(f"there is no run at {directory}: the directory does not exist.")
@@ -66,7 +66,7 @@ class Run:
 
     @cached_property
     def saved(self) -> dict[str, Any]:
-        """config.json: "config", in today's names, and the versions that it ran with."""
+        """The contents of config.json: "config", in today's names, and the versions that it ran with."""
         saved = read_json(self.directory / "config.json")
         try:
             return saved | {"config": upgrade(saved["config"])}
@@ -103,7 +103,7 @@ class Run:
         return read_json(path) if path.exists() else None
 
     def checkpoint(self) -> Path | None:
-        """The checkpoint of the last complete round."""
+        """Return the path of the last complete round's checkpoint; None before the first."""
         return max(self.directory.glob("checkpoints/round-*.safetensors"), default=None)
 
     def state(self, layout: Layout) -> State | None:
@@ -158,7 +158,7 @@ class Run:
             yield
 
     def complete(self, state: State, row: Row, layout: Layout, limit: int) -> None:
-        """Save a complete round: the moment its checkpoint is renamed, the round counts. Keeps the last `limit`.
+        """Save a complete round: it counts the moment its checkpoint is renamed. Keep the last `limit` checkpoints.
 
         The row travels in the checkpoint, so that a run killed before `append` still has it.
         """
@@ -201,18 +201,18 @@ class Run:
         return load_row(checkpoint)
 
     def remember(self, client: int, generation: int, memory: Mapping[str, Tensor]) -> None:
-        """Save what a client keeps, as of `generation` complete rounds."""
+        """Save a client's memory as of `generation` complete rounds."""
         directory = self._memory(client)
         directory.mkdir(parents=True, exist_ok=True)
         save(directory / f"{generation:06d}.safetensors", memory)
 
     def generation(self, client: int, rounds: int) -> int | None:
-        """Return which of a client's memories is the last of those from within `rounds` complete rounds, if any is."""
+        """Return the latest generation of a client's memory that is not after `rounds` complete rounds, if any."""
         found = (int(path.stem) for path in self._memory(client).glob("*.safetensors"))
         return max((generation for generation in found if generation <= rounds), default=None)
 
     def recall(self, client: int, generation: int | None) -> dict[str, Tensor]:
-        """Return what a client kept, as of that generation; nothing for None. Raises `UserError`."""
+        """Return a client's memory of that generation; {} for None. Raises `UserError` if it is damaged."""
         if generation is None:
             return {}
         path = self._memory(client) / f"{generation:06d}.safetensors"
@@ -234,7 +234,7 @@ class Run:
             )
 
     def write_card(self, config: Config, result: Row) -> None:
-        """model/README.md: what the model was made of and how, for those who get it without the run."""
+        """Write model/README.md, the model card, for those who get the model without the run."""
         (self.directory / "model/README.md").write_text(model_card(config, result, self.saved.get("command", [])))
 
     def finish(self, result: Row) -> None:

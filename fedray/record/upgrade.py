@@ -1,4 +1,4 @@
-"""config.json of older versions, read as one of today's: the only place that knows what settings were once called."""
+"""Upgrades of config.json from older versions: the only place that knows former names of settings."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ RENAMED = {"rule": "algorithm", "codec": "wire"}
 
 
 def upgrade(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what `Config.to_json` gave in an older version, as today's names it; what is new is left out."""
+    """Return an older version's configuration in today's names, without settings that are new."""
     if "algorithm" in config:
         return dict(config)
     task = {name: value for name, value in config.get("task", {}).items() if name != "train_a"}

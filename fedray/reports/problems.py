@@ -1,4 +1,4 @@
-"""What is missing among runs, in sentences: runs that are not complete, trials without a run, what does not compare."""
+"""Problems of runs, in sentences: runs that are not complete, trials without a run, runs that do not compare."""
 
 import json
 import re

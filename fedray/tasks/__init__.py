@@ -1,4 +1,4 @@
-"""What is learned. A task is a frozen dataclass (the configuration *is* the object) that builds a learner."""
+"""Tasks: what is learned. A task is a frozen dataclass (the configuration *is* the object) that builds a learner."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import Field
@@ -24,32 +24,32 @@ class Learner(Protocol):
     flat: FlatParameters
 
     def prepare(self, dataset: Dataset, indices: np.ndarray, mirrored: bool) -> None:
-        """Before losses of these examples (and of their mirror images): a place to encode them once."""
+        """Prepare for losses of these examples (and of their mirror images), for instance encode each of them once."""
 
     def loss(self, batch: Batch, rng: torch.Generator) -> Tensor:
-        """Mean loss over the batch, a scalar with a gradient. Every draw comes from `rng` (on the CPU)."""
+        """Return the mean loss over the batch, a scalar with a gradient. Every draw comes from `rng` (on the CPU)."""
 
     def sample(self, n: int, rng: torch.Generator, sampler: str, steps: int) -> Tensor:
-        """n images, uint8 [n, channels (1 or 3), height, width], on the CPU.
+        """Sample n images, uint8 [n, channels (1 or 3), height, width], on the CPU.
 
         The learner of a task that has `prompts(dataset)` takes one more argument, `prompts`: those of the n images.
         """
 
     def save(self, directory: Path) -> None:
-        """Write what diffusers (or the user's own code) loads."""
+        """Write the model as files that diffusers (or the user's own code) loads."""
 
 
 class Task(Protocol):
-    """What is learned from what: picklable, since every actor builds its own learner and reads its own data."""
+    """A model to learn and its data. Picklable: every actor builds its own learner and reads its own data."""
 
     name: ClassVar[str]
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
     def dataset(self) -> Dataset:
-        """The examples that the clients hold."""
+        """Load the examples that the clients hold."""
 
     def build(self, device: torch.device) -> Learner:
-        """A learner, freshly initialised from torch's global generator (which the caller has seeded)."""
+        """Build a learner, freshly initialised from torch's global generator (which the caller has seeded)."""
 
     def check(self, sampler: str, steps: int) -> None:
         """Raise `UserError` if the task cannot be built, or cannot sample so."""
@@ -70,4 +70,4 @@ class AdapterTask(Task, Protocol):
     offers: frozenset[str]
 
     def build(self, device: torch.device, trains: Callable[[str], bool] = lambda name: True) -> AdapterLearner:
-        """Build a learner of which those parameters are trained whose names `trains` is true of."""
+        """Build a learner that trains the parameters whose names satisfy `trains`."""

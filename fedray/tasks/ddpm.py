@@ -89,7 +89,7 @@ class DDPM(Images):
             )
 
     def unet(self) -> UNet2DModel:
-        """The network, freshly initialised."""
+        """Build the network, freshly initialised."""
         down = tuple("AttnDownBlock2D" if attention else "DownBlock2D" for attention in self.attention)
         up = tuple("AttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(self.attention))
         return UNet2DModel(
@@ -105,7 +105,7 @@ class DDPM(Images):
         )
 
     def scheduler(self) -> DDPMScheduler:
-        """The forward process, β from 1e-4 to 0.02 (Chen 2024, section 3.1)."""
+        """Make the forward process, β from 1e-4 to 0.02 (Chen 2024, section 3.1)."""
         return DDPMScheduler(
             num_train_timesteps=self.ddpm_num_steps,
             beta_start=1e-4,
@@ -135,7 +135,7 @@ class DDPMLearner:
         pass
 
     def loss(self, batch: Batch, rng: torch.Generator) -> Tensor:
-        """‖target − f_θ(√ᾱ_t x_0 + √(1 − ᾱ_t) ε, t)‖², t uniform (Ho et al. 2020, equation 14).
+        """Return ‖target − f_θ(√ᾱ_t x_0 + √(1 − ᾱ_t) ε, t)‖², t uniform (Ho et al. 2020, equation 14).
 
         The target is ε, v = √ᾱ_t ε − √(1 − ᾱ_t) x_0 (Salimans and Ho 2022), or x_0, then weighted by the
         signal-to-noise ratio as diffusers does; with γ, by min(SNR, γ) relative to x_0 (Hang et al. 2023).
@@ -165,12 +165,12 @@ class DDPMLearner:
         return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
 
     def save(self, directory: Path) -> None:
-        """A folder for `diffusers.DDPMPipeline.from_pretrained`."""
+        """Write a folder for `diffusers.DDPMPipeline.from_pretrained`."""
         DDPMPipeline(self.unet, self.scheduler).save_pretrained(directory)
 
 
 def weighted_loss(predicted: Tensor, target: Tensor, alpha: Tensor, kind: str, snr_gamma: float | None) -> Tensor:
-    """Mean squared error of predictions [b, …], weighted per example as `DDPMLearner.loss` says.
+    """Return the mean squared error of predictions [b, …], weighted per example as `DDPMLearner.loss` says.
 
     Args:
         alpha: ᾱ_t [b].

@@ -33,17 +33,17 @@ def prompt(label: int) -> str:
 
 
 def enlarge(images: Tensor) -> Tensor:
-    """Grey digits, uint8 [n, 1, 8, 8] → RGB, uint8 [n, 3, 16, 16]: each pixel four times."""
+    """Enlarge grey digits, uint8 [n, 1, 8, 8], to RGB, uint8 [n, 3, 16, 16]: repeat each pixel four times."""
     return images.repeat_interleave(2, 2).repeat_interleave(2, 3).expand(-1, 3, -1, -1)
 
 
 def reduce(images: Tensor) -> Tensor:
-    """RGB, uint8 [n, 3, 16, 16] → grey, uint8 [n, 1, 8, 8]: means; the inverse of `enlarge`, for `scores.digits`."""
+    """Reduce RGB, uint8 [n, 3, 16, 16], to grey means, uint8 [n, 1, 8, 8]: the inverse of `enlarge`."""
     return F.avg_pool2d(images.float().mean(1, keepdim=True), 2).round().to(torch.uint8)
 
 
 def tokenizer() -> CLIPTokenizer:
-    """CLIP's, without merges: a token per byte, another for a word's last byte, and the start and the end."""
+    """Make CLIP's tokenizer without merges: a token per byte, another for a word's last byte, start and end."""
     alphabet = sorted(ByteLevel.alphabet())
     tokens = [*alphabet, *(byte + "</w>" for byte in alphabet), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer({token: i for i, token in enumerate(tokens)}, [], model_max_length=PROMPT_TOKENS)
@@ -67,7 +67,7 @@ def text_encoder(tokens: CLIPTokenizer) -> CLIPTextModel:
 
 
 def autoencoder() -> AutoencoderKL:
-    """RGB 16×16 → latents [4, 8, 8] → RGB 16×16; 167,959 parameters."""
+    """Build the autoencoder: RGB 16×16 → latents [4, 8, 8] → RGB 16×16; 167,959 parameters."""
     return AutoencoderKL(
         sample_size=16,
         block_out_channels=(16, 32),
@@ -79,7 +79,7 @@ def autoencoder() -> AutoencoderKL:
 
 
 def unet() -> UNet2DConditionModel:
-    """Attends to the prompt in every block."""
+    """Build the U-Net, which attends to the prompt in every block."""
     return UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(32, 64),
@@ -124,7 +124,7 @@ def train(autoencoder_steps: int = 2000, steps: int = 3000, batch_size: int = 64
 
 
 def train_autoencoder(vae: AutoencoderKL, images: Tensor, steps: int, batch_size: int) -> None:
-    """Squared error and a little of the divergence from N(0, 1); scales latents to unit variance as SD does."""
+    """Train on squared error and a little of the divergence from N(0, 1); scale latents to unit variance as SD does."""
     rng = generator(0, "embedded", "autoencoder")
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -145,7 +145,7 @@ def train_autoencoder(vae: AutoencoderKL, images: Tensor, steps: int, batch_size
 def train_denoiser(
     pipeline: StableDiffusionPipeline, images: Tensor, labels: Tensor, steps: int, batch_size: int
 ) -> None:
-    """‖ε − ε_θ(z_t, t, text)‖² (Rombach et al. 2022, equation 3), U-Net and text encoder together."""
+    """Minimise ‖ε − ε_θ(z_t, t, text)‖² (Rombach et al. 2022, equation 3), U-Net and text encoder together."""
     rng = generator(0, "embedded", "denoiser")
     vae, text, tokens, model, scheduler = (
         pipeline.vae, pipeline.text_encoder, pipeline.tokenizer, pipeline.unet, pipeline.scheduler

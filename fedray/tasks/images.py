@@ -1,4 +1,4 @@
-"""Which images a task learns from: the settings that tasks have in common."""
+"""The images that a task learns from: settings that tasks have in common."""
 
 import difflib
 from dataclasses import dataclass

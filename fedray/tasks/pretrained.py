@@ -37,7 +37,7 @@ class Pretrained(Images):
 
 @cache
 def load(folder: str) -> DiffusionPipeline:
-    """The pipeline. Raises `UserError` if it cannot be loaded, or is not of the kind."""
+    """Load a pipeline. Raises `UserError` if it cannot be loaded, or is not of the kind."""
     diffusers.utils.logging.disable_progress_bar()
     try:
         pipeline = DiffusionPipeline.from_pretrained(folder)

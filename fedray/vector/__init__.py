@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each named tensor lies in the vector: one after the other, in this order, without gaps."""
+    """The positions of named tensors in the vector: contiguous, in this order."""
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
@@ -28,7 +28,7 @@ class Layout:
         return sum(math.prod(shape) for shape in self.shapes)
 
     def views(self, vector: Tensor) -> dict[str, Tensor]:
-        """The named tensors as views of `vector` [size]."""
+        """Return the named tensors as views of `vector` [size]."""
         parts = vector.split([math.prod(shape) for shape in self.shapes])
         return {name: part.view(shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)}
 
@@ -95,14 +95,14 @@ class FlatParameters:
 
 
 def as_tensor(array: np.ndarray) -> Tensor:
-    """A tensor over `array` without a copy. What Ray hands over is read-only: do not write to the result."""
+    """Return a tensor over `array` without a copy. Arrays from Ray are read-only: do not write to the result."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(array)
 
 
 def sha256(vector: Tensor) -> str:
-    """SHA-256 of the float32 bytes of `vector`, hexadecimal: equal if and only if two models are equal, bit for bit."""
+    """Return the SHA-256 of the float32 bytes of `vector`: two models with the same are equal, bit for bit."""
     return hashlib.sha256(vector.detach().cpu().contiguous().numpy().astype("<f4", copy=False).data).hexdigest()
 
 

@@ -1,7 +1,7 @@
-"""Low-rank adapters as parts of a vector, and what becomes of them when they are aggregated.
+"""Low-rank adapters as parts of a vector, and the error of aggregating them.
 
-A layer's adapter changes its weights by ΔW = s B A, with A [r, in], B [out, r] and s = α / r. Averaging A and B apart
-does not average ΔW: it is wrong by exactly Σ w_i (B_i − B̄) (A_i − Ā). What each rule loses is measured here.
+A layer's adapter changes its weights by ΔW = s B A, with A [r, in], B [out, r] and s = α / r. Averaging A and B
+separately does not average ΔW: the error is exactly Σ w_i (B_i − B̄) (A_i − Ā). `WeightedSum` measures it.
 """
 
 from collections.abc import Iterator
@@ -33,14 +33,14 @@ class Adapters:
         return sum(rows * columns for rows, columns in self.shapes.values())
 
     def factors(self, vector: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each layer's B and A, as views of the vector (A as it was frozen, where it is)."""
+        """Yield each layer's B and A as views of the vector (a frozen A as it was drawn)."""
         views = self.layout.views(vector)
         for layer in self.layers:
             a = self.frozen[layer] if layer in self.frozen else views[f"{layer}.lora_A.default.weight"]
             yield views[f"{layer}.lora_B.default.weight"], a
 
     def changes(self, change: Tensor) -> Iterator[Tensor]:
-        """Each layer's part [out, in] of a change of the base [base_size], as views."""
+        """Return each layer's part [out, in] of a change of the base [base_size], as views."""
         parts = change.split([rows * columns for rows, columns in self.shapes.values()])
         return (part.view(shape) for part, shape in zip(parts, self.shapes.values(), strict=True))
 
@@ -56,7 +56,7 @@ class Adapters:
         return bool(self._originals)
 
     def weakened(self, vector: Tensor, strength: float) -> Tensor:
-        """The vector whose ΔW is `strength` times this one's."""
+        """Return the vector whose ΔW is `strength` times this one's."""
         result = vector.clone()
         for b, _ in self.factors(result):
             b *= strength
@@ -64,7 +64,7 @@ class Adapters:
 
 
 def adapters(module: nn.Module, layout: Layout, scale: float) -> Adapters:
-    """The adapters that peft has put into a module; `layout` is of its trainable parameters."""
+    """Find the adapters that peft has put into a module; `layout` is of its trainable parameters."""
     frozen, shapes = {}, {}
     for name, parameter in module.named_parameters():
         layer, _, rest = name.partition(".lora_B.")
@@ -101,12 +101,12 @@ class WeightedSum:
             self._factors[layer] = (left, right)
 
     def factors(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Left [out, k] and right [k, in] factors of each layer's weighted mean."""
+        """Yield left [out, k] and right [k, in] factors of each layer's weighted mean."""
         for left, right in self._factors:
             yield left / self.examples, right
 
     def errors(self, before: Tensor | None, vector: Tensor, base: Tensor | None) -> Tensor:
-        """How far the aggregated model is from the weighted mean, per layer: ‖ΔW − Σ‖ / ‖Σ‖ (Frobenius).
+        """Measure how far the aggregated model is from the weighted mean, per layer: ‖ΔW − Σ‖ / ‖Σ‖ (Frobenius).
 
         Args:
             before: the change of the base before aggregation;  vector, base: the aggregated adapters and change.
@@ -133,5 +133,5 @@ class WeightedSum:
 
 
 def product_norm(left: Tensor, right: Tensor) -> Tensor:
-    """‖left right‖ (Frobenius) without the product, by the R of each side."""
+    """Compute ‖left right‖ (Frobenius) without the product, by the R of each side."""
     return torch.linalg.norm(torch.linalg.qr(left, mode="r").R @ torch.linalg.qr(right.T, mode="r").R.T)

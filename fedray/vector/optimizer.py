@@ -23,7 +23,7 @@ class Optimizer:
 
     @classmethod
     def parse(cls, text: str) -> "Optimizer":
-        """Make it from a short form, as `sgd:momentum=0.9:nesterov=true`. Raises `UserError`."""
+        """Make an optimizer from a short form, as `sgd:momentum=0.9:nesterov=true`. Raises `UserError`."""
         name, *words = text.split(":")
         options = []
         for word in words:
@@ -40,7 +40,7 @@ class Optimizer:
 
     @property
     def cls(self) -> type[torch.optim.Optimizer]:
-        """The class. Raises `UserError`."""
+        """The class of `torch.optim`. Raises `UserError` where there is none, or it does not fit."""
         name = SHORT.get(self.name, self.name)
         known = {each for each, kind in vars(torch.optim).items() if _is_optimizer(kind)}
         check_name("optimizer", name, [*SHORT, *sorted(known - set(SHORT.values()))] if name not in known else [name])
@@ -50,7 +50,7 @@ class Optimizer:
 
     @property
     def offers(self) -> frozenset[str]:
-        """What it offers to an algorithm: "plain sgd" where a step is w − η g."""
+        """Properties that an algorithm may require: "plain sgd" where a step is w − η g."""
         return frozenset({"plain sgd"} if self.name in ("sgd", "SGD") and not self.options else ())
 
     def make(self, vectors: list[nn.Parameter], learning_rate: float, adam: Mapping[str, Any]) -> torch.optim.Optimizer:
@@ -77,7 +77,7 @@ def _is_optimizer(kind: Any) -> bool:
 
 
 def _value(text: str) -> Any:
-    """A word as what it looks like: a number, true or false, or text."""
+    """Convert a word to the value that it spells: a number, true or false, or text."""
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     for kind in (int, float):

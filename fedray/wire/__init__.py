@@ -1,7 +1,7 @@
-"""What happens to messages between the server and clients: a chain of links, counted in the bytes that they make.
+"""Messages between the server and clients pass through a chain of links; their bytes are counted at the end.
 
 A message is a dictionary of named arrays of any dtype; its bytes are their sum. Without a lossy link, clients send
-their tensors as they are. With one, links see the difference to what the client received, the fold adds differences
+their tensors as they are. With one, links see the difference from what the client received, the fold adds these
 up, and the server adds their mean to its own exact model, once.
 """
 
@@ -32,34 +32,34 @@ class Link:
 
     @property
     def needs(self) -> Mapping[str, str]:
-        """What the rest of a run must offer, and what to tell the user where it does not."""
+        """Requirements on the rest of a run: by name, the message for users where it is not met."""
         return {}
 
     @property
     def offers(self) -> frozenset[str]:
-        """What the link offers to the rest of a run."""
+        """Properties that others may require."""
         return frozenset()
 
     def send(self, x: Tensor, round: Round) -> Tensor | Tensors:
-        """Return what goes down for a tensor [d] of the server's."""
+        """Return the payload that goes down for a tensor [d] of the server's."""
         return x
 
     def arrive(self, payload: Tensor | Tensors, round: Round) -> Tensor:
-        """Return the tensor [d] that a client makes of what came down."""
+        """Return the tensor [d] that a client restores from a payload."""
         assert isinstance(payload, Tensor)
         return payload
 
     def encode(self, x: Tensor, memory: Tensors, round: Round, client: int) -> tuple[Tensor | Tensors, Tensors]:
-        """Return what goes up for a client's tensor [d], and what the client keeps for this link's next round."""
+        """Return the payload that goes up for a client's tensor [d], and the client's next memory of this link."""
         return x, {}
 
     def decode(self, payload: Tensor | Tensors, round: Round) -> Tensor:
-        """Return the tensor [d] that is folded for what came up."""
+        """Return the tensor [d] to be folded, from a payload that came up."""
         assert isinstance(payload, Tensor)
         return payload
 
     def finish(self, total: Tensor, weight: float, round: Round, survivors: list[int]) -> tuple[Tensor, float]:
-        """Return the sum [d] of all that was folded, float64, and its weight, with what belongs to all of them."""
+        """Complete the sum [d] of a round's tensors, float64, and its weight; return both."""
         return total, weight
 
 
@@ -71,7 +71,7 @@ class Wire:
 
     @property
     def lossy(self) -> bool:
-        """Whether differences travel."""
+        """True where clients send differences."""
         return any(link.lossy for link in self.links)
 
     def send(self, down: Tensors, round: Round) -> Payload:
@@ -102,11 +102,11 @@ class Wire:
         return _arrays(message), kept
 
     def decode(self, payload: Payload, round: Round) -> Tensors:
-        """Return what is folded of a client's message."""
+        """Return the tensors to be folded, from a client's message."""
         return self._unpack(payload, round, "decode")
 
     def finish(self, folded: Folded, server: Tensors, round: Round) -> Folded:
-        """Finish sums; of differences, make the model that they lead to, in place of them."""
+        """Complete the sums; replace sums of differences by the model that they lead to."""
         for name in folded.sums:
             for _, link in reversed(self._of(name)):
                 done = link.finish(folded.sums[name], folded.weights[name], round, folded.survivors)
@@ -119,7 +119,7 @@ class Wire:
         return folded
 
     def _of(self, name: str) -> list[tuple[int, Link]]:
-        """The links that act on the tensor of that name."""
+        """Return the links that act on the tensor of that name, with their positions."""
         return [(index, link) for index, link in enumerate(self.links) if name in link.tensors]
 
     def _unpack(self, payload: Payload, round: Round, verb: str) -> Tensors:
@@ -149,7 +149,7 @@ def _pack(message: Tensors, prefix: str, made: Tensor | Tensors) -> Tensor:
 
 
 def _beside(name: str, message: Tensors) -> bool:
-    """Whether an entry of a message is what a link put beside a tensor's values: NAME/INDEX.KEY."""
+    """Tell whether an entry of a message stands beside a tensor's values, put there by a link: NAME/INDEX.KEY."""
     owner, _, rest = name.rpartition("/")
     return owner in message and rest.partition(".")[0].isdigit()
 

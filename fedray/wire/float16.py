@@ -1,4 +1,4 @@
-"""Half the bytes."""
+"""The link that halves the bytes."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from fedray.wire import Link
 
 @dataclass(frozen=True)
 class Float16(Link):
-    """Half the bytes: down goes fp16(w), up comes fp16(v − fp16(w)), which the server adds to its float32 w.
+    """Half the bytes: fp16(w) goes down and fp16(v − fp16(w)) up; the server adds the mean to its float32 w.
 
     Differences, because rounding the weights themselves to float16 would freeze most of them.
 

@@ -87,7 +87,7 @@ def test_dry_run_tells_the_plan_and_trains_nothing(tmp_path, monkeypatch, capsys
     flags = f"--clients 8 --fraction 0.5 --rounds 3 --local-epochs 2 {wire} --train-batch-size 25"
     assert main(["train", "--dry-run", *flags.split()]) == 0
     printed = capsys.readouterr().out
-    for words in ("8, of which 4", "1,797 in all", "159,697", "319,394", "3.8 MB", "216 in all; 54 one after"):
+    for words in ("8, of which 4", "1,797 in all", "159,697", "319,394", "3.8 MB", "216 in all; 54 sequential"):
         assert words in printed, words
     assert list(tmp_path.iterdir()) == []
 

@@ -219,7 +219,7 @@ def test_a_file_that_a_run_names_does_not_run_by_itself(toy_config, tmp_path):
     config = Config.from_json(values)
     assert not marker.exists()
     with pytest.raises(UserError, match=r"if you trust it, name the file again \(--code .*evil.py\)"):
-        config.check()
+        prepare(config, Run(tmp_path / "run"))
     assert not marker.exists()
     assert Config.from_json(values, {evil.resolve()}).to_json() == values
     assert marker.exists()

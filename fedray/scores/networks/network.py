@@ -1,4 +1,4 @@
-"""What feature networks have in common."""
+"""The common part of feature networks."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -75,7 +75,7 @@ class FeatureNetwork:
 
     @property
     def label(self) -> str:
-        """What scores measured on these features have in brackets."""
+        """The part in brackets of the names of scores on these features."""
         return Path(self.name.rpartition(":")[2]).stem
 
     def score_name(self, metric: str) -> str:

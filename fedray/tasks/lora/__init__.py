@@ -135,21 +135,21 @@ class LoRA(Images):
         check_targets(folder, self.target_modules)
 
     def dataset(self) -> Dataset:
-        """The images, with a column "caption"."""
+        """Load the images, with a column "caption"."""
         dataset = super().dataset()
         source = self.train_data_dir or self.dataset_name
         captions = captions_of(dataset, source, self.caption_column, self.instance_prompt)
         return dataset.with_column("caption", np.array(captions, dtype=object))
 
     def class_images(self) -> Dataset | None:
-        """The images for prior preservation, where there are any."""
+        """Load the images for prior preservation; None where there are none."""
         if self.class_data_dir is None:
             return None
         form = Form(self.resolution, 3, self.crop)
         return image_folder(Path(self.class_data_dir), form, self.skip_unreadable, flag="--class-data-dir ")
 
     def fingerprint(self, dataset: Dataset) -> dict[str, str]:
-        """What a resumed run must find again, beside its images: captions, class images, and the base's weights."""
+        """Hash what a resumed run must find again beside its images: captions, class images, and the base's weights."""
         captions = "\n".join(dataset.columns["caption"]).encode()
         extra = self.class_images()
         found = {"captions_sha256": hashlib.sha256(captions).hexdigest()}
@@ -157,12 +157,12 @@ class LoRA(Images):
         return found | {"base_sha256": base_sha256(pipeline_folder(self.pretrained_model_name_or_path))}
 
     def prompts(self, dataset: Dataset) -> tuple[str, ...]:
-        """What samples are drawn for: the validation prompts, else the captions, each once."""
+        """Return the prompts of samples: the validation prompts, else the captions, each once."""
         return self.validation_prompt or tuple(dict.fromkeys(dataset.columns["caption"]))
 
     @property
     def offers(self) -> frozenset[str]:
-        """What the task offers to algorithms."""
+        """Properties that algorithms may require."""
         return frozenset({"adapters"} | ({"float32 base"} if self.base_dtype == "float32" else set()))
 
     def build(self, device: torch.device, trains: Callable[[str], bool] = lambda name: True) -> "LoRALearner":
@@ -247,7 +247,7 @@ class LoRALearner:
     # Learning and drawing
 
     def loss(self, batch: Batch, rng: torch.Generator) -> Tensor:
-        """As the DDPM's, in the VAE's latent space, given the caption (Rombach et al. 2022, equation 3).
+        """Return the DDPM's loss in the VAE's latent space, given the caption (Rombach et al. 2022, equation 3).
 
         In training with class images, as many of them are drawn as the batch has examples, and their loss is added
         (prior preservation, Ruiz et al. 2023, equation 2).
@@ -306,7 +306,7 @@ class LoRALearner:
         return (drawn.float() * 255).round().clamp(0, 255).to(torch.uint8).cpu()
 
     def pipeline(self, sampler: str) -> StableDiffusionPipeline:
-        """Stable Diffusion with the adapters as they are."""
+        """Make a Stable Diffusion pipeline with the current adapters."""
         vae, text_encoder, tokenizer = self._encode_with()
         scheduler = SAMPLERS[sampler].from_config(self.scheduler.config)
         return StableDiffusionPipeline(
@@ -319,9 +319,9 @@ class LoRALearner:
         self.adapters.change_base(self.unet, change.to(self.device))
 
     def save(self, directory: Path) -> None:
-        """pytorch_lora_weights.safetensors, for `StableDiffusionPipeline.load_lora_weights`.
+        """Write pytorch_lora_weights.safetensors, for `StableDiffusionPipeline.load_lora_weights`.
 
-        If the base has changed too, a whole pipeline instead, with everything merged into it.
+        If the base has changed too, write a whole pipeline instead, with everything merged into it.
         """
         if self.adapters.base_has_changed:
             self.unet.fuse_lora()

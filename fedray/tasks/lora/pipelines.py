@@ -1,4 +1,4 @@
-"""A Stable Diffusion pipeline on disk: which folders are one, their weights, and the U-Net in the dtype asked for."""
+"""Stable Diffusion pipelines on disk: their checks, their weights, and the U-Net in a chosen dtype."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ SUPPORTED = ("StableDiffusionPipeline",)
 
 @cache
 def pipeline_folder(name: str) -> Path:
-    """The folder of a pipeline by path or hub name (then downloaded). Raises `UserError` if it is not of the kind."""
+    """Find a pipeline's folder by path or hub name (then download it). Raises `UserError` if it is not of the kind."""
     flag = "--pretrained-model-name-or-path"
     if not name:
         raise UserError(f"{flag} is not given: name the folder, or the hub name, of a Stable Diffusion pipeline.")
@@ -51,7 +51,7 @@ def pipeline_folder(name: str) -> Path:
 
 @cache
 def resolution_factor(folder: Path) -> int:
-    """Pixels of an image per side of a latent, times what the U-Net needs."""
+    """Return the factor that a resolution must be a multiple of: the VAE's reduction times the U-Net's."""
     vae = AutoencoderKL.load_config(folder, subfolder="vae")
     unet = UNet2DConditionModel.load_config(folder, subfolder="unet")
     return 2 ** (len(vae["block_out_channels"]) - 1 + len(unet["block_out_channels"]) - 1)
@@ -76,13 +76,13 @@ def _weights(folder: Path) -> list[Path]:
 
 
 def variant(folder: Path) -> str | None:
-    """fp16, where a part of a pipeline has only such files."""
+    """Return "fp16" where a part of a pipeline has only such files, else None."""
     files = _weights(folder)
     return "fp16" if files and all(".fp16" in path.name for path in files) else None
 
 
 def base_sha256(folder: Path) -> str:
-    """Of the weights of all parts of a pipeline."""
+    """Return the SHA-256 of the weights of all parts of a pipeline."""
     files = [path for part in ("unet", "vae", "text_encoder") for path in _weights(folder / part)]
     hashes = [_file_sha256(path, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
@@ -108,7 +108,7 @@ def check_targets(folder: Path, targets: tuple[str, ...]) -> None:
 
 
 def unet_folder(folder: Path, dtype: str) -> Path:
-    """A folder with the U-Net in this dtype: then all processes map the one file. Converted once, where it is not."""
+    """Return a folder with the U-Net in this dtype, converted once if need be: all processes map the one file."""
     unet = folder / "unet"
     stored = set()
     for path in sorted(unet.glob("*.safetensors")):
@@ -126,7 +126,7 @@ def unet_folder(folder: Path, dtype: str) -> Path:
 
 
 def embed(caption: str, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, device: torch.device) -> Tensor:
-    """The caption's embedding [tokens, width], as Stable Diffusion's pipeline makes it."""
+    """Embed a caption as Stable Diffusion's pipeline does: [tokens, width]."""
     tokens = tokenizer(
         caption, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
     ).to(device)
