@@ -26,6 +26,7 @@ from fedray.menus import (
     LINKS,
     PARTITIONS,
     TEXTS,
+    name_or_none,
     parse_wire,
     saved_features,
     wire_form,
@@ -150,7 +151,7 @@ class Config:
     """Images in a sampling batch."""
     checkpoints_total_limit: int = 1
     """How many of the last checkpoints are kept."""
-    features: str | None = None
+    features: Annotated[str | None, word(name_or_none, str, "NAME")] = None
     """Features that scores are measured on: inception (inception-768, -192, -64), digits (a small classifier of
     digits), a TorchScript FILE.pt, a Python function MODULE:FUNCTION or FILE.py:FUNCTION; None for no score."""
     inception_weights: str | None = None

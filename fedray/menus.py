@@ -32,6 +32,11 @@ def word(parse: Callable[[str], Any], form: Callable[[Any], str], names: str) ->
     )
 
 
+def name_or_none(text: str) -> str | None:
+    """Read a name, or None."""
+    return None if text == "None" else text
+
+
 def words_of(menu: Menu) -> PrimitiveConstructorSpec:
     return word(menu.parse, menu.form, "|".join(menu.classes))
 
