@@ -17,7 +17,7 @@ from fedray.algorithms.fedavg import FedAvg
 from fedray.algorithms.folds import Fold, Mean
 from fedray.data.partition import IID, Partition
 from fedray.errors import UserError, check_name
-from fedray.forms import check_types
+from fedray.forms import check_types, find_sources
 from fedray.menus import (
     ALGORITHMS,
     EXACT,
@@ -181,6 +181,8 @@ class Config:
             value = getattr(self, name)
             if isinstance(value, str):
                 object.__setattr__(self, name, parse(value, None))
+        for part in (self.task, self.partition, self.algorithm, self.fold, *self.wire):
+            find_sources(part)
 
     @property
     def method(self) -> Algorithm:

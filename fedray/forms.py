@@ -84,13 +84,10 @@ class Menu:
         if self.classes.get(name_of(cls)) is cls:
             name = name_of(cls)
         else:
-            try:
-                file = inspect.getsourcefile(cls)
-            except TypeError:
-                file = None
-            if file is None or not file.endswith(".py") or "." in cls.__qualname__:
+            source = own.source_of(cls)
+            if source is None:
                 return repr(chosen)
-            name = f"{Path(file).absolute()}:{cls.__qualname__}"
+            name = source
         words, nested, in_order = [name], [], True
         for field in fields_of(cls):
             value = getattr(chosen, field.name)
@@ -240,6 +237,15 @@ def parse_all(menu: Menu, text: str, plain: Mapping[str, tuple], allowed: Collec
     if text in plain:
         return plain[text]
     return tuple(menu.parse(each, allowed) for each in text.split(","))
+
+
+def find_sources(part: Any) -> None:
+    """Find the files of the classes of an object and of those that it wraps, while they are in this process."""
+    if dataclasses.is_dataclass(part) and not isinstance(part, Unloaded):
+        if not type(part).__module__.startswith("fedray."):
+            own.source_of(type(part))
+        for value in vars(part).values():
+            find_sources(value)
 
 
 def check_loaded(part: Any) -> None:

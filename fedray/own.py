@@ -1,6 +1,7 @@
 """A user's own Python files: experiments, tasks, metrics."""
 
 import importlib.util
+import inspect
 import sys
 import traceback
 from hashlib import sha256
@@ -8,6 +9,8 @@ from pathlib import Path
 from types import ModuleType
 
 from fedray.errors import UserError, reason
+
+SOURCE = "_fedray_source"  # where `source_of` keeps what it has found
 
 _modules: dict[tuple[Path, int, int], ModuleType] = {}  # by place, time of change and size
 
@@ -51,6 +54,23 @@ def load_file(path: str | Path) -> ModuleType:
 def loaded() -> list[ModuleType]:
     """Return the modules of all files loaded so far."""
     return list(_modules.values())
+
+
+def source_of(cls: type) -> str | None:
+    """Return a class as FILE.py:CLASS; None where it is in no file.
+
+    It is kept on the class: one that Ray has copied into another process has no file there.
+    """
+    kept = vars(cls).get(SOURCE)
+    if kept is None and "." not in cls.__qualname__:
+        try:
+            file = inspect.getsourcefile(cls)
+        except (TypeError, OSError):
+            file = None
+        if file is not None and file.endswith(".py"):
+            kept = f"{Path(file).absolute()}:{cls.__qualname__}"
+            setattr(cls, SOURCE, kept)
+    return kept
 
 
 def _line(error: Exception, place: Path) -> str:

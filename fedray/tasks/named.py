@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib
-import inspect
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,11 +32,8 @@ def task_to_json(task: Task) -> dict[str, Any]:
     values = {"name": task.name, **dataclasses.asdict(task)}
     if cls.__module__.startswith("fedray.tasks."):
         return values
-    try:
-        file = inspect.getsourcefile(cls)
-    except TypeError:
-        file = None
-    return values if file is None else values | {"class": f"{Path(file).absolute()}:{cls.__qualname__}"}
+    source = own.source_of(cls)
+    return values if source is None else values | {"class": source}
 
 
 def task_from_json(values: Mapping[str, Any], allowed: Collection[Path]) -> Task:
