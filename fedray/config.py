@@ -281,6 +281,8 @@ class Config:
 
     def _check_fit(self) -> None:
         """Raise `UserError` where a part of the run needs what no other part offers."""
+        if self.use_ema and ALGORITHMS.form(self.algorithm).startswith("ema:"):
+            raise UserError("--use-ema and --algorithm ema:… both ask for an average; leave one of them out.")
         method, parts = self.method, {"algorithm": ALGORITHMS.form(self.algorithm), "fold": FOLDS.form(self.fold)}
         offered = self.task_offers | method.offers | self.fold.offers | self.optimizer.offers
         offered = offered.union(*(link.offers for link in self.wire))

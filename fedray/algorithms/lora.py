@@ -68,6 +68,8 @@ class Flora(Algorithm):
         adapters = adapters_of(round)
         mean, examples = torch.zeros(adapters.base_size), 0
         for upload in folded.uploads:
+            if upload.weights["model"] == 0:
+                continue
             examples += upload.weights["model"]
             share = upload.weights["model"] / examples
             for part, (b, a) in zip(adapters.changes(mean), adapters.factors(upload.tensors["model"]), strict=True):

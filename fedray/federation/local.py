@@ -167,6 +167,8 @@ def client_update(worker: Worker, shared: Shared, job: TrainJob) -> tuple[Row, T
     if config.keep_optimizer:
         local.restore(under("optimizer/", memory))
     method.train(local, down, own)
+    if not local.batches:
+        raise ValueError("the algorithm's train made no step")
     learner.flat.check()
     tensors, rows, kept = method.upload(local, down, own)
     sent = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from fedray.algorithms import Algorithm
 from fedray.algorithms.ema import EMA
 from fedray.algorithms.folds import Mean
+from fedray.errors import UserError
 
 
 @pytest.mark.parametrize(("max_decay", "inv_gamma", "power"), [(0.9999, 1.0, 0.75), (0.8, 2.0, 0.5)])
@@ -66,3 +67,9 @@ def test_an_algorithm_trains_in_its_own_way_inside_the_average(toy_config, tmp_p
         out = tmp_path / f"ema-{use_ema}"
         train(toy_config(algorithm=EndsAtZero(), use_ema=use_ema, rounds=1, evaluate_samples=0), out)
         assert not load_file(out / "checkpoints/round-000001.safetensors")["model"].any()
+
+
+def test_an_average_of_an_average_is_refused(toy_config):
+    with pytest.raises(UserError, match="both ask for an average; leave one of them out"):
+        toy_config(use_ema=True, algorithm="ema:0.9").check()
+    toy_config(algorithm="ema:0.9").check()
