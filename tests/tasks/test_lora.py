@@ -833,7 +833,7 @@ def test_two_actors_share_one_base(tmp_path, dtype, monkeypatch):
 
 @pytest.mark.slow
 def test_a_round_at_the_size_of_stable_diffusion_1_5(photos, tmp_path):
-    """Random weights in SD-1.5's full shape, bfloat16, one client, one step at 64×64 pixels: 3,188,736 bytes."""
+    """Random weights in SD-1.5's full shape, bfloat16, one client, one step at 8×8 latents: 3,188,736 bytes."""
     pipeline = tmp_path / "pipeline"
     shutil.copytree(PIPELINE, pipeline)
     shutil.rmtree(pipeline / "unet")
@@ -853,9 +853,9 @@ def test_a_round_at_the_size_of_stable_diffusion_1_5(photos, tmp_path):
     task = LoRA(
         pretrained_model_name_or_path=str(pipeline),
         train_data_dir=str(photos),
-        resolution=64,
+        resolution=16,
         base_dtype="bfloat16",
-        validation_prompt=("a digit",),  # drawn before and after: each image is minutes on CPUs without bfloat16
+        validation_prompt=("a digit",),  # drawn before and after, which takes minutes on CPUs without bfloat16
     )
     config = replace(
         PRESETS["sd"], task=task, clients=1, partition=fedray.IID(), rounds=1, local_epochs=None, local_steps=1,
