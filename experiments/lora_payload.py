@@ -25,8 +25,7 @@ from fedray.algorithms import Round
 from fedray.commands.terminal import print_frame, program
 from fedray.menus import parse_wire
 from fedray.tasks.ddpm import DDPM
-from fedray.tasks.embedded import PIPELINE
-from fedray.tasks.lora import LoRA
+from fedray.tasks.lora import PIPELINE, LoRA
 from fedray.vector import Layout
 from fedray.wire import Wire, counted
 

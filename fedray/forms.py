@@ -22,7 +22,8 @@ from typing import Any
 from fedray import own
 from fedray.errors import UserError, check_name, reason
 
-CODE = (".py", ".pt", ".pth", ".ts")  # files that run when they are loaded
+TORCHSCRIPT = (".pt", ".pth", ".ts")
+CODE = (".py", *TORCHSCRIPT)  # files that run when they are loaded
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Menu:
             name_of(cls): cls
             for each in modules
             for cls in vars(each).values()
-            if isinstance(cls, type) and issubclass(cls, self.base) and cls.__module__ == each.__name__
+            if issubclass(type(cls), type) and issubclass(cls, self.base) and cls.__module__ == each.__name__
             if cls is not self.base and not cls.__name__.startswith("_") and not vars(cls).get("abstract", False)
         }
 

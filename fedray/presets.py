@@ -4,8 +4,7 @@ from fedray.config import Config
 from fedray.data.partition import ByFolder
 from fedray.data.sources import CELEBA_CROP
 from fedray.tasks.ddpm import DDPM
-from fedray.tasks.embedded import PIPELINE
-from fedray.tasks.lora import LoRA
+from fedray.tasks.lora import PIPELINE, LoRA
 from fedray.wire.float16 import Float16
 
 # With these, the preset "digits" takes seconds: for trying out, and for tests.

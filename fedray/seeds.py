@@ -1,8 +1,10 @@
 """The only source of randomness: every draw comes from the run's seed and a key that says what it is for."""
 
+from __future__ import annotations
+
 import hashlib
 
-import torch
+from fedray.lazy import torch
 
 
 def number(seed: int, *key: str | int) -> int:

@@ -5,18 +5,18 @@ dictionaries of named tensors, kept at the server and at each client, which the 
 knowing what they mean. The defaults of `Algorithm` are federated averaging, so a method overrides what it changes.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
-import torch
-from torch import Tensor
-
+from fedray.lazy import torch
 from fedray.seeds import generator
 from fedray.vector import Layout
 from fedray.vector.adapters import Adapters, WeightedSum
 
-Tensors = dict[str, Tensor]  # by name; "model" [d] float32 is the model
+Tensors: TypeAlias = "dict[str, torch.Tensor]"  # by name; "model" [d] float32 is the model
 Rows = dict[str, float]  # numbers for the record and for the server
 
 
@@ -77,7 +77,7 @@ class Folded:
         """The clients that took part."""
         return [client for client, _ in self.rows]
 
-    def mean(self, name: str) -> Tensor:
+    def mean(self, name: str) -> torch.Tensor:
         """Return the weighted mean of the tensors of that name, float32."""
         return (self.sums[name] / self.weights[name]).float()
 
@@ -90,10 +90,10 @@ class Local(Protocol):
     examples: int
     steps: int  # optimizer steps that it makes in all
     step: int  # how many of them it has made
-    weights: Tensor  # [d] float32, what is trained, on its device
+    weights: torch.Tensor  # [d] float32, what is trained, on its device
     total_learning_rate: float  # Σ of the learning rates of the steps made: K η where they are all η
 
-    def run(self, correct: Callable[[Tensor], None]) -> None:
+    def run(self, correct: Callable[[torch.Tensor], None]) -> None:
         """Train for `steps` steps: `correct` gets the gradient [d] before each is clipped and made."""
 
     def watch(self, stepped: Callable[[], object]) -> None:
@@ -132,7 +132,7 @@ class Algorithm:
         """A test of which adapters' parameters are trained, by name; None trains all. The others stay as drawn."""
         return None
 
-    def init(self, model: Tensor, layout: Layout) -> Tensors:
+    def init(self, model: torch.Tensor, layout: Layout) -> Tensors:
         """Return the server's state before the first round, from the initial model [d]."""
         return {"model": model}
 
@@ -140,11 +140,11 @@ class Algorithm:
         """Return what each client of the cohort receives."""
         return {"model": server["model"]}
 
-    def start(self, down: Tensors, memory: Tensors) -> Tensor:
+    def start(self, down: Tensors, memory: Tensors) -> torch.Tensor:
         """Return the weights [d] from which a client begins."""
         return down["model"]
 
-    def correct(self, gradient: Tensor, weights: Tensor, down: Tensors, memory: Tensors) -> None:
+    def correct(self, gradient: torch.Tensor, weights: torch.Tensor, down: Tensors, memory: Tensors) -> None:
         """Change a gradient [d] in place, before it is clipped and the optimizer steps."""
 
     def train(self, local: Local, down: Tensors, memory: Tensors) -> None:
@@ -195,16 +195,16 @@ class Wrapper(Algorithm):
     def trains(self) -> Callable[[str], bool] | None:
         return self.algorithm.trains
 
-    def init(self, model: Tensor, layout: Layout) -> Tensors:
+    def init(self, model: torch.Tensor, layout: Layout) -> Tensors:
         return self.algorithm.init(model, layout)
 
     def broadcast(self, server: Tensors, round: Round) -> Tensors:
         return self.algorithm.broadcast(server, round)
 
-    def start(self, down: Tensors, memory: Tensors) -> Tensor:
+    def start(self, down: Tensors, memory: Tensors) -> torch.Tensor:
         return self.algorithm.start(down, memory)
 
-    def correct(self, gradient: Tensor, weights: Tensor, down: Tensors, memory: Tensors) -> None:
+    def correct(self, gradient: torch.Tensor, weights: torch.Tensor, down: Tensors, memory: Tensors) -> None:
         self.algorithm.correct(gradient, weights, down, memory)
 
     def train(self, local: Local, down: Tensors, memory: Tensors) -> None:

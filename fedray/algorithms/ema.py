@@ -1,13 +1,13 @@
 """An exponential moving average of the global model."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from fedray.algorithms import Algorithm, Folded, Local, Round, Rows, Tensors, Wrapper
 from fedray.algorithms.fedavg import FedAvg
+from fedray.lazy import torch
 from fedray.vector import Layout
 
 
@@ -38,7 +38,7 @@ class EMA(Wrapper):
         """Return β at a step of the whole run."""
         return min(self.max_decay, 1 - (1 + (step - 1) / self.inv_gamma) ** -self.power)
 
-    def init(self, model: Tensor, layout: Layout) -> Tensors:
+    def init(self, model: torch.Tensor, layout: Layout) -> Tensors:
         average = {"ema/model": model, "ema/steps": torch.zeros(1, dtype=torch.int64)}
         return self.algorithm.init(model, layout) | average
 
@@ -47,7 +47,7 @@ class EMA(Wrapper):
         alone = {name: server[name] for name in ("ema/model", "ema/steps")} if round.clients == 1 else {}
         return down | alone
 
-    def start(self, down: Tensors, memory: Tensors) -> Tensor:
+    def start(self, down: Tensors, memory: Tensors) -> torch.Tensor:
         if "ema/model" in down:
             memory["ema/model"] = down["ema/model"].clone()
         return self.algorithm.start(down, memory)

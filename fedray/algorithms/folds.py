@@ -1,12 +1,13 @@
 """Folds combine the uploads of a round. A fold is a monoid: uploads are added to a partial, partials are merged."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
 from fedray.algorithms import Folded, Round, Rows, Tensors, Upload
+from fedray.lazy import torch
 
 
 class Fold:
@@ -65,7 +66,7 @@ class Collect(Fold):
             sums[name] = self.combine([upload.tensors[name] for upload in sent]).double() * weights[name]
         return Folded(sums, weights, [(upload.client, upload.rows) for upload in uploads], uploads)
 
-    def combine(self, tensors: list[Tensor]) -> Tensor:
+    def combine(self, tensors: list[torch.Tensor]) -> torch.Tensor:
         """Return the replacement for the mean, from each client's tensor [d], ascending by client."""
         raise NotImplementedError
 
@@ -102,7 +103,7 @@ class Mean(Fold):
             partial.uploads.append(upload)
         return partial
 
-    def _add(self, partial: _Means, name: str, tensor: Tensor, weight: int) -> None:
+    def _add(self, partial: _Means, name: str, tensor: torch.Tensor, weight: int) -> None:
         if weight == 0:
             return
         partial.weights[name] = total = partial.weights.get(name, 0) + weight

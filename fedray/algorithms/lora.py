@@ -1,12 +1,12 @@
 """Methods for adapters: averaging A and B separately (`FedAvg`, the paper's) does not average ΔW = s B A."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from fedray.algorithms import Algorithm, Folded, Round, Tensors
+from fedray.lazy import torch
 from fedray.vector.adapters import Adapters, WeightedSum
 
 ADAPTERS = {"adapters": "is for adapters (fedray finetune), not for whole models"}
@@ -87,7 +87,7 @@ def adapters_of(round: Round) -> Adapters:
     return round.adapters
 
 
-def best_factors(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def best_factors(left: torch.Tensor, right: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return factors [out, rank] and [rank, in] of the best approximation of left right of that rank, balanced."""
     q_left, r_left = torch.linalg.qr(left)
     q_right, r_right = torch.linalg.qr(right.T)

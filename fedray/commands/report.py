@@ -7,7 +7,6 @@ from pathlib import Path
 import tyro
 
 from fedray.errors import UserError
-from fedray.reports import page
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +31,9 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"--out {out} is a directory; give the name of a file in it, such as {out / 'report.html'}.")
     if options.places[0].exists() and not out.parent.is_dir():
         raise UserError(f"--out {out}: the directory {out.parent} does not exist.")
+
+    from fedray.reports import page  # pandas and plotly take seconds to import: mistakes are told before
+
     page.write(options.places, out)
     print(f"report    {out}")
     if options.open:

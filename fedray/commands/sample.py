@@ -1,24 +1,24 @@
 """fedray sample: images from a run's model; and the options it shares with fedray evaluate."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-import torch
 import tyro
 
-from fedray.cluster.pool import open_pool
 from fedray.commands.terminal import progress
 from fedray.config import Config
 from fedray.errors import UserError
-from fedray.federation.evaluation import prompts_of, sample
-from fedray.federation.sampling import Sampling
-from fedray.federation.worker import Shared, build, model, sampled
 from fedray.forms import files_named
-from fedray.record.pictures import grid
+from fedray.lazy import torch
 from fedray.record.run import Run
-from fedray.tasks import AdapterLearner
+
+if TYPE_CHECKING:
+    from fedray.federation.worker import Shared
+    from fedray.tasks import AdapterLearner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +85,12 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"--prompt and --strength are for fine-tuned models; {options.run} is a run of `fedray train`.")
     if not 0 <= options.strength < math.inf:
         raise UserError(f"--strength {options.strength}: it must not be negative.")
+
+    from fedray.cluster.pool import open_pool  # Ray and torch take seconds to import: mistakes are told before
+    from fedray.federation.evaluation import prompts_of, sample
+    from fedray.federation.sampling import Sampling
+    from fedray.record.pictures import grid
+
     shared = model_of(options.run, config, options.strength)
     prompts = options.prompt or getattr(config.task, "validation_prompt", ()) or prompts_of(config)
     sampling = replace(Sampling.of(config, options.num_images, prompts), seed=options.seed)
@@ -101,6 +107,8 @@ def model_of(directory: Path, config: Config, strength: float = 1.0) -> Shared:
     Args:
         strength: of adapters, how much of them to use.
     """
+    from fedray.federation.worker import build, model, sampled
+
     learner = build(config, torch.device("cpu"))
     state = Run.open(directory).state(learner.flat.layout)
     if state is None:
@@ -108,5 +116,5 @@ def model_of(directory: Path, config: Config, strength: float = 1.0) -> Shared:
     delivered = sampled(state.tensors)
     if strength == 1:
         return model(delivered)
-    weakened = {"model": cast(AdapterLearner, learner).adapters.weakened(delivered["model"], strength)}
+    weakened = {"model": cast("AdapterLearner", learner).adapters.weakened(delivered["model"], strength)}
     return model(weakened | ({"base": delivered["base"] * strength} if "base" in delivered else {}))

@@ -1,5 +1,7 @@
 """fedray sweep: the runs of an experiment's file, in parallel, and their table."""
 
+from __future__ import annotations
+
 import argparse
 import shlex
 import sys
@@ -8,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from rich.progress import (
@@ -21,9 +23,6 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from fedray.cluster.directories import Sweep
-from fedray.cluster.trials import Experiment, change, images_planned
-from fedray.cluster.tune import News, sweep
 from fedray.commands.settings import Settings, T, ask, preset_help
 from fedray.commands.terminal import print_frame, program
 from fedray.config import Config, flag
@@ -32,9 +31,10 @@ from fedray.files import read_json, write
 from fedray.own import load_file
 from fedray.presets import PRESETS
 from fedray.record.run import RECORD
-from fedray.reports.results import finals, load, scores_of
-from fedray.reports.results import write as write_results
-from fedray.reports.tables import by_setting, cells, shown, to_latex, to_markdown
+
+if TYPE_CHECKING:
+    from fedray.cluster.directories import Sweep
+    from fedray.cluster.tune import News
 
 DURATION = ("local_epochs", "local_steps")  # of which one is given
 
@@ -72,6 +72,8 @@ def main(arguments: list[str]) -> None:
             check_name("preset", first.preset, PRESETS)
             base = PRESETS[first.preset]
         for name, value in (getattr(module, "SMOKE", {}) if first.smoke else {}).items():
+            from fedray.cluster.trials import change
+
             if name in space and not callable(space[name]):
                 space[name] = value
             else:
@@ -85,6 +87,10 @@ def main(arguments: list[str]) -> None:
             raise UserError(f"{flag(name)} is what {flags.experiment} varies; change its SPACE.")
     name = flags.experiment.stem
     out = flags.out or Path("runs") / (f"{name}-smoke" if flags.smoke else name)
+
+    from fedray.cluster.trials import Experiment  # Ray and torch take seconds to import: mistakes are told before
+    from fedray.cluster.tune import sweep
+
     experiment = Experiment(config, space, name, question)
     with _progress(len(config.task.dataset())) as on_news:
         try:
@@ -115,6 +121,10 @@ def load_experiment(path: Path) -> ModuleType:
 
 def _show(out: Path, done: Sweep, name: str) -> None:
     """Write results.parquet and .csv of all runs in OUT and the table of this sweep's; print it."""
+    from fedray.reports.results import finals, load, scores_of
+    from fedray.reports.results import write as write_results
+    from fedray.reports.tables import by_setting, cells, shown, to_latex, to_markdown
+
     rounds = load(out).rounds
     if rounds.empty:
         return
@@ -148,6 +158,8 @@ def _show(out: Path, done: Sweep, name: str) -> None:
 @contextmanager
 def _progress(examples: int) -> Iterator[Callable[[News], None]]:
     """Show a line per running trial, and one for the sweep with the time left, by the images that trials train on."""
+    from fedray.cluster.trials import images_planned
+
     columns = (
         TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
         TextColumn("left"), TimeRemainingColumn(),

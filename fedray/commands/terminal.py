@@ -1,5 +1,7 @@
 """Terminal output of commands: progress, tables, the next command to type."""
 
+from __future__ import annotations
+
 import math
 import os
 import shutil
@@ -7,18 +9,20 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from fedray.federation.evaluation import Evaluation
-from fedray.record.run import Row
-from fedray.reports.results import summary
 from fedray.scores.metrics import deciding
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from fedray.federation.evaluation import Evaluation
+    from fedray.record.run import Row
 
 
 def program() -> str:
@@ -68,6 +72,8 @@ def progress(
 
 def print_table(runs: dict[str, Path], mean: bool = False) -> None:
     """Print complete runs side by side; with `mean`, a row per run and their mean."""
+
+    from fedray.reports.results import summary
 
     frame = summary(runs)
     if mean:  # what fits: the losses and the score that decides

@@ -11,17 +11,13 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from fedray.cluster.alone import run_local_only
-from fedray.cluster.driver import run
 from fedray.commands.settings import Settings, T, ask, command_of, preset_help, presets_of
 from fedray.commands.terminal import print_table, program, progress
 from fedray.config import Config
 from fedray.errors import RunError, UserError, check_name
-from fedray.federation.plan import bytes_planned, make_plan, steps_planned
 from fedray.forms import files_named
 from fedray.presets import PRESETS
 from fedray.record.run import Run
-from fedray.reports.results import summary
 from fedray.tasks.named import task_class
 
 
@@ -94,6 +90,11 @@ def _main(arguments: list[str], flags: type[Train], command: str, first_preset: 
         raise UserError("--local-only and --resume are both given; repeat the command with the same --out to go on.")
     out = asked.resume or asked.out or Path("runs") / time.strftime(f"{asked.preset or config.task.name}-%Y%m%d-%H%M%S")
     config.check()
+
+    from fedray.cluster.alone import run_local_only  # Ray and torch take seconds to import: mistakes are told before
+    from fedray.cluster.driver import run
+    from fedray.reports.results import summary
+
     dataset = config.task.dataset()  # decoding shows progress of its own
     if asked.local_only:
         with progress(config.rounds, alone=True) as (on_row, show):
@@ -118,6 +119,7 @@ def _main(arguments: list[str], flags: type[Train], command: str, first_preset: 
 
 
 def _print_plan(config: Config) -> None:
+    from fedray.federation.plan import bytes_planned, make_plan, steps_planned
 
     plan = make_plan(config)
     steps = steps_planned(config, plan)

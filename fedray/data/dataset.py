@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 
 from fedray import files
 from fedray.data.images import sha256
@@ -46,6 +45,8 @@ class Dataset:
         Args:
             columns: those to read, where there are such; None reads all.
         """
+        import pandas as pd
+
         about = json.loads((place / "about.json").read_text())
         labels = np.load(place / "labels.npy", mmap_mode="r") if about["labels"] else None
         wanted = [name for name in about["columns"] if columns is None or name in columns]
@@ -88,6 +89,8 @@ class Dataset:
 
 def keep(images: Path, sha256: str, labels: np.ndarray | None, columns: Mapping[str, np.ndarray]) -> Dataset:
     """Save labels and columns of cached images in this node's cache, and return the dataset."""
+    import pandas as pd
+
     table = pd.DataFrame(dict(columns))
     known = np.zeros(0, np.int64) if labels is None else np.asarray(labels)
 

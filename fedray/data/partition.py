@@ -1,12 +1,14 @@
 """Partitions: which client holds which examples."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from fedray.data.dataset import Dataset
 from fedray.errors import UserError
+from fedray.lazy import torch
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,5 +1,7 @@
 """A table and a picture of a partition."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from functools import partial
 

@@ -1,16 +1,20 @@
 """Sources of datasets: scikit-learn's digits, folders of images, CelebA, Hugging Face."""
 
+from __future__ import annotations
+
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from fedray.data.dataset import Dataset, keep
 from fedray.data.images import Decoded, Form, cached, images_below
 from fedray.errors import UserError, reason
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CELEBA_CROP = 178  # the central square of CelebA's 178×218
@@ -156,6 +160,8 @@ def _columns(table: pd.DataFrame, source: object, names: Sequence[str]) -> dict[
     Raises:
         UserError: a label is missing.
     """
+    import pandas as pd
+
     columns = {}
     for name in table:
         values, missing = table[name], table[name].isna()
@@ -189,6 +195,8 @@ def _stamp(paths: Sequence[Path]) -> list[list[object]]:
 
 def _metadata(directory: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     """Read the columns of the metadata files below a directory, in the order of `names`; {} without such files."""
+    import pandas as pd
+
     paths = sorted(path for kind in ("csv", "jsonl") for path in directory.rglob(f"metadata.{kind}"))
     tables = []
     for path in paths:
@@ -208,6 +216,8 @@ def _metadata(directory: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
 
 def _listed(path: Path, names: Sequence[str], columns: list[str], skip: int = 0) -> pd.DataFrame:
     """Read one of CelebA's lists: a file name and its values on each line."""
+    import pandas as pd
+
     try:
         table = pd.read_csv(path, sep=r"\s+", header=None, names=["file_name", *columns], skiprows=skip)
     except ValueError as error:

@@ -7,11 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from tensorboardX import SummaryWriter
 
 from fedray import vector
 from fedray.config import Config
-from fedray.data import partition_picture
 from fedray.data.dataset import Dataset
 from fedray.federation.evaluation import (
     GRID,
@@ -67,9 +65,13 @@ def fit(session: Session, provenance: dict[str, Any], resume: bool = False) -> I
         RunError: the run cannot go on; what was saved stays, and it can be resumed.
     """
     config, plan, run = session.config, session.plan, session.run
+    from tensorboardX import SummaryWriter
+
     scoring = Scoring.of(config) if config.evaluate_samples else None
     against = open_reference(scoring, plan.dataset, session.pool, session.show) if scoring else None
     if not resume:
+        from fedray.data import partition_picture  # matplotlib takes a second to import
+
         look_at_a_sample(session)
         frame, picture = partition_picture.make(plan.dataset, plan.parts)
         run.create(config, plan.data, provenance)
@@ -146,7 +148,7 @@ def draw_prompts(session: Session, state: State) -> None:
     pictures.draw_prompts(session.run.directory, images, prompts, state.round, final=state.round == config.rounds)
 
 
-def _plot(board: SummaryWriter, row: Row) -> None:
+def _plot(board: Any, row: Row) -> None:
     """Add a round's numbers to TensorBoard."""
     held_out = {f"held_out/{name}": value for name, value in row["held_out"].items() if name != "clients"}
     scalars = {"loss": row["loss"], "seconds": row["seconds"]["round"], "bytes": row["bytes_down"] + row["bytes_up"]}

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from diffusers.optimization import get_scheduler
 from torch import Tensor
 
 from fedray.algorithms import Round, Rows, Tensors
@@ -90,7 +90,9 @@ class LocalTraining:
     def run(self, correct: Callable[[Tensor], None]) -> None:
         """Train for `steps` steps: `correct` gets the gradient [d] before each is clipped and made."""
         worker, config, job, flat = self.worker, self.worker.config, self.job, self.worker.learner.flat
-        learning_rate = lr_schedule(config, self.steps)
+        learning_rate = lr_schedule(
+            config.lr_scheduler, config.learning_rate, config.lr_warmup_steps, config.rounds * self.steps
+        )
         rng = generator(config.seed, *job.key)
         for step, group in enumerate(steps_of(self.examples, config, rng)):
             rate = learning_rate(job.round * self.steps + step)
@@ -255,14 +257,14 @@ def precision(config: Config, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype, enabled=config.mixed_precision != "no")
 
 
-def lr_schedule(config: Config, steps: int) -> Callable[[int], float]:
-    """Return the learning rate as a function of the step in the whole run (round × local steps + local step)."""
-    dummy = torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate)
-    schedule = get_scheduler(
-        config.lr_scheduler,
-        dummy,
-        num_warmup_steps=config.lr_warmup_steps,
-        num_training_steps=config.rounds * steps,
-    )
+@cache
+def lr_schedule(kind: str, rate: float, warmup: int, steps: int) -> Callable[[int], float]:
+    """Return the learning rate as a function of the step in a run of so many (diffusers' schedules)."""
+    if kind == "constant":
+        return lambda step: rate
+    from diffusers.optimization import get_scheduler  # takes seconds to import
+
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=rate)
+    schedule = get_scheduler(kind, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
     factor = schedule.lr_lambdas[0]
-    return lambda step: config.learning_rate * factor(step)
+    return lambda step: rate * factor(step)

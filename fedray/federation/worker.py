@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from fedray.scores import networks
 from fedray.seeds import number
 from fedray.tasks import AdapterLearner, AdapterTask, Learner
 from fedray.wire import Payload
+
+if TYPE_CHECKING:
+    from fedray.scores.networks.network import Network
 
 BUILDING = threading.Lock()  # torch's global generator is seeded for it
 
@@ -76,7 +79,7 @@ class Worker:
         return dataset
 
     @cached_property
-    def features(self) -> networks.Network:
+    def features(self) -> "Network":
         assert self.config.features is not None
         return networks.load(self.config.features, self.config.inception_weights, self.device)
 

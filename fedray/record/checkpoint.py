@@ -1,14 +1,16 @@
 """The state of a run between rounds, on disk: named tensors in one safetensors file, and the row of its round."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from fedray.errors import UserError
+from fedray.lazy import torch
 from fedray.vector import Layout, load, save
 
 
@@ -20,7 +22,7 @@ class State:
     """
 
     round: int
-    tensors: dict[str, Tensor]
+    tensors: dict[str, torch.Tensor]
 
 
 def save_state(path: Path, state: State, layout: Layout, row: Mapping[str, object]) -> None:

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
-from torchvision.utils import make_grid
 
 
 def grid(images: Tensor, columns: int = 8) -> Image.Image:
     """Make a picture of uint8 images [n, channels, height, width], enlarged to at least 48 pixels, with gaps."""
+    from torchvision.utils import make_grid
+
     scale = max(1, -(-48 // images.shape[-1]))
     large = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     return Image.fromarray(make_grid(large, nrow=columns, padding=4, pad_value=96).permute(1, 2, 0).numpy())
@@ -46,6 +46,8 @@ def draw_prompts(directory: Path, images: np.ndarray, prompts: Sequence[str], ro
     strips = sorted(place.glob("round-*.png"))
     if len(strips) > 6:  # the base, the last, and some between
         strips = [strips[index] for index in np.linspace(0, len(strips) - 1, 6).round().astype(int)]
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(1.2 * len(images), 1.4 * len(strips) + 0.4), layout="constrained")
     axes = figure.subplots(len(strips), 1, squeeze=False)[:, 0]
     for axis, strip in zip(axes, strips, strict=True):

@@ -13,6 +13,8 @@ nearest/        samples with their nearest training images below them, where som
 model/          what diffusers loads
 """
 
+from __future__ import annotations
+
 import fcntl
 import json
 import os
@@ -25,12 +27,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
 from fedray.config import FORMAT, Config
 from fedray.errors import UserError
 from fedray.files import as_json, read_json, write
+from fedray.lazy import torch
 from fedray.record.card import model_card
 from fedray.record.checkpoint import State, load_row, load_state, save_state
 from fedray.record.upgrade import upgrade
@@ -53,7 +54,7 @@ class Run:
         self.directory = Path(directory)
 
     @classmethod
-    def open(cls, directory: str | Path) -> "Run":
+    def open(cls, directory: str | Path) -> Run:
         """Open an existing run. Raises `UserError` where there is none."""
         run = cls(directory)
         if not run.directory.is_dir():
@@ -200,7 +201,7 @@ class Run:
             return None
         return load_row(checkpoint)
 
-    def remember(self, client: int, generation: int, memory: Mapping[str, Tensor]) -> None:
+    def remember(self, client: int, generation: int, memory: Mapping[str, torch.Tensor]) -> None:
         """Save a client's memory as of `generation` complete rounds."""
         directory = self._memory(client)
         directory.mkdir(parents=True, exist_ok=True)
@@ -211,10 +212,12 @@ class Run:
         found = (int(path.stem) for path in self._memory(client).glob("*.safetensors"))
         return max((generation for generation in found if generation <= rounds), default=None)
 
-    def recall(self, client: int, generation: int | None) -> dict[str, Tensor]:
+    def recall(self, client: int, generation: int | None) -> dict[str, torch.Tensor]:
         """Return a client's memory of that generation; {} for None. Raises `UserError` if it is damaged."""
         if generation is None:
             return {}
+        from safetensors.torch import load_file
+
         path = self._memory(client) / f"{generation:06d}.safetensors"
         try:
             return load_file(path)

@@ -1,11 +1,13 @@
 """The scores that fedray knows: one table, that says of each where it is better and whether it decides."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from fedray.lazy import torch
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def deciding(scores: Iterable[str]) -> str | None:
     return min(ranked, key=lambda score: ranked[score], default=None)
 
 
-def share(right: Tensor) -> Score:
+def share(right: torch.Tensor) -> Score:
     """Score the share of images that are right, bool [n], with the standard deviation of that share."""
     n, value = len(right), right.float().mean().item()
     return Score(value, n, (value * (1 - value) / n) ** 0.5, f"{n} images")

@@ -1,15 +1,16 @@
 """Tasks: what is learned. A task is a frozen dataclass (the configuration *is* the object) that builds a learner."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from dataclasses import Field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from fedray.data.dataset import Dataset
+from fedray.lazy import torch
 from fedray.vector import FlatParameters
 from fedray.vector.adapters import Adapters
 
@@ -26,10 +27,10 @@ class Learner(Protocol):
     def prepare(self, dataset: Dataset, indices: np.ndarray, mirrored: bool) -> None:
         """Prepare for losses of these examples (and of their mirror images), for instance encode each of them once."""
 
-    def loss(self, batch: Batch, rng: torch.Generator) -> Tensor:
+    def loss(self, batch: Batch, rng: torch.Generator) -> torch.Tensor:
         """Return the mean loss over the batch, a scalar with a gradient. Every draw comes from `rng` (on the CPU)."""
 
-    def sample(self, n: int, rng: torch.Generator, sampler: str, steps: int) -> Tensor:
+    def sample(self, n: int, rng: torch.Generator, sampler: str, steps: int) -> torch.Tensor:
         """Sample n images, uint8 [n, channels (1 or 3), height, width], on the CPU.
 
         The learner of a task that has `prompts(dataset)` takes one more argument, `prompts`: those of the n images.
@@ -60,7 +61,7 @@ class AdapterLearner(Learner, Protocol):
 
     adapters: Adapters
 
-    def set_base(self, change: Tensor) -> None:
+    def set_base(self, change: torch.Tensor) -> None:
         """Compute with the base's weights changed by this much: float32, in the order of `adapters`."""
 
 

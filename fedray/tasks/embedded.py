@@ -8,7 +8,6 @@ are what an adapter has to learn. The folder is a `diffusers.StableDiffusionPipe
 """
 
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,8 +19,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from fedray.data.sources import DIGITS, digits
 from fedray.seeds import generator, number
+from fedray.tasks.lora import PIPELINE
 
-PIPELINE = Path(__file__).with_name("digits_pipeline")
 SEEN = (0, 1, 2, 3, 4, 5)  # the classes that the pipeline was trained on
 HELD_OUT = (6, 7, 8, 9)
 PROMPT_TOKENS = 32  # one per letter, and two for the start and the end: 30 letters

@@ -10,8 +10,9 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DModel
 
 from fedray.errors import UserError, check_name, reason
-from fedray.tasks.ddpm import SAMPLERS, DDPMLearner
+from fedray.tasks.ddpm.learner import DDPMLearner
 from fedray.tasks.images import Images
+from fedray.tasks.samplers import SAMPLERS
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def load(folder: str) -> DiffusionPipeline:
         unet.register_to_config(sample_size=size[0])
     elif not isinstance(size, int):
         raise UserError(f"{folder} draws images of size {size}; only square ones of a fixed size can be scored.")
-    if type(pipeline.scheduler).__name__ not in {scheduler.__name__ for scheduler in SAMPLERS.values()}:
+    if type(pipeline.scheduler).__name__ not in SAMPLERS.values():
         raise UserError(
             f"{folder} was trained with a {type(pipeline.scheduler).__name__}, which none of the samplers "
             f"({', '.join(SAMPLERS)}) fits."

@@ -1,5 +1,7 @@
 """A model is one vector: the trainable parameters of a module as views of one flat float32 tensor."""
 
+from __future__ import annotations
+
 import hashlib
 import math
 import os
@@ -9,10 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+
+from fedray.lazy import torch
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Layout:
         """Number of elements of the vector."""
         return sum(math.prod(shape) for shape in self.shapes)
 
-    def views(self, vector: Tensor) -> dict[str, Tensor]:
+    def views(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the named tensors as views of `vector` [size]."""
         parts = vector.split([math.prod(shape) for shape in self.shapes])
         return {name: part.view(shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)}
@@ -47,10 +47,10 @@ class FlatParameters:
     """
 
     layout: Layout
-    vector: nn.Parameter  # [d] float32; what the optimizer steps; its .grad is `gradient`
-    gradient: Tensor  # [d] float32
+    vector: torch.nn.Parameter  # [d] float32; what the optimizer steps; its .grad is `gradient`
+    gradient: torch.Tensor  # [d] float32
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: torch.nn.Module) -> None:
         trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
         if not trainable:
             raise ValueError(f"{type(module).__name__} has no trainable parameter.")
@@ -58,7 +58,7 @@ class FlatParameters:
             if parameter.dtype != torch.float32:
                 raise ValueError(f"trainable parameter {name} is {parameter.dtype}; fedray's vector is float32.")
         self.layout = Layout(tuple(trainable), tuple(tuple(p.shape) for p in trainable.values()))
-        self.vector = nn.Parameter(torch.cat([p.detach().reshape(-1) for p in trainable.values()]))
+        self.vector = torch.nn.Parameter(torch.cat([p.detach().reshape(-1) for p in trainable.values()]))
         self.gradient = self.vector.grad = torch.zeros_like(self.vector)
         self._parameters = trainable
         for name, view in self.layout.views(self.vector.detach()).items():
@@ -94,19 +94,19 @@ class FlatParameters:
                 )
 
 
-def as_tensor(array: np.ndarray) -> Tensor:
+def as_tensor(array: np.ndarray) -> torch.Tensor:
     """Return a tensor over `array` without a copy. Arrays from Ray are read-only: do not write to the result."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(array)
 
 
-def sha256(vector: Tensor) -> str:
+def sha256(vector: torch.Tensor) -> str:
     """Return the SHA-256 of the float32 bytes of `vector`: two models with the same are equal, bit for bit."""
     return hashlib.sha256(vector.detach().cpu().contiguous().numpy().astype("<f4", copy=False).data).hexdigest()
 
 
-def sha256_of(tensors: Mapping[str, Tensor]) -> str:
+def sha256_of(tensors: Mapping[str, torch.Tensor]) -> str:
     """Return the SHA-256 of named tensors: of their names and bytes, by name."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
@@ -115,8 +115,10 @@ def sha256_of(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def save(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+def save(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write tensors as safetensors: complete or not at all (in a temporary file, flushed to disk, then renamed)."""
+    from safetensors.torch import save_file
+
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     seen: set[int] = set()
     own = {}
@@ -133,12 +135,14 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | N
         temporary.unlink(missing_ok=True)
 
 
-def load(path: Path, layout: Layout, prefix: str = "") -> Tensor:
+def load(path: Path, layout: Layout, prefix: str = "") -> torch.Tensor:
     """Read the tensors that `layout` names (each after `prefix`) into a new vector [size].
 
     Raises:
         ValueError: a tensor is absent or has another shape.
     """
+    from safetensors import safe_open
+
     vector = torch.empty(layout.size)
     with safe_open(path, framework="pt") as file:
         stored = set(file.keys())

@@ -4,24 +4,26 @@ A layer's adapter changes its weights by ΔW = s B A, with A [r, in], B [out, r]
 separately does not average ΔW: the error is exactly Σ w_i (B_i − B̄) (A_i − Ā). `WeightedSum` measures it.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
+from fedray.lazy import torch
 from fedray.vector import Layout
 
 
 class Adapters:
     """The layers of a module that have adapters, in the order of its parameters."""
 
-    def __init__(self, layout: Layout, scale: float, frozen: dict[str, Tensor], shapes: dict[str, tuple[int, int]]):
+    def __init__(
+        self, layout: Layout, scale: float, frozen: dict[str, torch.Tensor], shapes: dict[str, tuple[int, int]]
+    ):
         self.layout = layout
         self.scale = scale
         self.frozen = frozen  # A [r, in] by layer, where it is not trained
         self.shapes = shapes  # (out, in) by layer
-        self._originals: dict[str, Tensor] = {}
+        self._originals: dict[str, torch.Tensor] = {}
 
     @property
     def layers(self) -> list[str]:
@@ -32,19 +34,19 @@ class Adapters:
         """Elements of all layers' weights together: the length of a change of the base."""
         return sum(rows * columns for rows, columns in self.shapes.values())
 
-    def factors(self, vector: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def factors(self, vector: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield each layer's B and A as views of the vector (a frozen A as it was drawn)."""
         views = self.layout.views(vector)
         for layer in self.layers:
             a = self.frozen[layer] if layer in self.frozen else views[f"{layer}.lora_A.default.weight"]
             yield views[f"{layer}.lora_B.default.weight"], a
 
-    def changes(self, change: Tensor) -> Iterator[Tensor]:
+    def changes(self, change: torch.Tensor) -> Iterator[torch.Tensor]:
         """Return each layer's part [out, in] of a change of the base [base_size], as views."""
         parts = change.split([rows * columns for rows, columns in self.shapes.values()])
         return (part.view(shape) for part, shape in zip(parts, self.shapes.values(), strict=True))
 
-    def change_base(self, module: nn.Module, change: Tensor) -> None:
+    def change_base(self, module: torch.nn.Module, change: torch.Tensor) -> None:
         """Set the layers' frozen weights to what they were, plus the change."""
         for layer, part in zip(self.layers, self.changes(change), strict=True):
             linear: Any = module.get_submodule(layer).base_layer
@@ -55,7 +57,7 @@ class Adapters:
     def base_has_changed(self) -> bool:
         return bool(self._originals)
 
-    def weakened(self, vector: Tensor, strength: float) -> Tensor:
+    def weakened(self, vector: torch.Tensor, strength: float) -> torch.Tensor:
         """Return the vector whose ΔW is `strength` times this one's."""
         result = vector.clone()
         for b, _ in self.factors(result):
@@ -63,7 +65,7 @@ class Adapters:
         return result
 
 
-def adapters(module: nn.Module, layout: Layout, scale: float) -> Adapters:
+def adapters(module: torch.nn.Module, layout: Layout, scale: float) -> Adapters:
     """Find the adapters that peft has put into a module; `layout` is of its trainable parameters."""
     frozen, shapes = {}, {}
     for name, parameter in module.named_parameters():
@@ -84,12 +86,12 @@ class WeightedSum:
     def __init__(self, adapters: Adapters) -> None:
         self.adapters = adapters
         self.examples = 0
-        self._factors: list[tuple[Tensor, Tensor]] = [
+        self._factors: list[tuple[torch.Tensor, torch.Tensor]] = [
             (torch.zeros(rows, 0, dtype=torch.float64), torch.zeros(0, columns, dtype=torch.float64))
             for rows, columns in adapters.shapes.values()
         ]
 
-    def add(self, vector: Tensor, examples: int) -> None:
+    def add(self, vector: torch.Tensor, examples: int) -> None:
         """Add a client's adapters, weighted by its examples."""
         self.examples += examples
         for layer, (b, a) in enumerate(self.adapters.factors(vector)):
@@ -100,12 +102,12 @@ class WeightedSum:
                 left, right = left @ right, torch.eye(right.shape[1], dtype=torch.float64)
             self._factors[layer] = (left, right)
 
-    def factors(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def factors(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield left [out, k] and right [k, in] factors of each layer's weighted mean."""
         for left, right in self._factors:
             yield left / self.examples, right
 
-    def errors(self, before: Tensor | None, vector: Tensor, base: Tensor | None) -> Tensor:
+    def errors(self, before: torch.Tensor | None, vector: torch.Tensor, base: torch.Tensor | None) -> torch.Tensor:
         """Measure how far the aggregated model is from the weighted mean, per layer: ‖ΔW − Σ‖ / ‖Σ‖ (Frobenius).
 
         Args:
@@ -132,6 +134,6 @@ class WeightedSum:
         return torch.stack(errors)
 
 
-def product_norm(left: Tensor, right: Tensor) -> Tensor:
+def product_norm(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Compute ‖left right‖ (Frobenius) without the product, by the R of each side."""
     return torch.linalg.norm(torch.linalg.qr(left, mode="r").R @ torch.linalg.qr(right.T, mode="r").R.T)

@@ -1,14 +1,14 @@
 """Optimizers of the flat vector: one kernel a step."""
 
+from __future__ import annotations
+
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import nn
-
 from fedray.errors import UserError, check_name, reason
+from fedray.lazy import torch
 
 SHORT = {"adamw": "AdamW", "adam": "Adam", "sgd": "SGD"}
 REFUSED = {"LBFGS": "calls the loss many times a step", "SparseAdam": "is for sparse gradients"}
@@ -22,7 +22,7 @@ class Optimizer:
     options: tuple[tuple[str, Any], ...] = ()
 
     @classmethod
-    def parse(cls, text: str) -> "Optimizer":
+    def parse(cls, text: str) -> Optimizer:
         """Make an optimizer from a short form, as `sgd:momentum=0.9:nesterov=true`. Raises `UserError`."""
         name, *words = text.split(":")
         options = []
@@ -32,7 +32,7 @@ class Optimizer:
                 raise UserError(f"optimizer {text!r}: say {word!r} by name (the form is {name}:OPTION=VALUE).")
             options.append((key, _value(value)))
         optimizer = cls(name, tuple(options))
-        optimizer.make([nn.Parameter(torch.zeros(1))], 0.1, {})
+        optimizer.make([torch.nn.Parameter(torch.zeros(1))], 0.1, {})
         return optimizer
 
     def __str__(self) -> str:
@@ -53,7 +53,9 @@ class Optimizer:
         """Properties that an algorithm may require: "plain sgd" where a step is w − η g."""
         return frozenset({"plain sgd"} if self.name in ("sgd", "SGD") and not self.options else ())
 
-    def make(self, vectors: list[nn.Parameter], learning_rate: float, adam: Mapping[str, Any]) -> torch.optim.Optimizer:
+    def make(
+        self, vectors: list[torch.nn.Parameter], learning_rate: float, adam: Mapping[str, Any]
+    ) -> torch.optim.Optimizer:
         """Make the optimizer of these vectors.
 
         Args:

@@ -5,13 +5,15 @@ their tensors as they are. With one, links see the difference from what the clie
 up, and the server adds their mean to its own exact model, once.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor
 
 from fedray.algorithms import Folded, Round, Tensors
+from fedray.lazy import torch
 from fedray.vector import as_tensor
 
 Payload = dict[str, np.ndarray]
@@ -40,25 +42,29 @@ class Link:
         """Properties that others may require."""
         return frozenset()
 
-    def send(self, x: Tensor, round: Round) -> Tensor | Tensors:
+    def send(self, x: torch.Tensor, round: Round) -> torch.Tensor | Tensors:
         """Return the payload that goes down for a tensor [d] of the server's."""
         return x
 
-    def arrive(self, payload: Tensor | Tensors, round: Round) -> Tensor:
+    def arrive(self, payload: torch.Tensor | Tensors, round: Round) -> torch.Tensor:
         """Return the tensor [d] that a client restores from a payload."""
-        assert isinstance(payload, Tensor)
+        assert isinstance(payload, torch.Tensor)
         return payload
 
-    def encode(self, x: Tensor, memory: Tensors, round: Round, client: int) -> tuple[Tensor | Tensors, Tensors]:
+    def encode(
+        self, x: torch.Tensor, memory: Tensors, round: Round, client: int
+    ) -> tuple[torch.Tensor | Tensors, Tensors]:
         """Return the payload that goes up for a client's tensor [d], and the client's next memory of this link."""
         return x, {}
 
-    def decode(self, payload: Tensor | Tensors, round: Round) -> Tensor:
+    def decode(self, payload: torch.Tensor | Tensors, round: Round) -> torch.Tensor:
         """Return the tensor [d] to be folded, from a payload that came up."""
-        assert isinstance(payload, Tensor)
+        assert isinstance(payload, torch.Tensor)
         return payload
 
-    def finish(self, total: Tensor, weight: float, round: Round, survivors: list[int]) -> tuple[Tensor, float]:
+    def finish(
+        self, total: torch.Tensor, weight: float, round: Round, survivors: list[int]
+    ) -> tuple[torch.Tensor, float]:
         """Complete the sum [d] of a round's tensors, float64, and its weight; return both."""
         return total, weight
 
@@ -140,9 +146,9 @@ def counted(payload: Payload, uncounted: frozenset[str]) -> int:
     return sum(array.nbytes for name, array in payload.items() if name not in uncounted)
 
 
-def _pack(message: Tensors, prefix: str, made: Tensor | Tensors) -> Tensor:
+def _pack(message: Tensors, prefix: str, made: torch.Tensor | Tensors) -> torch.Tensor:
     """Put what a link made beside the values into the message, and return the values."""
-    if isinstance(made, Tensor):
+    if isinstance(made, torch.Tensor):
         return made
     message |= {prefix + key: value for key, value in made.items() if key != VALUES}
     return made[VALUES]

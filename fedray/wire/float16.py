@@ -1,11 +1,11 @@
 """The link that halves the bytes."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from fedray.algorithms import Round, Tensors
+from fedray.lazy import torch
 from fedray.wire import Link
 
 
@@ -21,22 +21,22 @@ class Float16(Link):
 
     lossy = True
 
-    def send(self, x: Tensor, round: Round) -> Tensor:
+    def send(self, x: torch.Tensor, round: Round) -> torch.Tensor:
         return _half(x, "model")
 
-    def arrive(self, payload: Tensor | Tensors, round: Round) -> Tensor:
-        assert isinstance(payload, Tensor)
+    def arrive(self, payload: torch.Tensor | Tensors, round: Round) -> torch.Tensor:
+        assert isinstance(payload, torch.Tensor)
         return payload.float()
 
-    def encode(self, x: Tensor, memory: Tensors, round: Round, client: int) -> tuple[Tensor, Tensors]:
+    def encode(self, x: torch.Tensor, memory: Tensors, round: Round, client: int) -> tuple[torch.Tensor, Tensors]:
         return _half(x, "update"), {}
 
-    def decode(self, payload: Tensor | Tensors, round: Round) -> Tensor:
-        assert isinstance(payload, Tensor)
+    def decode(self, payload: torch.Tensor | Tensors, round: Round) -> torch.Tensor:
+        assert isinstance(payload, torch.Tensor)
         return payload.float()
 
 
-def _half(values: Tensor, what: str) -> Tensor:
+def _half(values: torch.Tensor, what: str) -> torch.Tensor:
     half = values.to(torch.float16)
     if not torch.isfinite(half).all():
         raise OverflowError(f"the {what} has values beyond float16's range; use wire float32.")

@@ -24,6 +24,7 @@ from fedray.presets import PRESETS
 from fedray.record.run import Run
 from fedray.seeds import generator
 from fedray.tasks.ddpm import DDPM
+from fedray.tasks.ddpm.learner import DDPMLearner
 
 NONE = np.array([], int)
 DIGITS = replace(
@@ -105,10 +106,9 @@ def test_the_kind_of_prediction_reaches_the_sampler(tmp_path):
 
 @pytest.mark.parametrize("name", LR_SCHEDULERS)
 def test_learning_rates_are_those_of_diffusers(name):
-    config = replace(DIGITS, lr_scheduler=name, lr_warmup_steps=6, rounds=5, learning_rate=0.1)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
     schedule = get_scheduler(name, optimizer, num_warmup_steps=6, num_training_steps=20)
-    ours = lr_schedule(config, steps=4)
+    ours = lr_schedule(name, 0.1, warmup=6, steps=20)
     for step in range(20):
         assert ours(step) == optimizer.param_groups[0]["lr"]
         optimizer.step()
@@ -117,9 +117,8 @@ def test_learning_rates_are_those_of_diffusers(name):
 
 def test_accumulated_batches_are_one_large_batch():
     """Four batches of 16 give the gradient of one of 64, where the loss draws nothing that depends on the batch."""
-    from fedray.tasks import ddpm
 
-    class Fixed(ddpm.DDPMLearner):
+    class Fixed(DDPMLearner):
         def loss(self, batch, rng):  # noise and timesteps from the images, not from the order of draws
             images = batch["images"].float() / 127.5 - 1
             t = (batch["images"].flatten(1).sum(1) % 1000).long()

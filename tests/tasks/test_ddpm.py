@@ -6,7 +6,8 @@ from diffusers import DDIMScheduler, DDPMPipeline
 from fedray.errors import UserError
 from fedray.presets import PRESETS
 from fedray.seeds import generator
-from fedray.tasks.ddpm import DDPM, SAMPLERS
+from fedray.tasks.ddpm import DDPM
+from fedray.tasks.samplers import SAMPLERS
 
 
 def parameters(task):

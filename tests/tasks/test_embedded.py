@@ -9,7 +9,8 @@ from transformers.utils import logging as transformers_logging
 
 from fedray.data.sources import DIGITS, digits
 from fedray.scores.digits import classifier
-from fedray.tasks.embedded import HELD_OUT, PIPELINE, SEEN, enlarge, prompt, reduce
+from fedray.tasks.embedded import HELD_OUT, SEEN, enlarge, prompt, reduce
+from fedray.tasks.lora import PIPELINE
 
 
 @pytest.fixture(scope="module")

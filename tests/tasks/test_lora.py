@@ -33,8 +33,9 @@ from fedray.federation.worker import Shared, Worker, build
 from fedray.presets import PRESETS
 from fedray.record.run import Run
 from fedray.seeds import generator
-from fedray.tasks.embedded import HELD_OUT, PIPELINE, enlarge, prompt
-from fedray.tasks.lora import LoRA, LoRALearner
+from fedray.tasks.embedded import HELD_OUT, enlarge, prompt
+from fedray.tasks.lora import PIPELINE, LoRA
+from fedray.tasks.lora.learner import LoRALearner
 from fedray.vector import FlatParameters
 from fedray.vector.adapters import WeightedSum, adapters, product_norm
 from fedray.wire.float16 import Float16

@@ -7,15 +7,19 @@ FILE.pt                         a TorchScript module
 MODULE:FUNCTION, FILE.py:FUNCTION   a Python function
 """
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from fedray.errors import UserError, check_name
-from fedray.scores.networks.digits import Digits
-from fedray.scores.networks.network import FeatureNetwork, Network
-from fedray.scores.networks.own import FILES, Function, TorchScript
+from fedray.forms import CODE, TORCHSCRIPT
+from fedray.lazy import torch
+
+if TYPE_CHECKING:
+    from fedray.scores.networks.network import FeatureNetwork, Network
 
 INCEPTION = {"inception": 2048, "inception-768": 768, "inception-192": 192, "inception-64": 64}
 CLIP = "clip:"
@@ -31,6 +35,8 @@ def network_of(name: str, weights: str | None = None) -> FeatureNetwork:
         UserError: there is none of that name.
     """
     if name == "digits":
+        from fedray.scores.networks.digits import Digits
+
         return Digits(name)
     if name in INCEPTION:
         from fedray.scores.networks.inception import Inception
@@ -40,7 +46,9 @@ def network_of(name: str, weights: str | None = None) -> FeatureNetwork:
         from fedray.scores.networks.clip import Clip
 
         return Clip(name, name.removeprefix(CLIP))
-    if name.endswith(FILES):
+    from fedray.scores.networks.own import Function, TorchScript
+
+    if name.endswith(TORCHSCRIPT):
         return TorchScript(name)
     if ":" not in name:
         check_name("feature network", name, ("digits", *INCEPTION))
@@ -74,4 +82,4 @@ def absolute(name: str) -> str:
         folder = Path(name.removeprefix(CLIP))
         return f"{CLIP}{folder.absolute()}" if folder.is_dir() else name
     file, colon, function = name.partition(":")
-    return str(Path(file).absolute()) + colon + function if file.endswith((".py", *FILES)) else name
+    return str(Path(file).absolute()) + colon + function if file.endswith(CODE) else name

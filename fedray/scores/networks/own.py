@@ -11,8 +11,6 @@ from fedray.errors import UserError, reason
 from fedray.own import load_file
 from fedray.scores.networks.network import FeatureNetwork
 
-FILES = (".pt", ".pth", ".ts")  # how TorchScript files' names end
-
 
 class TorchScript(FeatureNetwork):
     """A TorchScript module in a file."""

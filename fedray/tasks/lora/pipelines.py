@@ -1,20 +1,21 @@
 """Stable Diffusion pipelines on disk: their checks, their weights, and the U-Net in a chosen dtype."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 from functools import cache
 from pathlib import Path
-
-import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
-from safetensors import safe_open
-from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from typing import TYPE_CHECKING, Any
 
 from fedray import files
 from fedray.errors import UserError, reason
+from fedray.lazy import torch
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # of the base, and their names in safetensors
 SUPPORTED = ("StableDiffusionPipeline",)
 
 
@@ -26,6 +27,8 @@ def pipeline_folder(name: str) -> Path:
         raise UserError(f"{flag} is not given: name the folder, or the hub name, of a Stable Diffusion pipeline.")
     folder = Path(name)
     if not folder.is_dir():
+        from diffusers import DiffusionPipeline
+
         try:
             folder = Path(DiffusionPipeline.download(name, safety_checker=None))
         except Exception as error:  # the hub has dozens
@@ -52,13 +55,24 @@ def pipeline_folder(name: str) -> Path:
 @cache
 def resolution_factor(folder: Path) -> int:
     """Return the factor that a resolution must be a multiple of: the VAE's reduction times the U-Net's."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
     vae = AutoencoderKL.load_config(folder, subfolder="vae")
     unet = UNet2DConditionModel.load_config(folder, subfolder="unet")
     return 2 ** (len(vae["block_out_channels"]) - 1 + len(unet["block_out_channels"]) - 1)
 
 
+def scheduler_config(folder: Path) -> dict[str, Any]:
+    """Return the settings of a pipeline's scheduler."""
+    from diffusers import DDPMScheduler
+
+    return DDPMScheduler.load_config(folder, subfolder="scheduler")
+
+
 def _check_weights(folder: Path) -> None:
     """Raise `UserError` for a part of a pipeline without weights, or with damaged ones."""
+    from safetensors import safe_open
+
     files = _weights(folder)
     if not files:
         raise UserError(f"{folder} has no weights (.safetensors or .bin).")
@@ -99,6 +113,8 @@ def check_targets(folder: Path, targets: tuple[str, ...]) -> None:
     """Raise `UserError` for target modules that match nothing, or layers without weights."""
     if not targets:
         raise UserError("--target-modules is empty: name layers of the U-Net, as to_q to_k to_v to_out.0.")
+    from diffusers import UNet2DConditionModel
+
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder, subfolder="unet"))
     linear = {name for name, module in unet.named_modules() if isinstance(module, torch.nn.Linear)}
@@ -109,23 +125,26 @@ def check_targets(folder: Path, targets: tuple[str, ...]) -> None:
 
 def unet_folder(folder: Path, dtype: str) -> Path:
     """Return a folder with the U-Net in this dtype, converted once if need be: all processes map the one file."""
+    from diffusers import UNet2DConditionModel
+    from safetensors import safe_open
+
     unet = folder / "unet"
     stored = set()
     for path in sorted(unet.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             stored |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
-    if stored == {{"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[dtype]}:
+    if stored == {DTYPES[dtype]}:
         return unet
 
     def make(aside: Path) -> None:
-        loaded = UNet2DConditionModel.from_pretrained(unet, torch_dtype=DTYPES[dtype], variant=variant(unet))
+        loaded = UNet2DConditionModel.from_pretrained(unet, torch_dtype=getattr(torch, dtype), variant=variant(unet))
         loaded.save_pretrained(aside)
 
     stamp = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(unet.iterdir())]
     return files.kept("converting the U-Net", ["base", str(folder.resolve()), stamp, dtype], make)
 
 
-def embed(caption: str, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, device: torch.device) -> Tensor:
+def embed(caption: str, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, device: torch.device) -> torch.Tensor:
     """Embed a caption as Stable Diffusion's pipeline does: [tokens, width]."""
     tokens = tokenizer(
         caption, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"

@@ -1,0 +1,82 @@
+"""The network of the task `ddpm`, its loss and its samples."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from torch import Tensor
+
+from fedray.data.dataset import Dataset
+from fedray.tasks import Batch
+from fedray.tasks.samplers import make_sampler
+from fedray.vector import FlatParameters
+
+
+class DDPMLearner:
+    """A U-Net on a device, and the forward process that it learns to invert."""
+
+    def __init__(
+        self, unet: UNet2DModel, scheduler: DDPMScheduler, snr_gamma: float | None, device: torch.device
+    ) -> None:
+        self.unet = unet.to(device)
+        self.scheduler = scheduler
+        self.snr_gamma = snr_gamma
+        self.device = device
+        self.flat = FlatParameters(self.unet)
+        self.alphas_cumprod = scheduler.alphas_cumprod.to(device)
+
+    def prepare(self, dataset: Dataset, indices: np.ndarray, mirrored: bool) -> None:
+        pass
+
+    def loss(self, batch: Batch, rng: torch.Generator) -> Tensor:
+        """Return ‖target − f_θ(√ᾱ_t x_0 + √(1 − ᾱ_t) ε, t)‖², t uniform (Ho et al. 2020, equation 14).
+
+        The target is ε, v = √ᾱ_t ε − √(1 − ᾱ_t) x_0 (Salimans and Ho 2022), or x_0, then weighted by the
+        signal-to-noise ratio as diffusers does; with γ, by min(SNR, γ) relative to x_0 (Hang et al. 2023).
+        """
+        images = batch["images"].to(self.device).float() / 127.5 - 1  # [b, c, h, w] in [−1, 1]
+        timesteps = torch.randint(len(self.alphas_cumprod), (len(images),), generator=rng).to(self.device)
+        noise = torch.randn(images.shape, generator=rng).to(self.device)
+        predicted = self.unet(self.scheduler.add_noise(images, noise, timesteps), timesteps).sample.float()
+        kind = self.scheduler.config.prediction_type
+        if kind == "v_prediction":
+            target = self.scheduler.get_velocity(images, noise, timesteps)
+        else:
+            target = noise if kind == "epsilon" else images
+        return weighted_loss(predicted, target, self.alphas_cumprod[timesteps], kind, self.snr_gamma)
+
+    @torch.no_grad()
+    def sample(self, n: int, rng: torch.Generator, sampler: str, steps: int) -> Tensor:
+        scheduler = make_sampler(sampler, self.scheduler.config)
+        scheduler.set_timesteps(steps, device=self.device)
+        # Some solvers are deterministic and take no generator; drawing on the CPU is diffusers' own practice.
+        takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+        extra: dict[str, Any] = {"generator": rng} if takes_generator else {}
+        size = self.unet.config.sample_size
+        x = torch.randn((n, self.unet.config.in_channels, size, size), generator=rng).to(self.device)
+        for t in scheduler.timesteps:
+            x = scheduler.step(self.unet(x, t).sample, t, x, **extra).prev_sample
+        return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+
+    def save(self, directory: Path) -> None:
+        """Write a folder for `diffusers.DDPMPipeline.from_pretrained`."""
+        DDPMPipeline(self.unet, self.scheduler).save_pretrained(directory)
+
+
+def weighted_loss(predicted: Tensor, target: Tensor, alpha: Tensor, kind: str, snr_gamma: float | None) -> Tensor:
+    """Return the mean squared error of predictions [b, …], weighted per example as `DDPMLearner.loss` says.
+
+    Args:
+        alpha: ᾱ_t [b].
+        kind: epsilon, v_prediction or sample.
+    """
+    if snr_gamma is None and kind != "sample":
+        return F.mse_loss(predicted, target)
+    snr = alpha / (1 - alpha)
+    weight = snr if snr_gamma is None else snr.clamp(max=snr_gamma)  # of ‖x_0 − prediction of x_0‖²
+    weight = weight / {"sample": torch.ones_like(snr), "epsilon": snr, "v_prediction": snr + 1}[kind]
+    return (weight * F.mse_loss(predicted, target, reduction="none").mean((1, 2, 3))).mean()

@@ -1,0 +1,202 @@
+"""The network of the task `lora`, its loss and its samples."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from fedray.data.dataset import Dataset
+from fedray.tasks import Batch
+from fedray.tasks.ddpm.learner import weighted_loss
+from fedray.tasks.lora.pipelines import embed, pipeline_folder, unet_folder, variant
+from fedray.tasks.samplers import make_sampler
+from fedray.vector import FlatParameters
+from fedray.vector.adapters import adapters
+
+if TYPE_CHECKING:
+    from fedray.tasks.lora import LoRA
+
+KEPT = 4_000_000_000  # bytes of latents that a process keeps
+
+
+class LoRALearner:
+    """A frozen U-Net with adapters on a device. The VAE and the text encoder come and go."""
+
+    def __init__(self, task: LoRA, device: torch.device, trains: Callable[[str], bool]) -> None:
+        self.task, self.device = task, device
+        self.dtype = getattr(torch, task.base_dtype)
+        self.folder = pipeline_folder(task.pretrained_model_name_or_path)
+        self.scheduler = DDPMScheduler.from_pretrained(self.folder, subfolder="scheduler")
+        self.alphas_cumprod = self.scheduler.alphas_cumprod.to(device)
+        self.scaling_factor = AutoencoderKL.load_config(self.folder, subfolder="vae").get("scaling_factor", 0.18215)
+        base = unet_folder(self.folder, task.base_dtype)
+        unet = UNet2DConditionModel.from_pretrained(base, torch_dtype=self.dtype, variant=variant(base))
+        self.unet = unet.requires_grad_(False).to(device)
+        alpha: Any = task.rank if task.lora_alpha is None else task.lora_alpha
+        self.unet.add_adapter(
+            LoraConfig(
+                r=task.rank,
+                lora_alpha=alpha,
+                lora_dropout=task.lora_dropout,
+                target_modules=list(task.target_modules),
+                init_lora_weights="gaussian",
+            )
+        )
+        for name, parameter in self.unet.named_parameters():
+            if ".lora_" in name:
+                parameter.data = parameter.data.float()
+                parameter.requires_grad_(trains(name))
+        self.flat = FlatParameters(self.unet)
+        self.adapters = adapters(self.unet, self.flat.layout, task.scale)
+        self._encoders: tuple[AutoencoderKL, CLIPTextModel, CLIPTokenizer] | None = None
+        self._latents: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}  # mean and deviation, [4, h / 8, w / 8]
+        self._embeddings: dict[str, Tensor] = {}  # [tokens, width]
+        self._class_images = task.class_images()
+
+    # What training needs of images and captions, computed once
+
+    @torch.no_grad()
+    def prepare(self, dataset: Dataset, indices: np.ndarray, mirrored: bool) -> None:
+        """Encode examples and captions that have not been yet; then the VAE and the text encoder leave memory."""
+        sides = (False, True) if mirrored else (False,)
+        wanted = [(int(index), side) for index in indices for side in sides]
+        captions = {"", *(str(dataset.columns["caption"][index]) for index in indices)}
+        if self._class_images is not None and self.task.class_prompt is not None:
+            wanted += [(-1 - index, False) for index in range(len(self._class_images))]
+            captions.add(self.task.class_prompt)
+        held = sum(2 * mean.nbytes for mean, _ in self._latents.values())
+        if held + sum(embedding.nbytes for embedding in self._embeddings.values()) > KEPT:
+            self._latents, self._embeddings = {}, {}
+        missing = [key for key in wanted if key not in self._latents]
+        unknown = sorted(caption for caption in captions if caption not in self._embeddings)
+        if missing or unknown:
+            vae, text_encoder, tokenizer = self._encode_with()
+            for index, side in missing:  # one at a time: a batch's other images would change the bits
+                source = dataset.images[index] if index >= 0 else self._of_the_class(-1 - index)
+                pixels = torch.from_numpy(source[..., ::-1].copy() if side else source.copy())[None]
+                found = vae.encode((pixels.to(self.device).float() / 127.5 - 1).to(self.dtype)).latent_dist
+                self._latents[index, side] = (found.mean[0].float(), found.std[0].float())
+            for caption in unknown:
+                self._embeddings[caption] = embed(caption, text_encoder, tokenizer, self.device)
+        self._encoders = None
+
+    def _of_the_class(self, index: int) -> np.ndarray:
+        assert self._class_images is not None
+        return self._class_images.images[index]
+
+    def _encode_with(self) -> tuple[AutoencoderKL, CLIPTextModel, CLIPTokenizer]:
+        if self._encoders is None:
+            transformers.utils.logging.disable_progress_bar()
+            vae_folder, text_folder = self.folder / "vae", self.folder / "text_encoder"
+            vae = AutoencoderKL.from_pretrained(vae_folder, torch_dtype=self.dtype, variant=variant(vae_folder))
+            text_encoder = CLIPTextModel.from_pretrained(text_folder, dtype=self.dtype, variant=variant(text_folder))
+            tokenizer = CLIPTokenizer.from_pretrained(self.folder / "tokenizer")
+            self._encoders = (vae.to(self.device).eval(), text_encoder.eval().to(self.device), tokenizer)
+        return self._encoders
+
+    # Learning and drawing
+
+    def loss(self, batch: Batch, rng: torch.Generator) -> Tensor:
+        """Return the DDPM's loss in the VAE's latent space, given the caption (Rombach et al. 2022, equation 3).
+
+        In training with class images, as many of them are drawn as the batch has examples, and their loss is added
+        (prior preservation, Ruiz et al. 2023, equation 2).
+        """
+        keys = list(zip(batch["index"].tolist(), batch["mirrored"].tolist(), strict=True))
+        captions, n = list(batch["prompts"]), len(keys)
+        if self.task.proportion_empty_prompts and torch.is_grad_enabled():
+            left_out = torch.rand(n, generator=rng) < self.task.proportion_empty_prompts
+            captions = ["" if empty else caption for empty, caption in zip(left_out.tolist(), captions, strict=True)]
+        if self._class_images is not None and self.task.class_prompt is not None and torch.is_grad_enabled():
+            drawn = torch.randint(len(self._class_images), (n,), generator=rng)
+            keys += [(-1 - index, False) for index in drawn.tolist()]
+            captions += [self.task.class_prompt] * n
+        self.unet.train(torch.is_grad_enabled())  # dropout, in training only
+        mean, deviation = (torch.stack(parts) for parts in zip(*(self._latents[key] for key in keys), strict=True))
+        latents = (mean + deviation * self._normal(mean.shape, rng)) * self.scaling_factor
+        noise = self._normal(latents.shape, rng)
+        if self.task.noise_offset:
+            noise = noise + self.task.noise_offset * self._normal((*latents.shape[:2], 1, 1), rng)
+        timesteps = torch.randint(len(self.alphas_cumprod), (len(latents),), generator=rng).to(self.device)
+        noisy = self.scheduler.add_noise(latents, noise, timesteps)
+        embeddings = torch.stack([self._embeddings[caption] for caption in captions])
+        predicted = self.unet(noisy.to(self.dtype), timesteps, embeddings.to(self.dtype)).sample.float()
+        kind = self.scheduler.config.prediction_type
+        target = self.scheduler.get_velocity(latents, noise, timesteps) if kind == "v_prediction" else noise
+        alpha = self.alphas_cumprod[timesteps]
+
+        def of(part: slice) -> Tensor:
+            return weighted_loss(predicted[part], target[part], alpha[part], kind, self.task.snr_gamma)
+
+        instance = of(slice(0, n))
+        return instance if len(keys) == n else instance + self.task.prior_loss_weight * of(slice(n, None))
+
+    def _normal(self, shape: Sequence[int], rng: torch.Generator) -> Tensor:
+        return torch.randn(tuple(shape), generator=rng).to(self.device)
+
+    @torch.no_grad()
+    def sample(self, n: int, rng: torch.Generator, sampler: str, steps: int, prompts: Sequence[str] = ()) -> Tensor:
+        """Sample n images, uint8 [n, 3, h, w]: image i for prompt i modulo their number.
+
+        Args:
+            prompts: by default the task's validation prompts.
+        """
+        prompts = prompts or self.task.validation_prompt
+        if not prompts:
+            raise ValueError("say what to sample: there are no prompts, and the task has no validation prompts")
+        pipeline = self.pipeline(sampler)
+        pipeline.set_progress_bar_config(disable=True)
+        self.unet.eval()
+        size = self.task.resolution
+        drawn = pipeline(
+            [prompts[index % len(prompts)] for index in range(n)],
+            num_inference_steps=steps, guidance_scale=self.task.guidance_scale, generator=rng,
+            height=size, width=size, output_type="pt",
+        ).images  # fmt: skip
+        return (drawn.float() * 255).round().clamp(0, 255).to(torch.uint8).cpu()
+
+    def pipeline(self, sampler: str) -> StableDiffusionPipeline:
+        """Make a Stable Diffusion pipeline with the current adapters."""
+        vae, text_encoder, tokenizer = self._encode_with()
+        scheduler = make_sampler(sampler, self.scheduler.config)
+        return StableDiffusionPipeline(
+            vae, text_encoder, tokenizer, self.unet, scheduler, safety_checker=None, feature_extractor=None,
+            requires_safety_checker=False,
+        )  # fmt: skip
+
+    def set_base(self, change: Tensor) -> None:
+        """Compute with the base's weights changed by this much (float32, in the order of `adapters`)."""
+        self.adapters.change_base(self.unet, change.to(self.device))
+
+    def save(self, directory: Path) -> None:
+        """Write pytorch_lora_weights.safetensors, for `StableDiffusionPipeline.load_lora_weights`.
+
+        If the base has changed too, write a whole pipeline instead, with everything merged into it.
+        """
+        if self.adapters.base_has_changed:
+            self.unet.fuse_lora()
+            self.unet.unload_lora()
+            whole = self.pipeline("ddpm")
+            kind = json.loads((self.folder / "model_index.json").read_text())["scheduler"][1]
+            whole.scheduler = getattr(diffusers, kind).from_pretrained(self.folder, subfolder="scheduler")
+            whole.save_pretrained(directory)
+            return
+        weights = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.unet))
+        StableDiffusionPipeline.save_lora_weights(
+            directory,
+            unet_lora_layers={name: weight.contiguous().cpu().clone() for name, weight in weights.items()},
+            unet_lora_adapter_metadata=self.unet.peft_config["default"].to_dict(),
+        )
