@@ -100,7 +100,12 @@ def uploads(vectors, round, rows=None):
 
 def fold(vectors, round, fold=Mean(), rows=None):  # noqa: B008 (it is frozen)
     """What they make together, added sequentially."""
+    return fold.result(added(uploads(vectors, round, rows), round, fold), round)
+
+
+def added(sent, round, fold):
+    """The partial of some uploads."""
     partial = fold.start(round)
-    for upload in uploads(vectors, round, rows):
+    for upload in sent:
         partial = fold.add(partial, upload, round)
-    return fold.result(partial, round)
+    return partial

@@ -3,7 +3,7 @@
 from fedray.federation.fit import fit as fit_session
 from fedray.federation.fit import prepare
 from fedray.federation.pool import LocalPool
-from fedray.federation.round import Session
+from fedray.federation.round import Session, run_round
 from fedray.record.provenance import environment
 from fedray.record.run import Run
 
@@ -23,6 +23,16 @@ def train(config, out, resume=False, rounds=None, pool=None):
         if len(rows) == rounds:
             break
     return rows
+
+
+def whole_round(session, state):
+    """Do a round; return the next state and the row."""
+    training = run_round(session, state)
+    while True:
+        try:
+            next(training)
+        except StopIteration as done:
+            return done.value
 
 
 def sha(out):

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+import numpy as np
 
 from fedray.algorithms import Folded, Round, Rows, Tensors, Upload
 from fedray.lazy import torch
+from fedray.vector.integers import add_term
 
 
 class Fold:
-    """A way to combine the uploads of a round. Derive from it, as a frozen dataclass."""
+    """A way to combine the uploads of a round. Derive from it, as a frozen dataclass.
+
+    It is a monoid: clients are added to partials, in any order and grouping, and partials are merged, in any tree.
+    """
 
     abstract = False  # not to be named by users
+    bound: float = math.inf  # values must be smaller; a client that sends others (or NaN) has failed
 
     @property
     def needs(self) -> Mapping[str, str]:
@@ -30,11 +38,14 @@ class Fold:
         raise NotImplementedError
 
     def add(self, partial: Any, upload: Upload, round: Round) -> Any:
-        """Return the partial with one more upload; `partial` may be changed."""
+        """Return the partial with one more upload; `partial` may be changed.
+
+        The upload's tensors are memory that the next client is trained in: keep copies (`copied`).
+        """
         raise NotImplementedError
 
     def merge(self, first: Any, second: Any, round: Round) -> Any:
-        """Return the partial of the uploads of both; both may be changed."""
+        """Return the partial of the uploads of both; `first` may be changed, and the tensors of `second` may not."""
         raise NotImplementedError
 
     def result(self, partial: Any, round: Round) -> Folded:
@@ -51,7 +62,7 @@ class Collect(Fold):
         return []
 
     def add(self, partial: list[Upload], upload: Upload, round: Round) -> list[Upload]:
-        return [*partial, upload]
+        return [*partial, copied(upload)]
 
     def merge(self, first: list[Upload], second: list[Upload], round: Round) -> list[Upload]:
         return first + second
@@ -71,54 +82,100 @@ class Collect(Fold):
         raise NotImplementedError
 
 
-@dataclass
-class _Means:
-    """A partial of `Mean`: running means and their weights by name, numbers by client, and uploads if they are kept."""
+def copied(upload: Upload) -> Upload:
+    """Return an upload with tensors of its own."""
+    return replace(upload, tensors={name: tensor.clone() for name, tensor in upload.tensors.items()})
 
-    means: Tensors = field(default_factory=dict)
+
+@dataclass
+class _Sums:
+    """A partial of `Mean`: one upload as it is, or sums of integers; weights by name, and numbers by client."""
+
+    alone: Upload | None = None
+    sums: dict[str, np.ndarray] = field(default_factory=dict)  # int64, in units of 2^−k
     weights: dict[str, int] = field(default_factory=dict)
     rows: list[tuple[int, Rows]] = field(default_factory=list)
-    uploads: list[Upload] = field(default_factory=list)
+    uploads: list[Upload] = field(default_factory=list)  # of adapters
 
 
 @dataclass(frozen=True)
 class Mean(Fold):
-    """The weighted mean Σ w x / Σ w, as a running mean: it holds one upload at a time; of a single one it is x itself.
+    """The weighted mean Σ w x / Σ w, exactly the same for any order, grouping and tree; of a single upload x itself.
 
-    Adapters' uploads are kept: products of factors are no sums of vectors.
+    Σ rint(w x 2^k) is a sum of integers. k is the largest for which the planned cohort stays below 2^62, whoever takes
+    part: of weights that sum up to 1,000, every term is rounded at 2^−42 (of the mean, 2^−52). Adapters' uploads are
+    kept: products of factors are no sums of vectors.
     """
+
+    bound = 2.0**10
 
     @property
     def offers(self) -> frozenset[str]:
         return frozenset({"uploads"})
 
-    def start(self, round: Round) -> _Means:
-        return _Means()
+    def start(self, round: Round) -> _Sums:
+        return _Sums()
 
-    def add(self, partial: _Means, upload: Upload, round: Round) -> _Means:
-        for name, tensor in upload.tensors.items():
-            self._add(partial, name, tensor, upload.weights[name])
+    def add(self, partial: _Sums, upload: Upload, round: Round) -> _Sums:
+        first = not partial.rows
+        if first or round.adapters is not None:
+            upload = copied(upload)
+        if first:
+            partial.alone = upload
+        else:
+            _spill(partial, round)
+            _add_terms(partial.sums, upload, round)
+        for name in upload.tensors:
+            partial.weights[name] = partial.weights.get(name, 0) + upload.weights[name]
         partial.rows.append((upload.client, upload.rows))
         if round.adapters is not None:
             partial.uploads.append(upload)
         return partial
 
-    def _add(self, partial: _Means, name: str, tensor: torch.Tensor, weight: int) -> None:
-        if weight == 0:
-            return
-        partial.weights[name] = total = partial.weights.get(name, 0) + weight
-        if name not in partial.means:
-            partial.means[name] = tensor.clone()
-        else:
-            partial.means[name].lerp_(tensor, weight / total)
+    def merge(self, first: _Sums, second: _Sums, round: Round) -> _Sums:
+        if not first.rows and second.alone is not None:
+            first.alone = second.alone
+        elif second.rows:
+            _spill(first, round)
+            if second.alone is not None:
+                _add_terms(first.sums, second.alone, round)
+            for name, total in second.sums.items():
+                if name in first.sums:
+                    first.sums[name] += total
+                else:
+                    first.sums[name] = total.copy()
+        for name, weight in second.weights.items():
+            first.weights[name] = first.weights.get(name, 0) + weight
+        first.rows += second.rows
+        first.uploads += second.uploads
+        return first
 
-    def merge(self, first: _Means, second: _Means, round: Round) -> _Means:
-        for name, mean in second.means.items():
-            self._add(first, name, mean, second.weights[name])
-        return _Means(first.means, first.weights, first.rows + second.rows, first.uploads + second.uploads)
-
-    def result(self, partial: _Means, round: Round) -> Folded:
-        sums = {name: mean.double() * partial.weights[name] for name, mean in partial.means.items()}
+    def result(self, partial: _Sums, round: Round) -> Folded:
+        sums: Tensors = {}
+        weights: dict[str, float] = {name: weight for name, weight in partial.weights.items() if weight}
+        for name in weights:
+            if partial.alone is not None:
+                sums[name] = partial.alone.tensors[name].double() * weights[name]
+            else:
+                sums[name] = torch.from_numpy(partial.sums[name] * 2.0 ** -_shift(name, round))
         uploads = sorted(partial.uploads, key=lambda upload: upload.client)
-        weights: dict[str, float] = {**partial.weights}
         return Folded(sums, weights, sorted(partial.rows, key=lambda row: row[0]), uploads)
+
+
+def _shift(name: str, round: Round) -> int:
+    """Return k, of units of 2^−k in which tensors of that name are added up."""
+    return 62 - 10 - (round.total(name) - 1).bit_length()
+
+
+def _add_terms(sums: dict[str, np.ndarray], upload: Upload, round: Round) -> None:
+    for name, tensor in upload.tensors.items():
+        if weight := upload.weights[name]:
+            total = sums.setdefault(name, np.zeros(len(tensor), np.int64))
+            add_term(total, tensor.numpy(), weight * 2.0 ** _shift(name, round))
+
+
+def _spill(partial: _Sums, round: Round) -> None:
+    """Make a single upload the first term of sums."""
+    if partial.alone is not None:
+        _add_terms(partial.sums, partial.alone, round)
+        partial.alone = None

@@ -9,10 +9,11 @@ import ray
 import torch
 from ray.exceptions import ActorDiedError, RayError
 
+from fedray.cluster.messages import Message, pack
 from fedray.config import Config
 from fedray.data.dataset import Source
 from fedray.errors import UserError
-from fedray.federation.worker import Shared, Work, Worker, do
+from fedray.federation.worker import Done, Shared, Work, Worker, do
 from fedray.record.run import Row
 
 START_TIMEOUT = 180.0  # seconds for actors to start: each imports torch, and a cold disk serves them sequentially
@@ -32,12 +33,13 @@ class ClientActor:
         self.worker = Worker(config, device, f"actor {self.index}", source, sha256)
 
     @ray.method(num_returns=2)
-    def do(self, work: Work, job: Any, about: Any, names: tuple[str, ...], *arrays: np.ndarray) -> tuple[Row, Any]:
-        return do(self.worker, work, Shared(dict(zip(names, arrays, strict=True)), about), job)
+    def do(self, work: Work, job: Any, about: Any, names: tuple[str, ...], *arrays: np.ndarray) -> tuple[Row, Message]:
+        row, payload = do(self.worker, work, Shared(dict(zip(names, arrays, strict=True)), about), job)
+        return row, pack(payload)
 
     @ray.method(concurrency_group="progress")
-    def steps_done(self) -> int:
-        return self.worker.steps_done
+    def progress(self) -> Done:
+        return self.worker.done
 
 
 def keep_to_fraction(config: Config) -> None:

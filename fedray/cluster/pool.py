@@ -21,27 +21,23 @@ from fedray.cluster.actors import (
     make_options,
 )
 from fedray.cluster.connection import connected, send_own_code
+from fedray.cluster.messages import unpack
 from fedray.config import Config
 from fedray.data.dataset import Dataset
 from fedray.errors import RunError
 from fedray.federation.pool import LocalPool, Pool, Progress, Reply
-from fedray.federation.worker import Shared, Work
+from fedray.federation.worker import Done, Shared, Work
 
 TRANSFER_TIMEOUT = 600.0  # seconds for one payload to reach the driver
 POLL = 0.5  # seconds between looks at the progress of running jobs
 
 
 class RayPool:
-    """A pool of client actors, each doing one job at a time.
-
-    At most `window` jobs have been drawn and not yet been passed by the oldest that runs: an early reply waits for
-    it in the object store, so the window bounds what the store holds. Jobs start in order, so the oldest is always
-    running or done, and the window cannot block.
-    """
+    """A pool of client actors, each doing one job at a time."""
 
     def __init__(self, actors: list[Any], timeout: float) -> None:
         self.actors = actors
-        self.window = 2 * len(actors)
+        self.workers = len(actors)
         self.timeout = timeout
         self._sent: dict[str, tuple[np.ndarray, Any]] = {}  # arrays that have been put, and where they are, by name
 
@@ -90,17 +86,11 @@ class RayPool:
         queue = enumerate(jobs)
         idle = list(self.actors)
         running: dict[Any, _Call] = {}
-        begin = self._steps_done()
+        begin = {actor: self._progress(actor) for actor in self.actors}
         looked = time.monotonic()
-        oldest, drawn, done = 0, 0, set()  # `done` holds indices above `oldest`
         while True:
-            while idle and drawn < oldest + self.window:
-                item = next(queue, None)
-                if item is None:
-                    break
-                index, job = item
-                drawn = index + 1
-                actor = idle.pop()
+            while idle and (item := next(queue, None)) is not None:
+                (index, job), actor = item, idle.pop()
                 row, payload = actor.do.remote(work, job, about, names, *arrays)
                 running[row] = _Call(index, job, payload, actor, time.monotonic() + self.timeout)
             if not running:
@@ -110,17 +100,13 @@ class RayPool:
                 call = running.pop(ref)
                 row = _fetch(ref, str(call.job))
                 idle.append(call.actor)
-                done.add(call.index)
-                while oldest in done:
-                    done.remove(oldest)
-                    oldest += 1
-                yield Reply(call.index, call.job, row, partial(_fetch, call.payload, str(call.job)))
-            for call in running.values():
-                if time.monotonic() > call.deadline:
-                    raise RunError(f"{call.job} has not answered for {self.timeout:.0f} s (--client-timeout).")
+                yield Reply(call.index, call.job, row, partial(_open, call.payload, str(call.job)))
             if time.monotonic() > looked + POLL:
-                progress(self._steps_done() - begin)
+                now = {actor: self._progress(actor) for actor in self.actors}
+                progress(sum(now[actor].steps - begin[actor].steps for actor in self.actors))
                 looked = time.monotonic()
+                for call in running.values():
+                    call.look(now[call.actor].clients, self.timeout)
 
     def _put(self, name: str, array: np.ndarray) -> Any:
         """Put an array into the object store, unless it is the last one of that name that was."""
@@ -130,9 +116,8 @@ class RayPool:
             sent = self._sent[name] = (array, ray.put(array))
         return sent[1]
 
-    def _steps_done(self) -> int:
-        counts = [actor.steps_done.remote() for actor in self.actors]
-        return sum(_fetch(count, f"its progress (actor {index})") for index, count in enumerate(counts))
+    def _progress(self, actor: Any) -> Done:
+        return _fetch(actor.progress.remote(), f"its progress (actor {self.actors.index(actor)})")
 
     def close(self) -> None:
         for actor in self.actors:
@@ -147,7 +132,15 @@ class _Call:
     job: Any
     payload: Any
     actor: Any
-    deadline: float
+    deadline: float  # for the next client
+    clients: int = -1  # that the actor had done when it was looked at
+
+    def look(self, clients: int, timeout: float) -> None:
+        """Set the deadline anew when another client is done; raise `RunError` when it has passed."""
+        if clients > self.clients:
+            self.clients, self.deadline = clients, time.monotonic() + timeout
+        elif time.monotonic() > self.deadline:
+            raise RunError(f"{self.job} has not answered for {timeout:.0f} s (--client-timeout).")
 
 
 def _fetch(ref: Any, what: str) -> Any:
@@ -160,6 +153,11 @@ def _fetch(ref: Any, what: str) -> Any:
         raise RunError(f"the client actor doing {what} died: {explain(error)}.") from None
     except RayError as error:
         raise RunError(f"the result of {what} is lost: {explain(error)}.") from None
+
+
+def _open(ref: Any, what: str) -> Any:
+    """Bring a job's payload to this process."""
+    return unpack(_fetch(ref, what))
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +30,7 @@ from fedray.record import pictures
 from fedray.record.checkpoint import State
 from fedray.record.resume import check_resumable
 from fedray.record.run import Row, Run
+from fedray.record.saver import Saver
 from fedray.scores.nearest import LOOKED_AT
 from fedray.scores.reference import Reference
 
@@ -77,7 +78,7 @@ def fit(session: Session, provenance: dict[str, Any], resume: bool = False) -> I
         run.create(config, plan.data, provenance)
         frame.to_csv(run.directory / "partition.csv", index=False)
         picture.savefig(run.directory / "partition.png", dpi=100)
-    with run.locked(), SummaryWriter(str(run.directory / "tensorboard"), flush_secs=1) as board:
+    with run.locked(), SummaryWriter(str(run.directory / "tensorboard"), flush_secs=1) as board, Saver(run) as saver:
         state, row = run.state(plan.layout), None
         if state is None:
             state = State(0, config.method.init(plan.initial, plan.layout))
@@ -87,22 +88,41 @@ def fit(session: Session, provenance: dict[str, Any], resume: bool = False) -> I
             draw_prompts(session, state)
         while row is not None or state.round < config.rounds:
             if row is None:
-                state, row = run_round(session, state)
+                state, row = yield from _beside(run_round(session, state), saver, board)
                 if plan.held_out.sizes.any() and config.validates(state.round):
                     row["held_out"] = validate_round(session, state, row)
-                began = time.perf_counter()
-                run.complete(state, row, plan.layout, config.checkpoints_total_limit)
-                row["seconds"]["save"] = time.perf_counter() - began
+                saver.begin(state, row, plan.layout, config.checkpoints_total_limit)
             if config.validates(state.round) and prompts_of(config, plan.dataset):
                 draw_prompts(session, state)
             if config.evaluates(state.round):
                 evaluate_round(session, state, row, against)
-            run.append(row)
-            _plot(board, row)
-            yield row
+            saver.row = row
             row = None
+        yield from _shown(saver, board)
         if run.result is None:
             _finish(session, state)
+
+
+def _beside(
+    training: Generator[None, None, tuple[State, Row]], saver: Saver, board: Any
+) -> Generator[Row, None, tuple[State, Row]]:
+    """Train a round; the row of the one before is shown as soon as its checkpoint is durable."""
+    while True:
+        try:
+            next(training)
+        except StopIteration as done:
+            yield from _shown(saver, board)
+            return done.value
+        if saver.durable:
+            yield from _shown(saver, board)
+
+
+def _shown(saver: Saver, board: Any) -> Iterator[Row]:
+    """Wait for the checkpoint that is being written, and yield its row; nothing where there is none."""
+    row = saver.finish()
+    if row is not None:
+        _plot(board, row)
+        yield row
 
 
 def look_at_a_sample(session: Session) -> None:

@@ -15,6 +15,7 @@ from fedray.data.dataset import Dataset
 from fedray.federation.worker import Shared, Worker
 from fedray.record.run import Row
 from fedray.seeds import generator
+from fedray.tasks import Learner
 from fedray.vector import as_tensor
 from fedray.wire import Payload, counted
 
@@ -148,11 +149,11 @@ class LocalTraining:
 def client_update(worker: Worker, shared: Shared, job: TrainJob) -> tuple[Row, Trained]:
     """Train one client (McMahan et al. 2017, algorithm 1, ClientUpdate; any optimizer in place of SGD).
 
-    `shared` is what goes down to all clients, and the `Round`.
+    `shared` is what goes down to all clients, and the `Round`. What is returned may lie in the memory that the next
+    client is trained in.
 
     Raises:
         ValueError: the client has no examples.
-        FloatingPointError: what it would send is not finite.
     """
     config, learner, round, device = worker.config, worker.learner, shared.about, worker.device
     method, wire = config.method, config.links
@@ -162,7 +163,6 @@ def client_update(worker: Worker, shared: Shared, job: TrainJob) -> tuple[Row, T
     down = {name: tensor.to(device) for name, tensor in received.items()}
     memory = {name: as_tensor(array).to(device, copy=True) for name, array in job.memory.items()}
     own = under("algorithm/", memory)
-    learner.flat.check()
     worker.load(method.start(down, own), down.get("base"))
     learner.prepare(worker.dataset, job.indices, config.random_flip)
     local = LocalTraining(worker, round, job)
@@ -173,11 +173,7 @@ def client_update(worker: Worker, shared: Shared, job: TrainJob) -> tuple[Row, T
         raise ValueError("the algorithm's train made no step")
     learner.flat.check()
     tensors, rows, kept = method.upload(local, down, own)
-    sent = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
-    for name, tensor in sent.items():
-        if not torch.isfinite(tensor).all():
-            what = "trained weights" if name == "model" else name
-            raise FloatingPointError(f"the {what} are not finite (lower the learning rate?)")
+    sent = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
     if wire.lossy:
         sent["model"] = sent["model"] - received["model"]
     links = {name: tensor.cpu() for name, tensor in memory.items() if name.startswith("link")}
@@ -191,7 +187,14 @@ def client_update(worker: Worker, shared: Shared, job: TrainJob) -> tuple[Row, T
     after = {f"algorithm/{name}": tensor for name, tensor in kept.items()} | kept_by_links
     if config.keep_optimizer:
         after |= {f"optimizer/{name}": tensor for name, tensor in local.keep().items()}
-    return row, Trained(payload, rows, {name: tensor.detach().cpu().numpy() for name, tensor in after.items()})
+    return row, Trained(payload, rows, {name: _own(tensor, learner).numpy() for name, tensor in after.items()})
+
+
+def _own(tensor: Tensor, learner: Learner) -> Tensor:
+    """Return a tensor on the CPU, copied if it lies in the memory that the next client is trained in."""
+    live = {flat.untyped_storage().data_ptr() for flat in (learner.flat.vector, learner.flat.gradient)}
+    tensor = tensor.detach()
+    return tensor.cpu() if tensor.untyped_storage().data_ptr() not in live else tensor.to("cpu", copy=True)
 
 
 def under(prefix: str, tensors: Tensors) -> Tensors:

@@ -17,12 +17,13 @@ Progress = Callable[[int], None]  # how many steps of this map are done
 
 @dataclass(frozen=True, eq=False)
 class Reply:
-    """The answer to one job. A failure is a reply too: then `row` has an "error"."""
+    """The answer to one job. A failure is a reply too: then `row` has an "error"; so is a job that was lost."""
 
     index: int  # of the job
     job: Any
     row: dict[str, Any]  # small: what the record keeps
     fetch: Callable[[], Any]  # the payload, moved only when asked for
+    lost: bool = False  # with the process that did it: to be done again
 
     @property
     def ok(self) -> bool:
@@ -30,15 +31,19 @@ class Reply:
 
 
 class Pool(Protocol):
+    workers: int  # jobs that it does at a time
+
     def apart(self) -> Sequence["Pool"]:
         """Return as many pools as can work in parallel."""
 
     def map(self, work: Work, shared: Any, jobs: Iterable[Any], progress: Progress) -> Iterator[Reply]:
-        """Yield one reply per job, in any order; jobs are drawn only as fast as replies are taken."""
+        """Yield one reply per job, in any order; jobs are drawn as workers become free."""
 
 
 class LocalPool:
     """A pool that does jobs sequentially in this process, without Ray."""
+
+    workers = 1
 
     def __init__(self, config: Config, dataset: Dataset | None = None) -> None:
         if config.gpus_per_actor and not torch.cuda.is_available():
@@ -51,7 +56,7 @@ class LocalPool:
         return [self]
 
     def map(self, work: Work, shared: Any, jobs: Iterable[Any], progress: Progress) -> Iterator[Reply]:
-        begin = self.worker.steps_done
+        begin = self.worker.done.steps
         self.worker.on_step = lambda done: progress(done - begin)
         for index, job in enumerate(jobs):
             row, payload = do(self.worker, work, shared, job)

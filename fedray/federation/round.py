@@ -6,17 +6,18 @@ where clients run.
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from fedray.algorithms import Round, Upload
+from fedray.algorithms import Round
 from fedray.config import Config
 from fedray.errors import RunError
+from fedray.federation.blocks import Block, Pace, Queue, TrainBlock, train_block
 from fedray.federation.evaluation import Metric, Show, silent
-from fedray.federation.local import Trained, TrainJob, ValidateJob, client_update, validate
+from fedray.federation.local import TrainJob, ValidateJob, validate
 from fedray.federation.plan import Plan
 from fedray.federation.pool import Pool, Reply, in_order
 from fedray.federation.worker import Shared, model
@@ -36,10 +37,11 @@ class Session:
     run: Run
     show: Show = silent
     metrics: Mapping[str, Metric] = field(default_factory=dict)  # scores of the user's own, by name
+    pace: Pace = field(default_factory=Pace)
 
 
-def run_round(session: Session, state: State) -> tuple[State, Row]:
-    """Do one communication round.
+def run_round(session: Session, state: State) -> Generator[None, None, tuple[State, Row]]:
+    """Do one communication round: return the next state, and the round's row. Yields after every block of clients.
 
     Raises:
         RunError: no client returned a usable model.
@@ -54,16 +56,15 @@ def run_round(session: Session, state: State) -> tuple[State, Row]:
         raise RunError(f"round {round.number + 1}: {error}") from None
     ledger.bytes_down = counted(down, method.uncounted)
     partial = fold.start(round)
-    for reply in train(session, round, down):  # in cohort order, so that float sums are reproducible
-        if not ledger.add(reply):
-            continue
+    for block in train(session, round, down):  # in the order of arrival: a fold is a monoid
         began = time.perf_counter()
-        client, trained = reply.job.client, reply.fetch()
-        tensors = wire.decode(trained.payload, round)
-        weights = {name: round.weight(client, name) for name in tensors}
-        partial = fold.add(partial, Upload(client, tensors, weights, ledger.numbers(reply, trained)), round)
-        remember(session, client, round, trained)
+        partial = fold.merge(partial, block.partial, round)
+        for client, memory in block.memories.items():  # counts once the round is complete
+            tensors = {name: as_tensor(array) for name, array in memory.items()}
+            session.run.remember(client, round.number + 1, tensors)
+        ledger.add(block.rows)
         ledger.folding += time.perf_counter() - began
+        yield
     ledger.check()
     folded = wire.finish(fold.result(partial, round), server, round)
     after = method.aggregate(server, folded, round)
@@ -72,29 +73,41 @@ def run_round(session: Session, state: State) -> tuple[State, Row]:
     return State(round.number + 1, after), row
 
 
-def train(session: Session, round: Round, down: Payload) -> Iterator[Reply]:
-    """Train the cohort, and yield each client's reply, ascending by client."""
-    config, plan, run = session.config, session.plan, session.run
-    total = sum(config.steps(len(plan.shards[client])) for client in round.cohort)
+def train(session: Session, round: Round, down: Payload) -> Iterator[Block]:
+    """Train the cohort, and yield its blocks as they come, until each client was accepted once."""
+    config, plan, run, pool, pace = session.config, session.plan, session.run, session.pool, session.pace
+    queue, shared = Queue(round), Shared(down, round)
+
+    def steps(client: int) -> int:
+        return config.steps(len(plan.shards[client]))
+
+    total = sum(map(steps, round.cohort))
 
     def progress(done: int) -> None:
-        session.show("training", round.number + done / total, config.rounds)
+        session.show("training", round.number + min(1, done / total), config.rounds)
 
-    def jobs() -> Iterator[TrainJob]:  # drawn only as fast as they are done: a memory may be as large as two models
-        for client in round.cohort:
-            memory = run.recall(client, run.generation(client, round.number))
-            arrays = {name: tensor.numpy() for name, tensor in memory.items()}
-            yield TrainJob(round.number, client, plan.shards[client], plan.held_out[client], arrays)
+    def job(client: int) -> TrainJob:
+        memory = run.recall(client, run.generation(client, round.number))
+        arrays = {name: tensor.numpy() for name, tensor in memory.items()}
+        return TrainJob(round.number, client, plan.shards[client], plan.held_out[client], arrays)
+
+    def blocks() -> Iterator[TrainBlock]:  # drawn only as fast as they are done: a memory may be as large as two models
+        while clients := queue.take(pace, steps, pool.workers):
+            yield TrainBlock(tuple(map(job, clients)))
 
     progress(0)
-    return in_order(session.pool.map(client_update, Shared(down, round), jobs(), progress))
+    while queue.todo:
+        for reply in pool.map(train_block, shared, blocks(), progress):
+            if queue.accept(reply):
+                block = reply.fetch() if reply.ok else failed(reply, config.fold.start(round))
+                pace.learn(block)
+                yield block
 
 
-def remember(session: Session, client: int, round: Round, trained: Trained) -> None:
-    """Save a client's memory: it counts once the round is complete."""
-    if trained.memory:
-        memory = {name: as_tensor(array) for name, array in trained.memory.items()}
-        session.run.remember(client, round.number + 1, memory)
+def failed(reply: Reply, nothing: Any) -> Block:
+    """Return the block of a job that could not be done at all."""
+    rows = [{"client": job.client, "examples": len(job.indices), **reply.row} for job in reply.job.jobs]
+    return Block(rows, nothing, {})
 
 
 class Ledger:
@@ -107,32 +120,27 @@ class Ledger:
         self.rows: list[Row] = []
         self.failures: list[tuple[int, str, str]] = []  # client, reason, trace
 
-    def add(self, reply: Reply) -> bool:
-        """Record a client's reply. Returns whether the client took part."""
-        job: TrainJob = reply.job
-        row = {"client": job.client, "examples": len(job.indices), "bytes_down": self.bytes_down, **reply.row}
-        self.rows.append(row)
-        row["outcome"] = row.pop("error", "ok")
-        if not reply.ok:
-            self.failures.append((job.client, row["outcome"], row.pop("trace")))
-        return reply.ok
-
-    def numbers(self, reply: Reply, trained: Trained) -> dict[str, float]:
-        """Return a client's numbers for the algorithm's other half, its own among them; those go to the row too."""
-        if trained.rows:
-            self.rows[-1]["algorithm"] = trained.rows
-        return {"examples": reply.row["examples"], "steps": reply.row["steps"], **trained.rows}
+    def add(self, rows: list[Row]) -> None:
+        """Record the clients of a block."""
+        for row in rows:
+            trace = row.pop("trace", "")
+            row["outcome"] = row.pop("error", "ok")
+            row["bytes_down"] = self.bytes_down
+            self.rows.append(row)
+            if row["outcome"] != "ok":
+                self.failures.append((row["client"], row["outcome"], trace))
 
     def check(self) -> None:
         """Raise `RunError` where nobody took part."""
         if len(self.failures) == len(self.rows):
-            client, reason, trace = self.failures[0]
+            client, reason, trace = min(self.failures)
             failed = RunError(f"round {self.round.number + 1}: no client returned a model. Client {client}: {reason}.")
             failed.add_note(trace)
             raise failed
 
     def row(self, aggregation: Mapping[str, float]) -> Row:
         """Return the round's row. Means are weighted by examples."""
+        self.rows.sort(key=lambda row: row["client"])
         took_part = [row for row in self.rows if row["outcome"] == "ok"]
         examples = sum(row["examples"] for row in took_part)
         return {

@@ -32,6 +32,13 @@ class Shared(NamedTuple):
     about: Any = None
 
 
+class Done(NamedTuple):
+    """Optimizer steps and sampled batches, and clients, that a process has done since it started."""
+
+    steps: int
+    clients: int
+
+
 class Worker:
     """The state of a process that does jobs, built once: the learner on its device, the data, the feature network."""
 
@@ -44,13 +51,17 @@ class Worker:
         self.source = source  # where this node's cache may have the data
         self.sha256 = sha256  # of the images that the run is about
         self._base: Tensor | None = None
-        self.steps_done = 0  # optimizer steps and sampled batches since the process started
-        self.on_step: Callable[[int], None] = lambda steps_done: None
+        self.done = Done(0, 0)
+        self.on_step: Callable[[int], None] = lambda steps: None
 
     def step(self) -> None:
         """Count one step, for the progress bar."""
-        self.steps_done += 1
-        self.on_step(self.steps_done)
+        self.done = Done(self.done.steps + 1, self.done.clients)
+        self.on_step(self.done.steps)
+
+    def client(self) -> None:
+        """Count one client, for its deadline."""
+        self.done = Done(self.done.steps, self.done.clients + 1)
 
     @cached_property
     def learner(self) -> Learner:
@@ -123,9 +134,22 @@ def threads(count: int) -> Iterator[None]:
 
 @contextmanager
 def _seeded(device: torch.device, seed: int, *key: str | int) -> Iterator[None]:
-    with torch.random.fork_rng([] if device.type == "cpu" else [device]):
-        torch.manual_seed(number(seed, *key))
+    """Seed torch's global generators for a block, and restore them after it.
+
+    `torch.manual_seed` would seed all devices, and formats a stack trace for each kind that is not there.
+    """
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        torch.cuda.init()
+        generators.append(torch.cuda.default_generators[device.index or torch.cuda.current_device()])
+    before = [generator.get_state() for generator in generators]
+    for generator in generators:
+        generator.manual_seed(number(seed, *key))
+    try:
         yield
+    finally:
+        for generator, state in zip(generators, before, strict=True):
+            generator.set_state(state)
 
 
 def model(tensors: dict[str, Tensor]) -> Shared:

@@ -168,9 +168,11 @@ class Run:
         save_state(directory / f"round-{state.round:06d}.safetensors", state, layout, row)
         for path in sorted(directory.glob("round-*.safetensors"))[:-limit]:
             path.unlink()
-        for client in row["cohort"]:
-            for path in sorted(self._memory(client).glob("*.safetensors"))[:-1]:
-                path.unlink()
+        for client in row["cohort"]:  # of a client, what a later durable checkpoint does not need
+            last = self.generation(client, state.round)
+            for path in self._memory(client).glob("*.safetensors"):
+                if last is not None and int(path.stem) < last:
+                    path.unlink()
 
     def append(self, row: Row) -> None:
         """Add a round's row to rounds.jsonl."""

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers.training_utils import EMAModel
-from runs import fit, sha, train
+from runs import fit, sha, train, whole_round
 from safetensors.torch import load_file
 
 from fedray.algorithms import Algorithm
-from fedray.algorithms.folds import Mean
+from fedray.algorithms.folds import Collect
 from fedray.config import Config
 from fedray.data.partition import Dirichlet, Partition, Shards
 from fedray.errors import RunError, UserError
@@ -20,7 +20,7 @@ from fedray.federation import fit as whole_run
 from fedray.federation.local import TrainJob, client_update
 from fedray.federation.plan import make_plan
 from fedray.federation.pool import LocalPool
-from fedray.federation.round import Session, run_round
+from fedray.federation.round import Session
 from fedray.federation.worker import Shared, Worker
 from fedray.presets import PRESETS
 from fedray.record import pictures
@@ -39,7 +39,7 @@ def train_one(worker, plan, client):
     """What a client makes of the initial model in the first round."""
     down = Shared({"model": plan.initial.numpy()}, plan.round(worker.config, 0))
     _, trained = client_update(worker, down, TrainJob(0, client, plan.shards[client], plan.held_out[client]))
-    return trained.payload["model"]
+    return trained.payload["model"].copy()
 
 
 def test_a_round_is_the_weighted_mean_of_what_clients_train(toy_config, tmp_path):
@@ -314,9 +314,9 @@ def test_a_users_own_algorithm_fold_and_partition_are_objects(toy_config, tmp_pa
             return super().aggregate(server, folded, round) | {"counted": server["counted"] + self.by}
 
     @dataclass(frozen=True)
-    class FirstOnly(Mean):
-        def add(self, partial, upload, round):
-            return partial if partial.rows else super().add(partial, upload, round)
+    class FirstOnly(Collect):
+        def combine(self, tensors):
+            return tensors[0]
 
     @dataclass(frozen=True)
     class Halves(Partition):
@@ -343,8 +343,8 @@ def test_a_round_done_again_is_the_same_round(toy_config, tmp_path):
     state = State(0, config.method.init(plan.initial, plan.layout))
     for _ in range(2):
         before = state
-        state, row = run_round(session, before)
-        again, _ = run_round(session, before)
+        state, row = whole_round(session, before)
+        again, _ = whole_round(session, before)
         assert torch.equal(again.tensors["model"], state.tensors["model"])
         assert [run.generation(client, state.round) for client in range(4)] == [state.round] * 4
         run.complete(state, row, plan.layout, 1)

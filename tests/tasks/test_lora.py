@@ -460,7 +460,7 @@ def test_mirror_images_dropout_and_empty_prompts_change_the_loss(config):
 def test_what_is_kept_of_images_is_bounded(config, monkeypatch):
     learner, dataset = learner_of(config)
     assert len(learner._latents) == 12
-    monkeypatch.setattr("fedray.tasks.lora.KEPT", 0)
+    monkeypatch.setattr("fedray.tasks.lora.learner.KEPT", 0)
     learner.prepare(dataset, np.arange(6, 8), False)
     assert len(learner._latents) == 2
     assert len(learner._embeddings) <= 3
