@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol, TypeAlias
 
 from fedray.lazy import torch
@@ -42,7 +43,11 @@ class Round:
 
     def total(self, name: str) -> int:
         """Return the planned weight of the whole cohort, which failures do not change."""
-        return sum(self.weights.values()) if name == "model" else len(self.cohort)
+        return self._of_the_model if name == "model" else len(self.cohort)
+
+    @cached_property
+    def _of_the_model(self) -> int:
+        return sum(self.weights.values())
 
     def rng(self, *key: str | int) -> torch.Generator:
         """Return a generator for one purpose in this round, the same wherever it is used."""

@@ -1,6 +1,7 @@
 """Local training of one client, and the loss on what it holds out. Knows nothing of Ray."""
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple
@@ -81,7 +82,7 @@ class LocalTraining:
         self.watchers: list[Callable[[], Any]] = []
         self.batches = 0
         self.images = 0
-        self.optimizer = config.optimizer.make([flat.vector], config.learning_rate, config.adam)
+        self.optimizer = worker.fresh_optimizer()
         self.scaler = torch.amp.GradScaler(worker.device.type, enabled=config.mixed_precision == "fp16")
 
     def watch(self, stepped: Callable[[], Any]) -> None:
@@ -98,7 +99,7 @@ class LocalTraining:
         for step, group in enumerate(steps_of(self.examples, config, rng)):
             rate = learning_rate(job.round * self.steps + step)
             self.optimizer.param_groups[0]["lr"] = rate
-            self._accumulate([job.indices[indices.numpy()] for indices in group], rng)
+            self._accumulate([job.indices[indices] for indices in group], rng)
             self.scaler.unscale_(self.optimizer)
             correct(flat.gradient)
             if config.max_grad_norm is not None:
@@ -120,7 +121,9 @@ class LocalTraining:
             batch = batch_of(self.worker.dataset, indices, mirrored)
             with precision(config, self.worker.device):
                 loss = learner.loss(batch, rng)
-            self.scaler.scale(loss / config.gradient_accumulation_steps).backward()
+            # An operation on a scalar takes as long as one on a tiny client's weights.
+            share = loss if config.gradient_accumulation_steps == 1 else loss / config.gradient_accumulation_steps
+            self.scaler.scale(share).backward()
             self.loss_sum += loss.detach()
             self.batches += 1
             self.images += len(indices)
@@ -239,14 +242,15 @@ def batch_of(dataset: Dataset, indices: np.ndarray, mirrored: Tensor | None = No
     return batch
 
 
-def steps_of(examples: int, config: Config, rng: torch.Generator) -> Iterator[tuple[Tensor, ...]]:
+def steps_of(examples: int, config: Config, rng: torch.Generator) -> Iterator[list[np.ndarray]]:
     """Yield the indices of the batches of each optimizer step: epoch after epoch, each in a new order.
 
     An epoch's last batch may be smaller, and its last step may have fewer batches.
     """
-    steps = config.steps(examples)
+    steps, size = config.steps(examples), config.train_batch_size
     while True:
-        batches = torch.randperm(examples, generator=rng).split(config.train_batch_size)
+        order = torch.randperm(examples, generator=rng).numpy()
+        batches = [order[start : start + size] for start in range(0, examples, size)]
         for start in range(0, len(batches), config.gradient_accumulation_steps):
             if steps == 0:
                 return
@@ -254,10 +258,11 @@ def steps_of(examples: int, config: Config, rng: torch.Generator) -> Iterator[tu
             steps -= 1
 
 
-def precision(config: Config, device: torch.device) -> torch.autocast:
+def precision(config: Config, device: torch.device) -> AbstractContextManager[object]:
     """Return the context in which a loss is computed."""
-    dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.mixed_precision]
-    return torch.autocast(device.type, dtype, enabled=config.mixed_precision != "no")
+    if config.mixed_precision == "no":
+        return nullcontext()
+    return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[config.mixed_precision])
 
 
 @cache

@@ -67,6 +67,19 @@ class Worker:
     def learner(self) -> Learner:
         return build(self.config, self.device)
 
+    @cached_property
+    def _optimizer(self) -> tuple[torch.optim.Optimizer, dict[str, Any]]:
+        optimizer = self.config.optimizer.make([self.learner.flat.vector], self.config.learning_rate, self.config.adam)
+        return optimizer, dict(optimizer.param_groups[0])
+
+    def fresh_optimizer(self) -> torch.optim.Optimizer:
+        """Return the vector's optimizer as it is when it is made: to make one takes as long as a tiny client's step."""
+        optimizer, made = self._optimizer
+        optimizer.state.clear()
+        optimizer.param_groups[0].clear()
+        optimizer.param_groups[0].update(made)
+        return optimizer
+
     def load(self, vector: Tensor, base: Tensor | None = None) -> None:
         """Make the learner this model: the vector, and the change of its frozen weights, if there is one."""
         self.learner.flat.vector.detach().copy_(vector)
@@ -125,6 +138,9 @@ def do(worker: Worker, work: Work, shared: Any, job: Any) -> tuple[Row, Any]:
 def threads(count: int) -> Iterator[None]:
     """Compute with so many threads: float sums depend on how many there are."""
     before = torch.get_num_threads()
+    if before == count:
+        yield
+        return
     torch.set_num_threads(count)
     try:
         yield

@@ -96,6 +96,8 @@ class FlatParameters:
 
 def as_tensor(array: np.ndarray) -> torch.Tensor:
     """Return a tensor over `array` without a copy. Arrays from Ray are read-only: do not write to the result."""
+    if array.flags.writeable:
+        return torch.from_numpy(array)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(array)
