@@ -15,6 +15,8 @@ from rich.console import Console
 
 from fedray.errors import UserError
 
+ASIDE = ".part"  # how temporary files' names end
+
 PATIENCE = 3.0  # seconds to wait for another process before saying so
 LOCK_TIMEOUT = 86_400.0  # seconds to wait for another process that makes the same entry
 
@@ -94,10 +96,38 @@ def as_json(values: dict[str, Any]) -> str:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file by way of a temporary one: complete or not at all."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    """Write a text file: complete or not at all, and on the disk when this returns."""
+    with durably(path) as aside:
         aside.write_text(text)
+
+
+@contextmanager
+def durably(path: Path) -> Iterator[Path]:
+    """Give a temporary file to write to; then flush it, rename it to `path`, and flush its directory."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}{ASIDE}")
+    try:
+        yield aside
+        _flush(aside)
         aside.replace(path)
+        _flush(path.parent)
     finally:
+        aside.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def is_content(path: Path) -> bool:
+    """Tell whether a file is more than what a killed process left of one."""
+    return not (path.name.startswith(".") and path.name.endswith(ASIDE))
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove the temporary files below a directory that killed processes left."""
+    for aside in directory.rglob(f".*{ASIDE}"):
         aside.unlink(missing_ok=True)

@@ -1,9 +1,11 @@
 """A whole run: rounds, checkpoints, samples and scores in sequence, until all rounds are complete."""
 
 import math
+import shutil
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from fedray.federation.plan import Plan, make_plan
 from fedray.federation.round import Session, run_round, validate_round
 from fedray.federation.sampling import Sampling
 from fedray.federation.worker import build, model, sampled
+from fedray.files import write
 from fedray.forms import check_loaded
 from fedray.record import pictures
 from fedray.record.checkpoint import State
@@ -71,19 +74,17 @@ def fit(session: Session, provenance: dict[str, Any], resume: bool = False) -> I
     scoring = Scoring.of(config) if config.evaluate_samples else None
     against = open_reference(scoring, plan.dataset, session.pool, session.show) if scoring else None
     if not resume:
-        from fedray.data import partition_picture  # matplotlib takes a second to import
-
         look_at_a_sample(session)
-        frame, picture = partition_picture.make(plan.dataset, plan.parts)
         run.create(config, plan.data, provenance)
-        frame.to_csv(run.directory / "partition.csv", index=False)
-        picture.savefig(run.directory / "partition.png", dpi=100)
     with run.locked(), SummaryWriter(str(run.directory / "tensorboard"), flush_secs=1) as board, Saver(run) as saver:
+        _draw_partition(run.directory, plan)
         state, row = run.state(plan.layout), None
         if state is None:
             state = State(0, config.method.init(plan.initial, plan.layout))
         if resume:
             row = run.recover(state.round)
+            if row is not None:
+                run.prune(state.round, row["cohort"], config.checkpoints_total_limit)
         if state.round == 0 and prompts_of(config, plan.dataset):
             draw_prompts(session, state)
         while row is not None or state.round < config.rounds:
@@ -123,6 +124,16 @@ def _shown(saver: Saver, board: Any) -> Iterator[Row]:
     if row is not None:
         _plot(board, row)
         yield row
+
+
+def _draw_partition(directory: Path, plan: Plan) -> None:
+    """Write partition.csv and partition.png, unless they are there."""
+    if not (directory / "partition.csv").exists():
+        from fedray.data import partition_picture  # matplotlib takes a second to import
+
+        frame, picture = partition_picture.make(plan.dataset, plan.parts)
+        picture.savefig(directory / "partition.png", dpi=100)
+        write(directory / "partition.csv", frame.to_csv(index=False))
 
 
 def look_at_a_sample(session: Session) -> None:
@@ -186,6 +197,7 @@ def _finish(session: Session, state: State) -> None:
     learner.flat.vector.detach().copy_(delivered["model"])
     if "base" in delivered:
         learner.set_base(delivered["base"])
+    shutil.rmtree(run.directory / "model", ignore_errors=True)  # what a killed process had written of it
     learner.save(run.directory / "model")
     rows = run.rows
     totals: dict[str, Any] = {

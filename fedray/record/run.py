@@ -20,7 +20,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 
 from fedray.config import FORMAT, Config
 from fedray.errors import UserError
-from fedray.files import as_json, read_json, write
+from fedray.files import as_json, is_content, read_json, remove_leftovers, write
 from fedray.lazy import torch
 from fedray.record.card import model_card
 from fedray.record.checkpoint import State, load_row, load_state, save_state
@@ -140,7 +140,7 @@ class Run:
                 f"{self.directory} holds another run; choose another --out, or continue that run with "
                 f"--resume {self.directory}."
             )
-        if self.directory.exists() and (not self.directory.is_dir() or any(self.directory.iterdir())):
+        if self.directory.exists() and (not self.directory.is_dir() or any(map(is_content, self.directory.iterdir()))):
             raise UserError(f"{self.directory} exists and is not an empty directory; choose another --out.")
 
     @contextmanager
@@ -156,6 +156,7 @@ class Run:
                     if time.monotonic() > deadline:
                         raise UserError(f"{self.directory} is being written by another process; wait for it.") from None
                 time.sleep(0.1)
+            remove_leftovers(self.directory)
             yield
 
     def complete(self, state: State, row: Row, layout: Layout, limit: int) -> None:
@@ -166,10 +167,14 @@ class Run:
         directory = self.directory / "checkpoints"
         directory.mkdir(exist_ok=True)
         save_state(directory / f"round-{state.round:06d}.safetensors", state, layout, row)
-        for path in sorted(directory.glob("round-*.safetensors"))[:-limit]:
+        self.prune(state.round, row["cohort"], limit)
+
+    def prune(self, rounds: int, cohort: Iterable[int], limit: int) -> None:
+        """Remove all but the last `limit` checkpoints, and memories that the last of them does not need."""
+        for path in sorted(self.directory.glob("checkpoints/round-*.safetensors"))[:-limit]:
             path.unlink()
-        for client in row["cohort"]:  # of a client, what a later durable checkpoint does not need
-            last = self.generation(client, state.round)
+        for client in cohort:
+            last = self.generation(client, rounds)
             for path in self._memory(client).glob("*.safetensors"):
                 if last is not None and int(path.stem) < last:
                     path.unlink()
@@ -190,9 +195,7 @@ class Run:
         if path.exists():
             # A line that a kill cut short is the last one, and its row is in the checkpoint.
             lines = [line for line in path.read_text().splitlines(keepends=True)[:rounds] if line.endswith("\n")]
-            aside = path.with_suffix(".aside")
-            aside.write_text("".join(lines))
-            aside.replace(path)
+            write(path, "".join(lines))
         for memory in self.directory.glob("clients/*/*.safetensors"):
             if int(memory.stem) > rounds:
                 memory.unlink()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fedray.files import durably
 from fedray.lazy import torch
 
 
@@ -118,23 +118,17 @@ def sha256_of(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def save(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write tensors as safetensors: complete or not at all (in a temporary file, flushed to disk, then renamed)."""
+    """Write tensors as safetensors: complete or not at all, and on the disk when this returns."""
     from safetensors.torch import save_file
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     seen: set[int] = set()
     own = {}
     for name, tensor in tensors.items():  # safetensors refuses tensors that share memory, as two names of one do
         tensor = tensor.detach().cpu().contiguous()
         own[name] = tensor.clone() if tensor.untyped_storage().data_ptr() in seen else tensor
         seen.add(tensor.untyped_storage().data_ptr())
-    try:
-        save_file(own, temporary, metadata)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with durably(path) as aside:
+        save_file(own, aside, metadata)
 
 
 def load(path: Path, layout: Layout, prefix: str = "") -> torch.Tensor:

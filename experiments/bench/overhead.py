@@ -1,6 +1,6 @@
 """What does fedray cost over a plain training loop?
 
-    python experiments/overhead.py
+    python experiments/bench/overhead.py
 
 The digits preset on two actors, against two bare processes that at the same time make the same steps with diffusers
 and torch alone (no Ray, no flat vector, no messages). The measurements alternate on the same
