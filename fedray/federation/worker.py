@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedray.config import Config
 from fedray.data.dataset import Dataset, Source
+from fedray.errors import UserError
 from fedray.record.run import Row
 from fedray.scores import networks
 from fedray.seeds import number
@@ -130,8 +131,21 @@ def do(worker: Worker, work: Work, shared: Any, job: Any) -> tuple[Row, Any]:
         with threads(worker.config.threads), _seeded(device, worker.config.seed, "global", *job.key):
             row, payload = work(worker, shared, job)
     except Exception as error:
-        row, payload = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}, None
+        trace = traceback.format_exc()
+        if isinstance(error, torch.OutOfMemoryError):
+            error = UserError(too_large(worker.config, job))
+        row, payload = {"error": f"{type(error).__name__}: {error}", "trace": trace}, None
     return row | {"actor": worker.name, "seconds": time.perf_counter() - started}, payload
+
+
+def too_large(config: Config, job: Any) -> str:
+    """Say that a job does not fit into the memory that its process has of a GPU, and what can be done about it."""
+    return (
+        f"{job} needs more GPU memory than it may have (--gpus-per-actor {config.gpus_per_actor:g}): lower "
+        f"--train-batch-size {config.train_batch_size} (--gradient-accumulation-steps keeps the size of a step) or, "
+        f"for samples and features, --eval-batch-size {config.eval_batch_size}; compute in --mixed-precision bf16; or "
+        f"give each of fewer actors more of a GPU."
+    )
 
 
 @contextmanager
