@@ -124,11 +124,12 @@ def build(config: Config, device: torch.device) -> Learner:
 def do(worker: Worker, work: Work, shared: Any, job: Any) -> tuple[Row, Any]:
     """Do one job; a failure is a row with an error, never an exception.
 
-    Threads and torch's global generator (dropout draws from it) are set for the job and restored after it.
+    Threads, the order of cuDNN's sums, and torch's global generator (dropout draws from it) are set for the job and
+    restored after it.
     """
     started, device = time.perf_counter(), worker.device
     try:
-        with threads(worker.config.threads), _seeded(device, worker.config.seed, "global", *job.key):
+        with threads(worker.config.threads), ordered(), _seeded(device, worker.config.seed, "global", *job.key):
             row, payload = work(worker, shared, job)
     except Exception as error:
         trace = traceback.format_exc()
@@ -160,6 +161,17 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def ordered() -> Iterator[None]:
+    """Have cuDNN choose among algorithms that add in the same order every time: a client then gives the same bits."""
+    before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic = before
 
 
 @contextmanager
