@@ -10,6 +10,7 @@ in the JSON file, as soon as it is made; what no longer fits into --budget secon
 """
 
 import gc
+import itertools
 import json
 import os
 import statistics
@@ -303,7 +304,8 @@ class Ours:
         plan, worker = self.plan, self.worker
         mixed = "no" if PRECISION[precision] is None else precision
         worker.config = replace(self.bench.config, mixed_precision=mixed, train_batch_size=batch, local_steps=steps)
-        worker.steps_done, worker.on_step = 0, stepped
+        count = itertools.count(1)
+        worker.on_step = lambda _: stepped(next(count))
         job = TrainJob(0, 0, plan.shards[0], plan.held_out[0])
         shared = Shared({"model": plan.initial.numpy()}, plan.round(worker.config, 0))
         row, reply = do(worker, client_update, shared, job)
@@ -433,11 +435,11 @@ def rounds(bench: Bench) -> None:
 FLAT = Variant("flat vector, fused AdamW", flat=True)
 VARIANTS = (
     FLAT,
-    replace(FLAT, what="the same, noise from the CPU", cpu_noise=True),
-    replace(FLAT, what="the same, deterministic cuDNN", fixed=True),
-    replace(FLAT, what="the same, channels-last images", last="images"),
+    replace(FLAT, what="flat, noise from the CPU", cpu_noise=True),
+    replace(FLAT, what="flat, deterministic cuDNN", fixed=True),
+    replace(FLAT, what="flat, channels-last images", last="images"),
     Variant("one fused AdamW over all parameters", fused=True),
-    Variant("the same, channels-last images and weights", fused=True, last="all"),
+    Variant("fused, channels-last images and weights", fused=True, last="all"),
 )
 
 
@@ -472,8 +474,8 @@ def main(options: Options) -> None:
     training(bench)
     rounds(bench)
     if options.compile:
-        compiled = [replace(FLAT, what="flat vector, torch.compile", compiled=True)]
-        compiled.append(replace(compiled[0], what="the same, channels-last images", last="images"))
+        compiled = [replace(FLAT, what="flat, torch.compile", compiled=True)]
+        compiled.append(replace(compiled[0], what="flat, torch.compile, channels-last", last="images"))
         for variant, batch in [(v, b) for v in compiled for b in reversed(bench.batches)]:
             if bench.left(75, f"{variant.what}, bf16, batch {batch}"):
                 torch.compiler.reset()
