@@ -13,6 +13,7 @@ os.environ.pop("RAY_ADDRESS", None)
 import pytest
 import torch
 import toy
+from PIL import Image
 
 from fedray.config import Config
 from fedray.data.partition import ByLabel
@@ -21,7 +22,7 @@ from fedray.data.partition import ByLabel
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:
-            if "gpu" in item.keywords:
+            if item.get_closest_marker("gpu"):  # keywords are also names of folders
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
@@ -47,6 +48,21 @@ def ray():
     ray.cloudpickle.register_pickle_by_value(toy)
     yield ray
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """Four digits of each class that the embedded model has not seen; a folder, named as its prompt, is a client."""
+    from fedray.data.sources import digits
+    from fedray.tasks.embedded import HELD_OUT, enlarge, prompt
+
+    root = tmp_path_factory.mktemp("photos")
+    data = digits()
+    for label in HELD_OUT:
+        (root / prompt(label)).mkdir()
+        for index, image in enumerate(enlarge(torch.from_numpy(data.images[data.labels == label][:4]))):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(root / prompt(label) / f"{index}.png")
+    return root
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A task of a few numbers, for tests of the federation: client k can be told to fail, or to return NaN."""
+"""A task of a few numbers, for tests of the federation: client k can be told to fail, to return NaN …"""
 
 import time
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ class Toy:
     failing: tuple[int, ...] = ()
     infinite: tuple[int, ...] = ()
     slow: tuple[int, ...] = ()
+    hungry: tuple[int, ...] = ()
 
     def check(self, sampler, steps):
         pass
@@ -48,6 +49,8 @@ class ToyLearner:
         labels = set(batch["labels"].tolist())
         if labels & set(self.task.failing):
             raise ValueError("this client's camera is broken")
+        if labels & set(self.task.hungry):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80.00 GiB.")
         if labels & set(self.task.slow):
             time.sleep(0.5)
         target = batch["labels"].float().mean() + 0.1 * torch.randn((), generator=rng)

@@ -100,7 +100,7 @@ def run(
     `dataset` is the task's, if it is loaded already.
 
     Raises:
-        UserError: the request cannot be carried out; nothing was written.
+        UserError: the request cannot be carried out; nothing was written, unless the clients then do not fit on a GPU.
         RunError: the run could not continue; resume it.
     """
     config.check()

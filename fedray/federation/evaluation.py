@@ -11,7 +11,7 @@ import torch
 from fedray.config import Config
 from fedray.data.dataset import Dataset
 from fedray.errors import RunError, UserError
-from fedray.federation.pool import Pool, in_order
+from fedray.federation.pool import Pool, failure, in_order
 from fedray.federation.sampling import FeatureJob, NearestJob, Sampling, dataset_features, nearest_images, sample_batch
 from fedray.federation.worker import Shared, Work, threads
 from fedray.scores import networks
@@ -257,10 +257,6 @@ def _results(pool: Pool, work: Work, shared: Any, jobs: Iterable[Any], phase: st
     show(phase, 0, len(jobs))
     for reply in in_order(pool.map(work, shared, jobs, lambda done: show(phase, done, len(jobs)))):
         if not reply.ok:
-            kind, _, said = reply.row["error"].partition(": ")
-            if kind == UserError.__name__:
-                raise UserError(said)
-            error = RunError(f"{reply.job} could not be made: {reply.row['error']}.")
-            error.add_note(reply.row["trace"])
-            raise error
+            error = reply.row["error"]
+            raise failure(f"{reply.job} could not be made: {error}.", error, reply.row["trace"])
         yield reply.fetch()

@@ -9,7 +9,7 @@ import torch
 
 from fedray.config import Config
 from fedray.data.dataset import Dataset
-from fedray.errors import UserError
+from fedray.errors import RunError, UserError
 from fedray.federation.worker import Work, Worker, do
 
 Progress = Callable[[int], None]  # how many steps of this map are done
@@ -28,6 +28,16 @@ class Reply:
     @property
     def ok(self) -> bool:
         return "error" not in self.row
+
+
+def failure(sentence: str, error: str, trace: str) -> Exception:
+    """Return the exception for what failed as a job's row says: the user's own mistake, or `sentence` and a trace."""
+    kind, _, said = error.partition(": ")
+    if kind == UserError.__name__:
+        return UserError(said)
+    failed = RunError(sentence)
+    failed.add_note(trace)
+    return failed
 
 
 class Pool(Protocol):

@@ -19,7 +19,7 @@ from fedray.federation.blocks import Block, Pace, Queue, TrainBlock, train_block
 from fedray.federation.evaluation import Metric, Show, silent
 from fedray.federation.local import TrainJob, ValidateJob, validate
 from fedray.federation.plan import Plan
-from fedray.federation.pool import Pool, Reply, in_order
+from fedray.federation.pool import Pool, Reply, failure, in_order
 from fedray.federation.worker import Shared, model
 from fedray.record.checkpoint import State
 from fedray.record.run import Row, Run
@@ -44,6 +44,7 @@ def run_round(session: Session, state: State) -> Generator[None, None, tuple[Sta
     """Do one communication round: return the next state, and the round's row. Yields after every block of clients.
 
     Raises:
+        UserError: no client fits into the memory of its GPU.
         RunError: no client returned a usable model.
     """
     config, server = session.config, state.tensors
@@ -131,12 +132,11 @@ class Ledger:
                 self.failures.append((row["client"], row["outcome"], trace))
 
     def check(self) -> None:
-        """Raise `RunError` where nobody took part."""
+        """Raise `RunError` where nobody took part, or the user's mistake that is the reason."""
         if len(self.failures) == len(self.rows):
             client, reason, trace = min(self.failures)
-            failed = RunError(f"round {self.round.number + 1}: no client returned a model. Client {client}: {reason}.")
-            failed.add_note(trace)
-            raise failed
+            sentence = f"round {self.round.number + 1}: no client returned a model. Client {client}: {reason}."
+            raise failure(sentence, reason, trace)
 
     def row(self, aggregation: Mapping[str, float]) -> Row:
         """Return the round's row. Means are weighted by examples."""
@@ -179,9 +179,9 @@ def validate_round(session: Session, state: State, row: Row) -> Row:
     losses = {}
     for reply in in_order(session.pool.map(validate, model(plain(state)), jobs, lambda done: None)):
         if not reply.ok:
-            failed = RunError(f"round {state.round}: {reply.job} could not be measured: {reply.row['error']}.")
-            failed.add_note(reply.row["trace"])
-            raise failed
+            error = reply.row["error"]
+            sentence = f"round {state.round}: {reply.job} could not be measured: {error}."
+            raise failure(sentence, error, reply.row["trace"])
         losses[reply.job.client] = reply.row["held_out"]
     local = {client["client"]: client["held_out_local"] for client in row["clients"] if "held_out_local" in client}
     row["seconds"]["validate"] = time.perf_counter() - began

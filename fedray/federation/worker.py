@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedray.config import Config
 from fedray.data.dataset import Dataset, Source
+from fedray.errors import UserError
 from fedray.record.run import Row
 from fedray.scores import networks
 from fedray.seeds import number
@@ -123,15 +124,29 @@ def build(config: Config, device: torch.device) -> Learner:
 def do(worker: Worker, work: Work, shared: Any, job: Any) -> tuple[Row, Any]:
     """Do one job; a failure is a row with an error, never an exception.
 
-    Threads and torch's global generator (dropout draws from it) are set for the job and restored after it.
+    Threads, the order of cuDNN's sums, and torch's global generator (dropout draws from it) are set for the job and
+    restored after it.
     """
     started, device = time.perf_counter(), worker.device
     try:
-        with threads(worker.config.threads), _seeded(device, worker.config.seed, "global", *job.key):
+        with threads(worker.config.threads), ordered(), _seeded(device, worker.config.seed, "global", *job.key):
             row, payload = work(worker, shared, job)
     except Exception as error:
-        row, payload = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}, None
+        trace = traceback.format_exc()
+        if isinstance(error, torch.OutOfMemoryError):
+            error = UserError(too_large(worker.config, job))
+        row, payload = {"error": f"{type(error).__name__}: {error}", "trace": trace}, None
     return row | {"actor": worker.name, "seconds": time.perf_counter() - started}, payload
+
+
+def too_large(config: Config, job: Any) -> str:
+    """Say that a job does not fit into the memory that its process has of a GPU, and what can be done about it."""
+    return (
+        f"{job} needs more GPU memory than it may have (--gpus-per-actor {config.gpus_per_actor:g}): lower "
+        f"--train-batch-size {config.train_batch_size} (--gradient-accumulation-steps keeps the size of a step) or, "
+        f"for samples and features, --eval-batch-size {config.eval_batch_size}; compute in --mixed-precision bf16; or "
+        f"give each of fewer actors more of a GPU."
+    )
 
 
 @contextmanager
@@ -146,6 +161,17 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def ordered() -> Iterator[None]:
+    """Have cuDNN choose among algorithms that add in the same order every time: a client then gives the same bits."""
+    before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic = before
 
 
 @contextmanager

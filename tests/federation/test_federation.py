@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
+import toy
 from diffusers.training_utils import EMAModel
 from runs import fit, sha, train, whole_round
 from safetensors.torch import load_file
 
 from fedray.algorithms import Algorithm
 from fedray.algorithms.folds import Collect
+from fedray.cli import main
 from fedray.config import Config
 from fedray.data.partition import Dirichlet, Partition, Shards
 from fedray.errors import RunError, UserError
@@ -205,6 +207,18 @@ def test_no_usable_client_ends_the_run_and_it_can_be_resumed(toy_config, tmp_pat
     mended = replace(config, task=replace(config.task, failing=()))
     with pytest.raises(UserError, match="--task is .* resumed run keeps its settings"):
         train(mended, tmp_path / "run", resume=True)
+
+
+def test_a_gpu_that_is_too_small_is_named(toy_config, tmp_path, capsys):
+    """torch's own error, raised by a toy: a client is left out for it, and if none is left it is the user's mistake."""
+    row = train(toy_config(hungry=(0,), rounds=1), tmp_path / "one")[0]
+    assert row["examples"] == 24
+    assert row["clients"][0]["outcome"].startswith("UserError: client 0 in round 1 needs more GPU memory")
+    flags = f"--task {toy.__file__}:Toy --hungry 0 1 2 3 --clients 4 --partition by-label --rounds 1 --actors 0"
+    assert main(["train", *flags.split(), "--out", str(tmp_path / "all")]) == 2
+    said = capsys.readouterr().err
+    assert "client 0 in round 1 needs more GPU memory than it may have (--gpus-per-actor 0): lower" in said
+    assert "Traceback" not in said
 
 
 def test_float16_overflow_is_a_failure_of_the_client(toy_config, tmp_path):

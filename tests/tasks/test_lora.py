@@ -25,7 +25,6 @@ from fedray.algorithms.fedavg import FedAvg
 from fedray.algorithms.folds import Mean
 from fedray.algorithms.lora import FFA, SVD, Flora
 from fedray.cli import main
-from fedray.data.sources import digits
 from fedray.federation.local import TrainJob, batch_of, client_update
 from fedray.federation.plan import make_plan
 from fedray.federation.pool import LocalPool
@@ -33,7 +32,7 @@ from fedray.federation.worker import Shared, Worker, build
 from fedray.presets import PRESETS
 from fedray.record.run import Run
 from fedray.seeds import generator
-from fedray.tasks.embedded import HELD_OUT, enlarge, prompt
+from fedray.tasks.embedded import prompt
 from fedray.tasks.lora import PIPELINE, LoRA
 from fedray.tasks.lora.learner import LoRALearner
 from fedray.vector import FlatParameters
@@ -41,18 +40,6 @@ from fedray.vector.adapters import WeightedSum, adapters, product_norm
 from fedray.wire.float16 import Float16
 
 MEAN = Mean()
-
-
-@pytest.fixture(scope="session")
-def photos(tmp_path_factory):
-    """Four digits of each class that the embedded model has not seen; a folder, named as its prompt, is a client."""
-    root = tmp_path_factory.mktemp("photos")
-    data = digits()
-    for label in HELD_OUT:
-        (root / prompt(label)).mkdir()
-        for index, image in enumerate(enlarge(torch.from_numpy(data.images[data.labels == label][:4]))):
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(root / prompt(label) / f"{index}.png")
-    return root
 
 
 @pytest.fixture

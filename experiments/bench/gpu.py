@@ -1,0 +1,487 @@
+"""How fast does fedray train on one GPU, beside a plain diffusers loop and beside what the GPU can do?
+
+    python experiments/bench/gpu.py --out gpu.json
+    python experiments/bench/gpu.py --small --device cpu        # tries the script, on a machine without a GPU
+
+The paper's U-Net (preset celeba, 113,673,219 parameters) on generated images of 64×64: training images per second of a
+plain loop as in diffusers' train_unconditional.py, of fedray's own client job, and of variants of it; then seconds per
+round with one, two and four actors on the same GPU. Each measurement is printed as a line of a Markdown table, and is
+in the JSON file, as soon as it is made; what no longer fits into --budget seconds is named and left out.
+"""
+
+import gc
+import itertools
+import json
+import os
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+import numpy as np
+import ray
+import torch
+import torch.nn.functional as F
+import tyro
+from torch.utils.flop_counter import FlopCounterMode
+
+import fedray
+from fedray.config import Config
+from fedray.data.dataset import Dataset
+from fedray.federation.local import TrainJob, client_update
+from fedray.federation.plan import Plan, make_plan
+from fedray.federation.worker import Shared, Worker, do, ordered
+from fedray.record.run import Run
+from fedray.tasks.ddpm import DDPM
+from fedray.vector import FlatParameters, sha256
+
+WARM = 3  # steps before the clock starts
+PRECISION = {"float32": None, "tf32": None, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Generated(DDPM):
+    """A U-Net on images that are generated: their content changes nothing about speed."""
+
+    name: ClassVar[str] = "generated"
+
+    def check(self, sampler: str, steps: int) -> None:
+        pass
+
+    def dataset(self) -> Dataset:
+        shape = (512, self.channels, self.resolution, self.resolution)
+        return Dataset(np.random.default_rng(0).integers(0, 256, shape, np.uint8))
+
+
+@dataclass(frozen=True)
+class Options:
+    out: Path = Path("gpu.json")
+    """JSON file of all measurements."""
+    device: Literal["cuda", "cpu"] = "cuda"
+    """Where to measure."""
+    small: bool = False
+    """Small shapes and short times: to try the script."""
+    compile: bool = True
+    """Measure torch.compile too, last."""
+    budget: float = 235.0
+    """Seconds for everything."""
+    repeats: int = 3
+    """How often each is measured."""
+    seconds: float = 0.6
+    """How long each repeat takes, about."""
+
+
+class Bench:
+    """Measurements as they are made: lines of a table, and a JSON file."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.device = torch.device(options.device)
+        self.cuda = options.device == "cuda"
+        self.started = time.perf_counter()
+        self.made: dict[str, Any] = {"versions": versions(options), "measurements": [], "skipped": []}
+        celeba = fedray.PRESETS["celeba"]
+        task = Generated(**{field.name: getattr(celeba.task, field.name) for field in fields(DDPM)})
+        if options.small:
+            task = replace(task, resolution=16, block_out_channels=(16, 32), attention=(False, True), norm_num_groups=8)
+        self.config = replace(
+            celeba, task=task, clients=1, rounds=1, local_epochs=None, local_steps=1, evaluate_samples=0, actors=0,
+            gpus_per_actor=float(self.cuda),
+        )  # fmt: skip
+        self.task: Any = task
+        self.batches = (2, 4) if options.small else (16, 128)
+        self.ceiling: float | None = None  # operations a second
+        self.operations = 0.0  # of an image
+        self.rates: dict[tuple[int, str], float] = {}
+
+    def left(self, need: float, what: str) -> bool:
+        """Tell whether there are so many seconds left, and say so where there are not."""
+        if time.perf_counter() - self.started + (0 if self.options.small else need) < self.options.budget:
+            return True
+        self.made["skipped"].append(what)
+        self.flush()
+        print(f"\nLeft out, for lack of time: {what}\n")
+        return False
+
+    def add(self, what: str, unit: str, values: list[float], **more: Any) -> None:
+        """Keep a measurement, and print its line: median, range, share of the ceiling."""
+        at = time.perf_counter() - self.started
+        self.made["measurements"].append({"what": what, "unit": unit, "values": values, "at": at, **more})
+        self.flush()
+        share = ""
+        if unit == "images/s" and self.ceiling:
+            share = f"{statistics.median(values) * self.operations / self.ceiling:.1%}"
+        peak = f"{more['peak_bytes'] / 2**30:.2f}" if more.get("peak_bytes") else ""
+        low, high = min(values), max(values)
+        print(f"| {what} | {statistics.median(values):.4g} | {low:.4g} to {high:.4g} | {unit} | {share} | {peak} |")
+
+    def flush(self) -> None:
+        aside = self.options.out.with_suffix(".aside")
+        aside.write_text(json.dumps(self.made, indent=1) + "\n")
+        aside.replace(self.options.out)
+
+    def sync(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    @contextmanager
+    def fresh(self) -> Iterator[Callable[[], int]]:
+        """Give the block unused memory; what is yielded tells the most that it has held, in bytes."""
+        gc.collect()
+        if self.cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        yield lambda: torch.cuda.max_memory_allocated() if self.cuda else 0
+
+    def windows(self, step: Callable[[], Any], seconds: float | None = None) -> list[float]:
+        """Return seconds per step, a number per repeat."""
+        for _ in range(WARM):
+            step()
+        self.sync()
+        began = time.perf_counter()
+        step()
+        self.sync()
+        seconds = self.options.seconds if seconds is None else seconds
+        count = max(1, round(seconds / (time.perf_counter() - began)))
+        times = []
+        for _ in range(self.options.repeats):
+            began = time.perf_counter()
+            for _ in range(count):
+                step()
+            self.sync()
+            times.append((time.perf_counter() - began) / count)
+        return times
+
+
+def versions(options: Options) -> dict[str, Any]:
+    import diffusers
+
+    cuda = options.device == "cuda"
+    return {
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "memory": torch.cuda.get_device_properties(0).total_memory if cuda else None,
+        "torch": torch.__version__, "diffusers": diffusers.__version__, "ray": ray.__version__,
+        "cudnn": torch.backends.cudnn.version() if cuda else None, "python": sys.version.split()[0],
+        "cpus": os.cpu_count(), "options": {key: str(value) for key, value in vars(options).items()},
+    }  # fmt: skip
+
+
+def tf32(allowed: bool) -> None:
+    """Let convolutions multiply in TF32, as torch does by default, or not; matrix products never do."""
+    torch.backends.cudnn.allow_tf32 = allowed
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+# What the GPU can do
+
+
+def ceilings(bench: Bench) -> None:
+    """Measure the largest rates: of a matrix product, and of a copy."""
+    n = 256 if bench.options.small else 8192
+    a, b = (torch.randn(n, n, device=bench.device, dtype=torch.bfloat16) for _ in range(2))
+    rates = [2 * n**3 / seconds for seconds in bench.windows(lambda: a @ b, seconds=0.3)]
+    bench.ceiling = statistics.median(rates)
+    bench.add(f"bf16 matrix product, {n}³", "TFLOP/s", [rate / 1e12 for rate in rates])
+    source = torch.randn(n * n * 4, device=bench.device)
+    target = torch.empty_like(source)
+    times = bench.windows(lambda: target.copy_(source), seconds=0.2)
+    bench.add("copy, bytes read and written", "TB/s", [2 * source.nbytes / seconds / 1e12 for seconds in times])
+    unet = network(bench)
+    x = torch.randn(1, bench.task.channels, bench.task.resolution, bench.task.resolution, device=bench.device)
+    with FlopCounterMode(display=False) as forward:
+        out = unet(x, 7).sample
+    with FlopCounterMode(display=False) as backward:
+        out.square().mean().backward()
+    counts = [count.get_total_flops() / 1e9 for count in (forward, backward)]
+    bench.operations = sum(counts) * 1e9
+    size = sum(parameter.numel() for parameter in unet.parameters())
+    bench.add(f"U-Net of {size:,} parameters, forward and backward", "GFLOP/image", [sum(counts)], parts=counts)
+
+
+def network(bench: Bench) -> Any:
+    """Build the paper's U-Net on the device."""
+    with bench.device:
+        return bench.task.unet()
+
+
+# Training steps
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A plain training loop."""
+
+    what: str
+    flat: bool = False
+    """Parameters as views of one vector, one fused AdamW over it, as fedray has them."""
+    fused: bool = False
+    """AdamW's fused kernel where parameters are not flat (diffusers' script takes torch's default)."""
+    last: Literal["", "images", "all"] = ""
+    """Channels-last: the images (and so what is made of them), or the weights too."""
+    fixed: bool = False
+    """Only cuDNN's deterministic algorithms, as in fedray's jobs."""
+    cpu_noise: bool = False
+    """Noise and timesteps are drawn on the CPU, as fedray does."""
+    compiled: bool = False
+
+
+def plain_step(bench: Bench, variant: Variant, precision: str, batch: int) -> Callable[[], None]:
+    """Make the step of a loop as in diffusers' train_unconditional.py, with images in the CPU's memory."""
+    task, config, device = bench.task, bench.config, bench.device
+    unet = network(bench)
+    if variant.last == "all":
+        unet = unet.to(memory_format=torch.channels_last)
+    flat = FlatParameters(unet) if variant.flat else None
+    parameters = list(unet.parameters()) if flat is None else [flat.vector]
+    fast = {"fused": True} if variant.flat or variant.fused else {}
+    options: dict[str, Any] = fast | config.adam
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, **options)
+    run: Any = torch.compile(unet) if variant.compiled else unet
+    scheduler, dtype = task.scheduler(), PRECISION[precision]
+    images, source = task.dataset().images, torch.device("cpu") if variant.cpu_noise else device
+    order, at = torch.randperm(len(images)), 0
+
+    def step() -> None:
+        nonlocal at
+        chosen = order[at : at + batch].numpy()
+        at = (at + batch) % len(images)
+        clean = torch.from_numpy(images[chosen]).to(device).float() / 127.5 - 1
+        timesteps = torch.randint(1000, (batch,), device=source).to(device)
+        noise = torch.randn(clean.shape, device=source).to(device)
+        noisy = scheduler.add_noise(clean, noise, timesteps)
+        if variant.last:
+            noisy = noisy.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+            predicted = run(noisy, timesteps).sample
+        F.mse_loss(predicted.float(), noise).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        if flat is None:
+            optimizer.zero_grad()
+        else:
+            flat.gradient.zero_()
+
+    if not variant.fixed:
+        return step
+
+    def fixed() -> None:
+        with ordered():
+            step()
+
+    return fixed
+
+
+def measure_plain(bench: Bench, variant: Variant, precision: str, batch: int) -> None:
+    tf32(precision == "tf32")
+    with bench.fresh() as peak:
+        times = bench.windows(plain_step(bench, variant, precision, batch))
+        rates = [batch / seconds for seconds in times]
+        bench.rates.setdefault((batch, precision), statistics.median(rates))
+        what = f"{variant.what}, {precision}, batch {batch}"
+        bench.add(what, "images/s", rates, batch=batch, precision=precision, peak_bytes=peak())
+
+
+class Ours:
+    """fedray's own client job, in this process, on the paper's U-Net."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.plan: Plan = make_plan(bench.config)
+        self.worker = Worker(bench.config, bench.device, "bench")
+        self.worker.dataset = self.plan.dataset
+
+    def train(self, precision: str, batch: int, steps: int, stepped: Callable[[int], None]) -> tuple[Any, Any]:
+        """Do a job of so many steps; `stepped` is called after each. Return the client's row and its reply."""
+        plan, worker = self.plan, self.worker
+        mixed = "no" if PRECISION[precision] is None else precision
+        worker.config = replace(self.bench.config, mixed_precision=mixed, train_batch_size=batch, local_steps=steps)
+        count = itertools.count(1)
+        worker.on_step = lambda _: stepped(next(count))
+        job = TrainJob(0, 0, plan.shards[0], plan.held_out[0])
+        shared = Shared({"model": plan.initial.numpy()}, plan.round(worker.config, 0))
+        row, reply = do(worker, client_update, shared, job)
+        if "error" in row:
+            raise RuntimeError(row["trace"])
+        return row, reply
+
+    def measure(self, precision: str, batch: int) -> None:
+        """Time the steps inside of a job, and what the job takes beside them."""
+        bench, marks = self.bench, list[float]()
+        tf32(precision == "tf32")
+        wanted = bench.options.seconds * bench.rates[batch, "float32" if precision == "tf32" else precision] / batch
+        count = max(1, round(wanted))
+        steps = WARM + count * bench.options.repeats
+
+        def stepped(done: int) -> None:
+            if done >= WARM and (done - WARM) % count == 0:
+                bench.sync()
+                marks.append(time.perf_counter())
+
+        with bench.fresh() as peak:
+            row, _ = self.train(precision, batch, steps, stepped)
+            rates = [batch * count / (after - before) for before, after in zip(marks, marks[1:], strict=False)]
+            about: dict[str, Any] = {"batch": batch, "precision": precision, "peak_bytes": peak()}
+        beside = row["seconds"] - steps * batch / statistics.median(rates)
+        name = {"tf32": "float32 with torch's TF32 convolutions"}.get(precision, precision)
+        bench.add(f"**fedray's client**, {name}, batch {batch}", "images/s", rates, job_seconds=beside, **about)
+
+    def repeat(self, precision: str, batch: int) -> None:
+        """Tell whether a job gives the same bits again: as fedray does it, and as torch would by default."""
+        import fedray.federation.worker as worker
+
+        tf32(True)
+        kept, hashes = worker.ordered, {}
+        for kind in ("as jobs do it", "torch's default"):
+            if kind == "torch's default":
+                worker.ordered = as_it_is
+            try:
+                made = [self.train(precision, batch, 4, lambda done: None)[1].payload["model"] for _ in range(3)]
+            finally:
+                worker.ordered = kept
+            hashes[kind] = [sha256(torch.from_numpy(array)) for array in made]
+            what = f"different models of 3 equal jobs ({kind}), {precision}, batch {batch}"
+            self.bench.add(what, "models", [float(len(set(hashes[kind])))], sha256=hashes[kind])
+
+
+@contextmanager
+def as_it_is() -> Iterator[None]:
+    yield
+
+
+# Rounds
+
+
+class GPUMemory(threading.Thread):
+    """The most memory of the GPU that all processes hold together beyond what is held now, in bytes."""
+
+    def __init__(self, cuda: bool) -> None:
+        super().__init__(daemon=True)
+        self.cuda, self.peak, self.done = cuda, 0, threading.Event()
+        self.before = self.held()
+
+    def held(self) -> int:
+        free, total = torch.cuda.mem_get_info() if self.cuda else (0, 0)
+        return total - free
+
+    def run(self) -> None:
+        while not self.done.wait(0.05):
+            self.peak = max(self.peak, self.held() - self.before)
+
+    def __enter__(self) -> "GPUMemory":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.done.set()
+        self.join()
+
+
+def measure_rounds(bench: Bench, what: str, config: Config, actors: int, need: float) -> None:
+    """Time whole rounds, checkpoint included, without the first."""
+    what = f"{what}, {actors} actors" if actors else f"{what}, in one process without Ray"
+    if not bench.left(need, what):
+        return
+    share = 1 / max(1, actors) if bench.cuda else 0.0
+    config = replace(config, actors=actors, gpus_per_actor=share, cpus_per_actor=1.0)
+    began = time.perf_counter()
+    with bench.fresh(), tempfile.TemporaryDirectory() as folder, GPUMemory(bench.cuda) as memory:
+        rows = fedray.run(config, Path(folder) / "run").rows
+        digest = Run.open(Path(folder) / "run").result
+    assert digest is not None
+    seconds = [row["seconds"]["round"] + row["seconds"]["save"] for row in rows[1:]]
+    clients = [{client["client"]: client["seconds"] for client in row["clients"]} for row in rows]
+    bench.add(
+        what, "s/round", seconds, peak_bytes=memory.peak, whole=time.perf_counter() - began, clients=clients,
+        phases=[row["seconds"] for row in rows], sha256=digest["vector_sha256"],
+    )  # fmt: skip
+
+
+def rounds(bench: Bench) -> None:
+    small = bench.options.small
+    ray.init(
+        address="local", num_cpus=max(4, os.cpu_count() or 4), include_dashboard=False, namespace="fedray",
+        log_to_driver=False, logging_level="ERROR", object_store_memory=300_000_000 if small else 8_000_000_000,
+        _node_ip_address="127.0.0.1",
+    )  # fmt: skip
+    try:
+        tf32(True)
+        digits = replace(
+            fedray.PRESETS["digits"], rounds=2 if small else 5, evaluate_samples=0, features=None,
+            local_epochs=None, local_steps=2 if small else 60,
+        )  # fmt: skip
+        faces = replace(
+            bench.config, clients=4, rounds=2 if small else 3, local_steps=2 if small else 8, train_batch_size=16,
+            mixed_precision="bf16",
+        )  # fmt: skip
+        for actors in (1, 2, 4, 0):
+            measure_rounds(bench, "digits, 4 clients of 60 steps of 32", digits, actors, 18)
+        for actors in (1, 4, 2, 0):
+            measure_rounds(bench, "celeba, bf16, 4 clients of 8 steps of 16", faces, actors, 28)
+    finally:
+        ray.shutdown()
+
+
+# All of it
+
+FLAT = Variant("flat vector, fused AdamW", flat=True)
+VARIANTS = (
+    FLAT,
+    replace(FLAT, what="flat, noise from the CPU", cpu_noise=True),
+    replace(FLAT, what="flat, deterministic cuDNN", fixed=True),
+    replace(FLAT, what="flat, channels-last images", last="images"),
+    Variant("one fused AdamW over all parameters", fused=True),
+    Variant("fused, channels-last images and weights", fused=True, last="all"),
+)
+
+
+def training(bench: Bench) -> None:
+    """Measure steps: plain loops, fedray's client, variants."""
+    script = Variant("plain diffusers loop")
+    for batch in bench.batches:
+        for precision in ("float32", "bf16"):
+            measure_plain(bench, script, precision, batch)
+    ours = Ours(bench)
+    for batch in bench.batches:
+        for precision in ("float32", "tf32", "bf16"):
+            ours.measure(precision, batch)
+    for precision in ("tf32", "bf16"):
+        ours.repeat(precision, bench.batches[0])
+    del ours
+    for batch in reversed(bench.batches):
+        for variant in VARIANTS:
+            if bench.left(8, f"{variant.what}, bf16, batch {batch}"):
+                measure_plain(bench, variant, "bf16", batch)
+
+
+def main(options: Options) -> None:
+    """Measure."""
+    if options.small:
+        options = replace(options, seconds=0.05)
+    torch.set_num_threads(1)
+    bench = Bench(options)
+    print(json.dumps(bench.made["versions"]))
+    print("\n| what | median | range | unit | of the bf16 ceiling | GiB |\n|---|---|---|---|---|---|")
+    ceilings(bench)
+    training(bench)
+    rounds(bench)
+    if options.compile:
+        compiled = [replace(FLAT, what="flat, torch.compile", compiled=True)]
+        compiled.append(replace(compiled[0], what="flat, torch.compile, channels-last", last="images"))
+        for variant, batch in [(v, b) for v in compiled for b in reversed(bench.batches)]:
+            if bench.left(75, f"{variant.what}, bf16, batch {batch}"):
+                torch.compiler.reset()
+                measure_plain(bench, variant, "bf16", batch)
+    print(f"\n{time.perf_counter() - bench.started:.0f} s in all; left out: {bench.made['skipped'] or 'nothing'}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
