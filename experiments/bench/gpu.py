@@ -70,6 +70,8 @@ class Options:
     """Where to measure."""
     small: bool = False
     """Small shapes and short times: to try the script."""
+    steps: bool = True
+    """Measure plain loops and clients, before rounds."""
     compile: bool = True
     """Measure torch.compile too, last."""
     budget: float = 235.0
@@ -471,7 +473,8 @@ def main(options: Options) -> None:
     print(json.dumps(bench.made["versions"]))
     print("\n| what | median | range | unit | of the bf16 ceiling | GiB |\n|---|---|---|---|---|---|")
     ceilings(bench)
-    training(bench)
+    if options.steps:
+        training(bench)
     rounds(bench)
     if options.compile:
         compiled = [replace(FLAT, what="flat, torch.compile", compiled=True)]

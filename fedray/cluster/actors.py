@@ -1,6 +1,7 @@
 """Client actors: processes that do jobs, their share of the machine, and how many of them fit."""
 
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,16 +45,24 @@ class ClientActor:
 
 def keep_to_fraction(config: Config) -> None:
     """Hold this process to its share of a GPU's memory: the fraction that Ray counts is bookkeeping only."""
+    if not config.gpus_per_actor:
+        hide_gpus()
     if 0 < config.gpus_per_actor < 1:
         torch.cuda.set_per_process_memory_fraction(config.gpus_per_actor)
 
 
 def make_options(cpus: float, gpus: float) -> dict[str, Any]:
     """Make the options of an actor with that share of the machine."""
-    # Ray no longer hides GPUs from an actor that asked for none.
-    hidden = {} if gpus else {"runtime_env": {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}}
     # No restarts: Ray's own lose the actor's state and may run a call twice.
-    return {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": 0, **hidden}
+    return {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": 0}
+
+
+def hide_gpus() -> None:
+    """Hide GPUs from this process, which asked for none: Ray no longer does.
+
+    Not by Ray's `runtime_env`: actors that this one starts would inherit it.
+    """
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def count_actors(config: Config) -> int:

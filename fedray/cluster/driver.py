@@ -12,7 +12,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from fedray.cluster.actors import START_TIMEOUT, count_actors, explain, make_options
+from fedray.cluster.actors import START_TIMEOUT, count_actors, explain, hide_gpus, make_options
 from fedray.cluster.connection import NAMESPACE, connected, send_own_code
 from fedray.cluster.pool import POLL, RayPool
 from fedray.config import Config
@@ -46,6 +46,7 @@ class DriverActor:
     """An actor that runs the federation. Detached: on a running cluster it outlives the process that started it."""
 
     def __init__(self) -> None:
+        hide_gpus()
         self.rows: list[Row] = []
         self.phase: tuple[str, float, float] = ("starting", 0, 1)
         self.finished = False
