@@ -1,5 +1,6 @@
 """A task of a few numbers, for tests of the federation: client k can be told to fail, to return NaN …"""
 
+import os
 import time
 from dataclasses import dataclass
 from typing import ClassVar
@@ -24,6 +25,8 @@ class Toy:
     infinite: tuple[int, ...] = ()
     slow: tuple[int, ...] = ()
     hungry: tuple[int, ...] = ()
+    deadly: tuple[int, ...] = ()
+    hanging: tuple[int, ...] = ()
 
     def check(self, sampler, steps):
         pass
@@ -51,6 +54,10 @@ class ToyLearner:
             raise ValueError("this client's camera is broken")
         if labels & set(self.task.hungry):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80.00 GiB.")
+        if labels & set(self.task.deadly):
+            os._exit(1)
+        if labels & set(self.task.hanging):
+            time.sleep(1000)
         if labels & set(self.task.slow):
             time.sleep(0.5)
         target = batch["labels"].float().mean() + 0.1 * torch.randn((), generator=rng)

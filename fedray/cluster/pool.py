@@ -1,15 +1,15 @@
 """A pool of client actors, and the pool that a configuration asks for."""
 
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.exceptions import GetTimeoutError, RayError
 
 from fedray.cluster.actors import (
     START_TIMEOUT,
@@ -25,21 +25,26 @@ from fedray.cluster.messages import unpack
 from fedray.config import Config
 from fedray.data.dataset import Dataset
 from fedray.errors import RunError
-from fedray.federation.pool import LocalPool, Pool, Progress, Reply
+from fedray.federation.pool import LocalPool, Lost, Pool, Progress, Reply
 from fedray.federation.worker import Done, Shared, Work
 
 TRANSFER_TIMEOUT = 600.0  # seconds for one payload to reach the driver
+DEATHS = 8  # of actors, one after another without a result, after which it is not a client that ends them
 POLL = 0.5  # seconds between looks at the progress of running jobs
 
 
 class RayPool:
-    """A pool of client actors, each doing one job at a time."""
+    """A pool of client actors, each doing one job at a time. An actor that dies, or hangs, is replaced."""
 
-    def __init__(self, actors: list[Any], timeout: float) -> None:
+    def __init__(self, actors: list["_Actor"], make: Callable[[int], Any], timeout: float) -> None:
         self.actors = actors
-        self.workers = len(actors)
-        self.timeout = timeout
+        self.make = make  # an actor, by its number
+        self.timeout = timeout  # seconds for a client
         self._sent: dict[str, tuple[np.ndarray, Any]] = {}  # arrays that have been put, and where they are, by name
+
+    @property
+    def workers(self) -> int:
+        return len(self.actors)
 
     @classmethod
     def start(cls, config: Config, dataset: Dataset | None = None) -> "RayPool":
@@ -49,14 +54,10 @@ class RayPool:
             UserError: the actors do not fit.
             RunError: an actor does not start.
         """
-        send_own_code()
-        count = count_actors(config)
-        share = make_options(config.cpus_per_actor, config.gpus_per_actor)
-        client = ray.remote(concurrency_groups={"progress": 1}, **share)(ClientActor)
-        data = (None, None) if dataset is None else (dataset.source, dataset.sha256)
-        pool = cls([client.remote(config, index, *data) for index in range(count)], config.client_timeout)
+        make, count = maker(config, dataset), count_actors(config)
+        pool = cls([_Actor(index, make(index)) for index in range(count)], make, config.client_timeout)
         try:
-            ray.get([actor.__ray_ready__.remote() for actor in pool.actors], timeout=START_TIMEOUT)
+            ray.get([actor.ready for actor in pool.actors], timeout=START_TIMEOUT)
         except GetTimeoutError:
             pool.close()
             raise RunError(
@@ -70,43 +71,78 @@ class RayPool:
 
     def renew(self, config: Config, dataset: Dataset | None = None) -> None:
         """Make the actors those of another run that asks for the same share of the machine: they keep their imports."""
-        send_own_code()
-        data = (None, None) if dataset is None else (dataset.source, dataset.sha256)
-        done = [actor.renew.remote(config, *data) for actor in self.actors]
-        for index, ref in enumerate(done):
-            _fetch(ref, f"the next run (actor {index})")
-        self.timeout = config.client_timeout
+        self.make, self.timeout = maker(config, dataset), config.client_timeout
+        done = [actor.handle.renew.remote(config, *_data(dataset)) for actor in self.actors]
+        for actor, ref in zip(self.actors, done, strict=True):
+            try:
+                _fetch(ref, f"the next run (actor {actor.index})")
+            except Lost as error:
+                raise RunError(f"actor {actor.index} cannot go on to the next run: {error}.") from None
 
     def apart(self) -> list["RayPool"]:
-        return [RayPool([actor], self.timeout) for actor in self.actors]
+        return [RayPool([actor], self.make, self.timeout) for actor in self.actors]
 
     def map(self, work: Work, shared: Shared, jobs: Iterable[Any], progress: Progress) -> Iterator[Reply]:
         about = ray.put(shared.about)
         names, arrays = tuple(shared.arrays), [self._put(name, array) for name, array in shared.arrays.items()]
-        queue = enumerate(jobs)
+        queue, deaths, looked = enumerate(jobs), 0, time.monotonic()
+        self._look(5.0)
+        begin = sum(actor.done.steps for actor in self.actors)
         idle = list(self.actors)
         running: dict[Any, _Call] = {}
-        begin = {actor: self._progress(actor) for actor in self.actors}
-        looked = time.monotonic()
+        starting: dict[Any, _Actor] = {}
         while True:
             while idle and (item := next(queue, None)) is not None:
                 (index, job), actor = item, idle.pop()
-                row, payload = actor.do.remote(work, job, about, names, *arrays)
-                running[row] = _Call(index, job, payload, actor, time.monotonic() + self.timeout)
-            if not running:
+                row, payload = actor.handle.do.remote(work, job, about, names, *arrays)
+                running[row] = _Call(index, job, payload, actor, time.monotonic() + self.timeout, actor.done.clients)
+            if not running and (idle or not starting):
                 return
-            ready, _ = ray.wait(list(running), timeout=POLL, fetch_local=False)
-            for ref in ready:
-                call = running.pop(ref)
-                row = _fetch(ref, str(call.job))
-                idle.append(call.actor)
-                yield Reply(call.index, call.job, row, partial(_open, call.payload, str(call.job)))
+            ready, _ = ray.wait([*running, *starting], timeout=POLL, fetch_local=False)
+            overdue = []
             if time.monotonic() > looked + POLL:
-                now = {actor: self._progress(actor) for actor in self.actors}
-                progress(sum(now[actor].steps - begin[actor].steps for actor in self.actors))
                 looked = time.monotonic()
-                for call in running.values():
-                    call.look(now[call.actor].clients, self.timeout)
+                self._look(0.2)
+                progress(sum(actor.done.steps for actor in self.actors) - begin)
+                self._give_up_late(starting)
+                overdue = [ref for ref, call in running.items() if ref not in ready and call.overdue(self.timeout)]
+            for ref in [*ready, *overdue]:
+                if ref in starting:
+                    idle.append(_started(ref, starting.pop(ref)))
+                    continue
+                call, row, lost = running.pop(ref), {}, ""
+                try:
+                    if ref in overdue:
+                        raise Lost(f"it has not answered for {self.timeout:.0f} s (--client-timeout)")
+                    row = _fetch(ref, str(call.job))
+                    deaths = 0
+                    idle.append(call.actor)
+                except Lost as error:
+                    lost, deaths = str(error), deaths + 1
+                    if deaths > DEATHS:
+                        raise RunError(f"client actors end again and again. {call.job}: {lost}.") from None
+                    call.actor.replace(self.make(call.actor.index))
+                    starting[call.actor.ready] = call.actor
+                yield Reply(call.index, call.job, row, partial(_open, call.payload, str(call.job)), lost)
+
+    def _look(self, timeout: float) -> None:
+        """Take note of what actors have done, of those that answer in time: one that is stopped delays nobody."""
+        asked = [actor.ask() for actor in self.actors]
+        for ref in ray.wait(asked, num_returns=len(asked), timeout=timeout)[0]:
+            self.actors[asked.index(ref)].hear()
+
+    def _give_up_late(self, starting: dict[Any, "_Actor"]) -> None:
+        """Go on without actors that do not start again: their node may be gone. Raises `RunError` if none is left."""
+        for ref, actor in list(starting.items()):
+            if time.monotonic() > actor.began + START_TIMEOUT:
+                del starting[ref]
+                ray.kill(actor.handle)
+                self.actors.remove(actor)
+        if not self.actors:
+            raise RunError(
+                f"no client actor is left, and none could start again in {START_TIMEOUT:.0f} s; free now: "
+                f"{describe(ray.available_resources())}."
+            )
 
     def _put(self, name: str, array: np.ndarray) -> Any:
         """Put an array into the object store, unless it is the last one of that name that was."""
@@ -116,12 +152,39 @@ class RayPool:
             sent = self._sent[name] = (array, ray.put(array))
         return sent[1]
 
-    def _progress(self, actor: Any) -> Done:
-        return _fetch(actor.progress.remote(), f"its progress (actor {self.actors.index(actor)})")
-
     def close(self) -> None:
         for actor in self.actors:
-            ray.kill(actor)
+            ray.kill(actor.handle)
+
+
+class _Actor:
+    """A client actor, the one that replaced it, and so on; and what it was last seen to have done."""
+
+    def __init__(self, index: int, handle: Any) -> None:
+        self.index = index
+        self.handle = handle
+        self.ready = handle.__ray_ready__.remote()
+        self.began = time.monotonic()
+        self.done = Done(0, 0)
+        self.before = Done(0, 0)  # what those that it replaced had done
+        self._asked: Any = None
+
+    def replace(self, handle: Any) -> None:
+        ray.kill(self.handle)
+        self.handle, self.ready, self._asked = handle, handle.__ray_ready__.remote(), None
+        self.before, self.began = self.done, time.monotonic()
+
+    def ask(self) -> Any:
+        """Ask what it has done, unless an answer is still due."""
+        self._asked = self._asked or self.handle.progress.remote()
+        return self._asked
+
+    def hear(self) -> None:
+        """Take note of its answer."""
+        with suppress(RayError):  # one that died: its job will tell
+            done = ray.get(self._asked)
+            self.done = Done(self.before.steps + done.steps, self.before.clients + done.clients)
+        self._asked = None
 
 
 @dataclass
@@ -131,28 +194,45 @@ class _Call:
     index: int
     job: Any
     payload: Any
-    actor: Any
+    actor: _Actor
     deadline: float  # for the next client
-    clients: int = -1  # that the actor had done when it was looked at
+    clients: int  # that the actor had done when it was looked at
 
-    def look(self, clients: int, timeout: float) -> None:
-        """Set the deadline anew when another client is done; raise `RunError` when it has passed."""
-        if clients > self.clients:
-            self.clients, self.deadline = clients, time.monotonic() + timeout
-        elif time.monotonic() > self.deadline:
-            raise RunError(f"{self.job} has not answered for {timeout:.0f} s (--client-timeout).")
+    def overdue(self, timeout: float) -> bool:
+        """Tell whether the deadline has passed; it is set anew when another client is done."""
+        if self.actor.done.clients > self.clients:
+            self.clients, self.deadline = self.actor.done.clients, time.monotonic() + timeout
+        return time.monotonic() > self.deadline
+
+
+def maker(config: Config, dataset: Dataset | None) -> Callable[[int], Any]:
+    """Return a function that makes a client actor of a run, by its number."""
+    send_own_code()
+    share = make_options(config.cpus_per_actor, config.gpus_per_actor)
+    client = ray.remote(concurrency_groups={"progress": 1}, **share)(ClientActor)
+    return lambda index: client.remote(config, index, *_data(dataset))
+
+
+def _data(dataset: Dataset | None) -> tuple[Any, Any]:
+    return (None, None) if dataset is None else (dataset.source, dataset.sha256)
+
+
+def _started(ref: Any, actor: _Actor) -> _Actor:
+    try:
+        ray.get(ref)
+    except RayError as error:
+        raise RunError(f"a client actor could not start again: {explain(error)}.") from None
+    return actor
 
 
 def _fetch(ref: Any, what: str) -> Any:
-    """Bring a result to this process. Raises `RunError` if it is lost or late."""
+    """Bring a result to this process. Raises `Lost` if the process that made it died, or it does not come."""
     try:
         return ray.get(ref, timeout=TRANSFER_TIMEOUT)
     except GetTimeoutError:
-        raise RunError(f"the result of {what} did not arrive in {TRANSFER_TIMEOUT:.0f} s.") from None
-    except RayActorError as error:
-        raise RunError(f"the client actor doing {what} died: {explain(error)}.") from None
+        raise Lost(f"the result of {what} did not arrive in {TRANSFER_TIMEOUT:.0f} s") from None
     except RayError as error:
-        raise RunError(f"the result of {what} is lost: {explain(error)}.") from None
+        raise Lost(explain(error)) from None
 
 
 def _open(ref: Any, what: str) -> Any:

@@ -4,8 +4,8 @@ A block is accepted whole: its partial, its rows and its memories count together
 grouped changes no bit, so sizes follow measured durations and are nobody's setting.
 """
 
-from collections import deque
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ import torch
 
 from fedray.algorithms import Round, Tensors, Upload
 from fedray.federation.local import TrainJob, client_update
-from fedray.federation.pool import Reply
+from fedray.federation.pool import Lost, Reply
 from fedray.federation.worker import Shared, Worker, do
 from fedray.record.run import Row
 from fedray.wire import Payload
@@ -120,26 +120,59 @@ class Pace:
 
 
 class Queue:
-    """The clients of a round: those to be done, and those whose block was accepted. Each is accepted once."""
+    """The clients of a round: those to be done, and those whose block was accepted. Each is accepted once.
+
+    A client whose block was lost is done again, alone: one that ends its process would take others with it.
+    """
+
+    DEATHS = 3  # of processes that did a client, after which it is left out
 
     def __init__(self, round: Round) -> None:
         self.round = round
         self.todo = deque(round.cohort)
+        self.alone: deque[int] = deque()  # to be done again
         self.accepted: set[int] = set()
+        self.deaths: Counter[int] = Counter()
+        self.losses: list[Row] = []  # for the record
 
     def take(self, pace: Pace, steps: Callable[[int], int], workers: int) -> list[int]:
         """Take the clients of the next block; none where none is left."""
-        if self.accepted:  # one that was given up for lost may have come late
-            self.todo = deque(client for client in self.todo if client not in self.accepted)
-        return pace.take(self.todo, steps, workers) if self.todo else []
+        if self.todo:
+            return pace.take(self.todo, steps, workers)
+        while self.alone:
+            client = self.alone.popleft()
+            if client not in self.accepted:  # one that was given up for lost may have come late
+                return [client]
+        return []
 
-    def accept(self, reply: Reply) -> bool:
-        """Accept a block, or have it done again: one that is lost, or that holds a client that was accepted before."""
-        clients = [job.client for job in reply.job.jobs]
+    def receive(self, reply: Reply, nothing: Any) -> Block | None:
+        """Return the block that counts; None for one to be done again: lost, or with a client accepted before.
+
+        Args:
+            nothing: the partial of no client.
+        """
+        jobs = {job.client: job for job in reply.job.jobs if job.client not in self.accepted}
         if any(job.round != self.round.number for job in reply.job.jobs):
-            return False  # of a round that is over
-        if reply.lost or self.accepted & set(clients):
-            self.todo.extend(client for client in clients if client not in self.accepted)
-            return False
-        self.accepted |= set(clients)
-        return True
+            return None  # of a round that is over
+        whole, block, lost = len(jobs) == len(reply.job.jobs), None, reply.lost
+        if whole and not lost:
+            try:
+                block = reply.fetch() if reply.ok else Block(failed(jobs.values(), reply.row), nothing, {})
+            except Lost as error:
+                lost = str(error)
+        if lost:
+            self.losses.append({"clients": list(jobs), "reason": lost})
+            self.deaths.update(list(jobs))
+            if len(reply.job.jobs) == 1 and jobs and self.deaths[min(jobs)] >= self.DEATHS:
+                why = f"its process was lost {self.DEATHS} times; at last: {lost}"
+                block = Block(failed(jobs.values(), {"error": why, "actor": "", "seconds": 0.0}), nothing, {})
+        if block is None:
+            self.alone.extend(jobs)
+        else:
+            self.accepted |= set(jobs)
+        return block
+
+
+def failed(jobs: Iterable[TrainJob], row: Row) -> list[Row]:
+    """Return the rows of clients that could not be done at all."""
+    return [{"client": job.client, "examples": len(job.indices), **row} for job in jobs]

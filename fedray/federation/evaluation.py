@@ -255,7 +255,7 @@ def _results(pool: Pool, work: Work, shared: Any, jobs: Iterable[Any], phase: st
     """Yield the payloads of jobs, in their order. Raises `RunError` for one that failed, or the user's mistake."""
     jobs = list(jobs)
     show(phase, 0, len(jobs))
-    for reply in in_order(pool.map(work, shared, jobs, lambda done: show(phase, done, len(jobs)))):
+    for reply in in_order(pool, work, shared, jobs, lambda done: show(phase, done, len(jobs))):
         if not reply.ok:
             error = reply.row["error"]
             raise failure(f"{reply.job} could not be made: {error}.", error, reply.row["trace"])

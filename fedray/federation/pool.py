@@ -1,7 +1,7 @@
 """Pools map work over jobs; each decides where, and in which order, the jobs run."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -15,6 +15,13 @@ from fedray.federation.worker import Work, Worker, do
 Progress = Callable[[int], None]  # how many steps of this map are done
 
 
+ATTEMPTS = 3
+
+
+class Lost(Exception):
+    """A payload that is lost, with the process that made it."""
+
+
 @dataclass(frozen=True, eq=False)
 class Reply:
     """The answer to one job. A failure is a reply too: then `row` has an "error"; so is a job that was lost."""
@@ -23,7 +30,7 @@ class Reply:
     job: Any
     row: dict[str, Any]  # small: what the record keeps
     fetch: Callable[[], Any]  # the payload, moved only when asked for
-    lost: bool = False  # with the process that did it: to be done again
+    lost: str = ""  # why, where the job was lost with the process that did it: to be done again
 
     @property
     def ok(self) -> bool:
@@ -41,7 +48,9 @@ def failure(sentence: str, error: str, trace: str) -> Exception:
 
 
 class Pool(Protocol):
-    workers: int  # jobs that it does at a time
+    @property
+    def workers(self) -> int:
+        """How many jobs it does at a time."""
 
     def apart(self) -> Sequence["Pool"]:
         """Return as many pools as can work in parallel."""
@@ -77,12 +86,29 @@ def _same(payload: Any) -> Any:
     return payload
 
 
-def in_order(replies: Iterable[Reply]) -> Iterator[Reply]:
-    """Yield replies in the order of their jobs, each as soon as all before it are there."""
-    early: dict[int, Reply] = {}
-    due = 0
-    for reply in replies:
-        early[reply.index] = reply
-        while due in early:
-            yield early.pop(due)
-            due += 1
+def in_order(pool: Pool, work: Work, shared: Any, jobs: Iterable[Any], progress: Progress) -> Iterator[Reply]:
+    """Yield a reply for each job, in their order, each as soon as all before it are there; lost ones are done again.
+
+    Raises:
+        RunError: a job was lost `ATTEMPTS` times.
+    """
+    todo, early, due, reason = dict(enumerate(jobs)), dict[int, Reply](), 0, ""
+    for _ in range(ATTEMPTS):
+        asked = list(todo.items())
+        for reply in pool.map(work, shared, [job for _, job in asked], progress):
+            try:
+                payload = reply.fetch() if reply.ok and not reply.lost else None
+            except Lost as error:
+                reply = replace(reply, lost=str(error))
+            if reply.lost:
+                reason = reply.lost
+                continue
+            index, _ = asked[reply.index]
+            del todo[index]
+            early[index] = replace(reply, index=index, fetch=partial(_same, payload))
+            while due in early:
+                yield early.pop(due)
+                due += 1
+        if not todo:
+            return
+    raise RunError(f"{next(iter(todo.values()))} was lost {ATTEMPTS} times; at last: {reason}.")

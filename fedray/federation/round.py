@@ -19,7 +19,7 @@ from fedray.federation.blocks import Block, Pace, Queue, TrainBlock, train_block
 from fedray.federation.evaluation import Metric, Show, silent
 from fedray.federation.local import TrainJob, ValidateJob, validate
 from fedray.federation.plan import Plan
-from fedray.federation.pool import Pool, Reply, failure, in_order
+from fedray.federation.pool import Pool, failure, in_order
 from fedray.federation.worker import Shared, model
 from fedray.record.checkpoint import State
 from fedray.record.run import Row, Run
@@ -50,14 +50,14 @@ def run_round(session: Session, state: State) -> Generator[None, None, tuple[Sta
     config, server = session.config, state.tensors
     method, fold, wire = config.method, config.fold, config.links
     round = session.plan.round(config, state.round)
-    started, ledger = time.perf_counter(), Ledger(round)
+    started, queue, ledger = time.perf_counter(), Queue(round), Ledger(round)
     try:
         down = wire.send(method.broadcast(server, round), round)
     except OverflowError as error:
         raise RunError(f"round {round.number + 1}: {error}") from None
     ledger.bytes_down = counted(down, method.uncounted)
     partial = fold.start(round)
-    for block in train(session, round, down):  # in the order of arrival: a fold is a monoid
+    for block in train(session, queue, down):  # in the order of arrival: a fold is a monoid
         began = time.perf_counter()
         partial = fold.merge(partial, block.partial, round)
         for client, memory in block.memories.items():  # counts once the round is complete
@@ -69,15 +69,15 @@ def run_round(session: Session, state: State) -> Generator[None, None, tuple[Sta
     ledger.check()
     folded = wire.finish(fold.result(partial, round), server, round)
     after = method.aggregate(server, folded, round)
-    row = ledger.row(method.diagnose(server, after, folded, round))
+    row = ledger.row(method.diagnose(server, after, folded, round)) | {"lost": queue.losses}
     row["seconds"]["round"] = time.perf_counter() - started
     return State(round.number + 1, after), row
 
 
-def train(session: Session, round: Round, down: Payload) -> Iterator[Block]:
+def train(session: Session, queue: Queue, down: Payload) -> Iterator[Block]:
     """Train the cohort, and yield its blocks as they come, until each client was accepted once."""
     config, plan, run, pool, pace = session.config, session.plan, session.run, session.pool, session.pace
-    queue, shared = Queue(round), Shared(down, round)
+    round, shared = queue.round, Shared(down, queue.round)
 
     def steps(client: int) -> int:
         return config.steps(len(plan.shards[client]))
@@ -97,18 +97,12 @@ def train(session: Session, round: Round, down: Payload) -> Iterator[Block]:
             yield TrainBlock(tuple(map(job, clients)))
 
     progress(0)
-    while queue.todo:
+    while queue.todo or queue.alone:
         for reply in pool.map(train_block, shared, blocks(), progress):
-            if queue.accept(reply):
-                block = reply.fetch() if reply.ok else failed(reply, config.fold.start(round))
+            block = queue.receive(reply, config.fold.start(round))
+            if block is not None:
                 pace.learn(block)
                 yield block
-
-
-def failed(reply: Reply, nothing: Any) -> Block:
-    """Return the block of a job that could not be done at all."""
-    rows = [{"client": job.client, "examples": len(job.indices), **reply.row} for job in reply.job.jobs]
-    return Block(rows, nothing, {})
 
 
 class Ledger:
@@ -177,7 +171,7 @@ def validate_round(session: Session, state: State, row: Row) -> Row:
         return {}
     jobs = [ValidateJob(client, held_out[client]) for client in sizes]
     losses = {}
-    for reply in in_order(session.pool.map(validate, model(plain(state)), jobs, lambda done: None)):
+    for reply in in_order(session.pool, validate, model(plain(state)), jobs, lambda done: None):
         if not reply.ok:
             error = reply.row["error"]
             sentence = f"round {state.round}: {reply.job} could not be measured: {error}."

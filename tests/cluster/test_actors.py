@@ -82,6 +82,7 @@ def test_stopped_here_and_resumed_there(ray, toy_config, tmp_path):
     assert resumed.result["vector_sha256"] == whole
 
 
+@pytest.mark.slow
 def test_samples_do_not_depend_on_the_pool(ray, toy_config):
     config = toy_config(eval_batch_size=3)
     model, sampling = model_of({"model": torch.linspace(0, 1, 16)}), replace(Sampling.of(config, 10), seed=4)
@@ -107,10 +108,10 @@ def test_errors_of_the_driver_reach_the_caller(ray, toy_config, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_actor_ends_the_run_which_can_be_resumed(ray, toy_config, tmp_path):
-    """SIGKILL of a client's process, from outside, in the second round; then --resume."""
+def test_a_process_killed_from_outside_costs_nothing_but_time(ray, toy_config, tmp_path):
+    """SIGKILL of a client's process after every round: all clients, the undisturbed bits, and the row says so."""
     slow = {"slow": (0, 1, 2, 3), "local_epochs": 1, "rounds": 3}
-    whole = fedray.run(toy_config(**slow), tmp_path / "whole").result["vector_sha256"]
+    whole = fedray.run(toy_config(**slow), tmp_path / "whole").result["state_sha256"]
 
     def kill(row):
         out = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True).stdout
@@ -118,12 +119,10 @@ def test_a_killed_actor_ends_the_run_which_can_be_resumed(ray, toy_config, tmp_p
         ours = [int(pid) for pid in pids if _descends_from(int(pid), os.getpid())]
         os.kill(ours[0], signal.SIGKILL)
 
-    started = time.monotonic()
-    with pytest.raises(RunError, match="died: its process ended"):
-        fedray.run(toy_config(**slow, actors=2), tmp_path / "run", on_row=kill)
-    assert time.monotonic() - started < 60
-    assert len(Run.open(tmp_path / "run").rows) == 1
-    assert fedray.run(toy_config(**slow, actors=2), tmp_path / "run", resume=True).result["vector_sha256"] == whole
+    run = fedray.run(toy_config(**slow, actors=2), tmp_path / "run", on_row=kill)
+    assert run.result["state_sha256"] == whole
+    assert {client["outcome"] for row in run.rows for client in row["clients"]} == {"ok"}
+    assert any("its process ended" in loss["reason"] for row in run.rows for loss in row["lost"])
 
 
 def _descends_from(pid, ancestor):
@@ -170,6 +169,7 @@ def test_the_driver_outlives_its_caller_and_can_be_attached_to(ray, tmp_path, ca
     assert resumed.result["vector_sha256"] == train(tmp_path / "whole", f"{flags} --actors 0")[0]
 
 
+@pytest.mark.slow
 def test_a_task_that_the_driver_cannot_import_is_told_at_once(ray, toy_config, tmp_path, monkeypatch):
     (tmp_path / "hidden_task.py").write_text(
         "from dataclasses import dataclass\nimport toy\n@dataclass(frozen=True)\nclass Hidden(toy.Toy):\n    pass\n"

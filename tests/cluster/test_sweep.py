@@ -108,6 +108,7 @@ def test_more_than_there_is_fails_at_once(toy_config, tmp_path, ray):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_waiting_for_resources_ends(toy_config, tmp_path, ray, monkeypatch):
     """Somebody else has the CPUs."""
     monkeypatch.setattr(module, "START_TIMEOUT", 3.0)

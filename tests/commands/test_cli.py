@@ -59,6 +59,7 @@ def test_local_steps_replace_the_presets_epochs(run):
     assert Run.open(run).result["steps"] == 8
 
 
+@pytest.mark.slow
 def test_model_is_loaded_by_diffusers_alone(run):
     code = f"""
 import torch

@@ -143,6 +143,7 @@ def test_a_reference_differs_with_the_images(short):
 # Runs
 
 
+@pytest.mark.slow
 def test_scores_do_not_depend_on_the_pool(ray, short):
     plan = make_plan(short)
     found = []

@@ -188,6 +188,7 @@ def test_one_clients_average_is_taken_at_every_step(tmp_path):
 # Precision
 
 
+@pytest.mark.slow
 def test_bf16_trains_resumes_and_differs_from_float32(tmp_path):
     config = replace(DIGITS, mixed_precision="bf16", rounds=3)
     whole = train(config, tmp_path / "whole")
@@ -216,6 +217,7 @@ def test_the_last_checkpoints_are_kept(tmp_path):
     assert names == ["round-000004.safetensors", "round-000005.safetensors"]
 
 
+@pytest.mark.slow
 def test_tensorboard_has_the_rows_numbers(tmp_path):
     config = replace(DIGITS, held_out_share=0.1)
     run = train(config, tmp_path / "run")

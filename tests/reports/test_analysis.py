@@ -239,6 +239,7 @@ def command(figures, capsys):
     return run
 
 
+@pytest.mark.slow
 def test_the_command(command, tmp_path):
     changes = [
         {"clients": clients, "learning_rate": rate, "partition": partition, "local_epochs": 1, "seed": seed}

@@ -72,6 +72,7 @@ def test_the_papers_adapter_has_its_size():
     assert sum(parameter.numel() for parameter in trainable) == 1_594_368
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [FedAvg(), FFA(), SVD(), Flora()])
 def test_bytes_are_those_of_what_travels(config, tmp_path, method):
     config = replace(config, algorithm=method, wire=(Float16(),))
@@ -258,6 +259,7 @@ def test_product_norm():
 # Training
 
 
+@pytest.mark.slow
 def test_rows_tell_what_aggregation_loses(config, tmp_path):
     found = {}
     for method in (FedAvg(), FFA(), SVD(), Flora()):
@@ -453,6 +455,7 @@ def test_what_is_kept_of_images_is_bounded(config, monkeypatch):
     assert len(learner._embeddings) <= 3
 
 
+@pytest.mark.slow
 def test_held_out_losses_are_without_class_images(config, photos, tmp_path):
     shutil.copytree(photos / prompt(6), tmp_path / "class")
     extra = dict(class_data_dir=str(tmp_path / "class"), class_prompt="the digit", prior_loss_weight=10.0)
@@ -570,6 +573,7 @@ def test_sampling_prompts_at_any_strength(config, tmp_path, capsys):
     assert np.abs(half - base).mean() < np.abs(full - base).mean()
 
 
+@pytest.mark.slow
 def test_scores_of_a_run_of_adapters(config, tmp_path, capsys):
     """Images are drawn for the prompts in turn, whatever the batches; `fedray evaluate` gives the run's own scores."""
     for method in (FedAvg(), Flora()):
@@ -586,6 +590,7 @@ def test_scores_of_a_run_of_adapters(config, tmp_path, capsys):
         assert main(["sample", str(run.directory), "--num-images", "2", "--strength", "0.5"]) == 0
 
 
+@pytest.mark.slow
 def test_prompts_are_drawn_from_round_to_round(config, tmp_path):
     run = train(replace(config, rounds=4, validation_rounds=2, learning_rate=3e-2), tmp_path / "run")
     names = [path.name for path in sorted((run.directory / "validation").iterdir())]
