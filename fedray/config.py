@@ -48,7 +48,8 @@ PRECISIONS = ("no", "bf16", "fp16")
 
 # Where a run is computed. It does not change the result, but for threads and for GPUs, whose float sums differ:
 # `check_resumable` holds a run to those.
-PLACEMENT = ("actors", "cpus_per_actor", "gpus_per_actor", "address", "client_timeout", "inception_weights")
+PLACEMENT = ("actors", "cpus_per_actor", "gpus_per_actor", "address", "client_timeout", "client_retries", "min_clients",
+             "inception_weights")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +170,12 @@ class Config:
     address: str | None = None
     """A running Ray cluster to join (auto, or HOST:PORT); None starts a private one, unless RAY_ADDRESS is set."""
     client_timeout: float = 86_400.0
-    """Seconds after which a client that has not answered ends the run."""
+    """Seconds after which a client that has not answered is done again, by another process; it is left out after the
+    third time."""
+    client_retries: int = 0
+    """How often a client that fails (an error, weights that are not finite) is done again before it is left out."""
+    min_clients: int = 1
+    """Clients of a round that must not be left out; with fewer the run stops, and can be resumed."""
 
     def __post_init__(self) -> None:
         # Actors and resumed runs have other working directories.
@@ -247,16 +253,26 @@ class Config:
         counts = (
             "clients", "rounds", "local_epochs", "local_steps", "train_batch_size", "eval_batch_size",
             "learning_rate", "max_grad_norm", "cpus_per_actor", "client_timeout", "gradient_accumulation_steps",
-            "validation_rounds", "checkpoints_total_limit", "evaluate_every", "ema_inv_gamma", "ema_power",
+            "validation_rounds", "checkpoints_total_limit", "min_clients", "evaluate_every", "ema_inv_gamma",
+            "ema_power",
         )  # fmt: skip
         for name in counts:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise UserError(f"{flag(name)} {value}: it must be above 0.")
-        for name in ("evaluate_samples", "gpus_per_actor", "adam_weight_decay", "actors", "lr_warmup_steps"):
+        for name in (
+            "evaluate_samples",
+            "gpus_per_actor",
+            "adam_weight_decay",
+            "actors",
+            "lr_warmup_steps",
+            "client_retries",
+        ):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise UserError(f"{flag(name)} {value}: it must not be negative.")
+        if self.min_clients > self.cohort_size:
+            raise UserError(f"--min-clients {self.min_clients}: only {self.cohort_size} take part in a round.")
         if not 0 < self.fraction <= 1:
             raise UserError(f"--fraction {self.fraction}: it must be above 0 and at most 1.")
         for name in ("ema_max_decay", "adam_beta1", "adam_beta2", "held_out_share", "test_share"):

@@ -58,9 +58,15 @@ def progress(
         def on_row(row: Row) -> None:
             failed = [client for client in row["clients"] if client["outcome"] != "ok"]
             who = f"client {row['cohort'][0]}  " if alone else ""
+            again = [
+                f"\n  client{'s' if len(lost['clients']) > 1 else ''} {', '.join(map(str, lost['clients'][:5]))}"
+                f"{' …' if len(lost['clients']) > 5 else ''} done again: {lost['reason']}"
+                for lost in row.get("lost", ())
+            ]
             bar.console.print(
                 f"{who}round {row['round']}/{rounds}  loss {row['loss']:.4f}  {row['seconds']['round']:.1f} s  "
                 f"{(row['bytes_down'] + row['bytes_up']) / 1e6:.1f} MB",
+                *again,
                 *(f"\n  client {client['client']} left out: {client['outcome']}" for client in failed),
                 *(f"\n  {name} {score['value']:.4g} (n = {score['n']})" for name, score in row["scores"].items()),
                 highlight=False,

@@ -127,8 +127,10 @@ class Queue:
 
     DEATHS = 3  # of processes that did a client, after which it is left out
 
-    def __init__(self, round: Round) -> None:
+    def __init__(self, round: Round, retries: int = 0) -> None:
         self.round = round
+        self.retries = retries  # of a client that fails
+        self.failures: Counter[int] = Counter()
         self.todo = deque(round.cohort)
         self.alone: deque[int] = deque()  # to be done again
         self.accepted: set[int] = set()
@@ -168,9 +170,15 @@ class Queue:
                 block = Block(failed(jobs.values(), {"error": why, "actor": "", "seconds": 0.0}), nothing, {})
         if block is None:
             self.alone.extend(jobs)
-        else:
-            self.accepted |= set(jobs)
-        return block
+            return None
+        again = [row for row in block.rows if "error" in row and self.failures[row["client"]] < self.retries]
+        for row in again:
+            self.failures[row["client"]] += 1
+            self.losses.append({"clients": [row["client"]], "reason": row["error"]})
+            self.alone.append(row["client"])
+        rows = [row for row in block.rows if row not in again]
+        self.accepted |= {row["client"] for row in rows}
+        return block._replace(rows=rows)
 
 
 def failed(jobs: Iterable[TrainJob], row: Row) -> list[Row]:

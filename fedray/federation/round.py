@@ -50,7 +50,7 @@ def run_round(session: Session, state: State) -> Generator[None, None, tuple[Sta
     config, server = session.config, state.tensors
     method, fold, wire = config.method, config.fold, config.links
     round = session.plan.round(config, state.round)
-    started, queue, ledger = time.perf_counter(), Queue(round), Ledger(round)
+    started, queue, ledger = time.perf_counter(), Queue(round, config.client_retries), Ledger(round)
     try:
         down = wire.send(method.broadcast(server, round), round)
     except OverflowError as error:
@@ -66,7 +66,7 @@ def run_round(session: Session, state: State) -> Generator[None, None, tuple[Sta
         ledger.add(block.rows)
         ledger.folding += time.perf_counter() - began
         yield
-    ledger.check()
+    ledger.check(config.min_clients)
     folded = wire.finish(fold.result(partial, round), server, round)
     after = method.aggregate(server, folded, round)
     row = ledger.row(method.diagnose(server, after, folded, round)) | {"lost": queue.losses}
@@ -125,12 +125,19 @@ class Ledger:
             if row["outcome"] != "ok":
                 self.failures.append((row["client"], row["outcome"], trace))
 
-    def check(self) -> None:
-        """Raise `RunError` where nobody took part, or the user's mistake that is the reason."""
-        if len(self.failures) == len(self.rows):
-            client, reason, trace = min(self.failures)
-            sentence = f"round {self.round.number + 1}: no client returned a model. Client {client}: {reason}."
-            raise failure(sentence, reason, trace)
+    def check(self, least: int) -> None:
+        """Raise `RunError` where fewer clients than that took part; `UserError` for a mistake of the user's own."""
+        took_part = len(self.rows) - len(self.failures)
+        if took_part >= least:
+            return
+        client, reason, trace = min(self.failures)
+        number = self.round.number + 1
+        if took_part == 0:
+            raise failure(f"round {number}: no client returned a model. Client {client}: {reason}.", reason, trace)
+        raise failure(
+            f"round {number}: {took_part} of {len(self.rows)} clients returned a model, fewer than --min-clients "
+            f"{least}. Client {client}: {reason}.", reason, trace,
+        )  # fmt: skip
 
     def row(self, aggregation: Mapping[str, float]) -> Row:
         """Return the round's row. Means are weighted by examples."""

@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from fedray.errors import UserError
 from fedray.lazy import torch
-from fedray.vector import Layout, load, save
+from fedray.vector import Layout, load, load_checked, save
+
+KEYS = ("round", "layout", "row", "ema")  # of the metadata
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,16 +40,16 @@ def load_state(path: Path, layout: Layout) -> State:
     Raises:
         UserError: it is damaged, or of another model.
     """
+    tensors, metadata = load_checked(path, KEYS)
+    if "layout" not in metadata:
+        return _load_format_1(path, layout)
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
-            if "layout" not in metadata:
-                return _load_format_1(path, layout)
-            shapes = {name: tuple(shape) for name, shape in json.loads(metadata["layout"]).items()}
-            _check_layout(path, shapes, layout)
-            return State(int(metadata["round"]), {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        shapes = {name: tuple(shape) for name, shape in json.loads(metadata["layout"]).items()}
+        number = int(metadata["round"])
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged: {error}.") from None
+    _check_layout(path, shapes, layout)
+    return State(number, tensors)
 
 
 def load_row(path: Path) -> dict[str, object]:

@@ -26,8 +26,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from fedray.config import FORMAT, Config
 from fedray.errors import UserError
 from fedray.files import as_json, is_content, read_json, remove_leftovers, write
@@ -35,7 +33,7 @@ from fedray.lazy import torch
 from fedray.record.card import model_card
 from fedray.record.checkpoint import State, load_row, load_state, save_state
 from fedray.record.upgrade import upgrade
-from fedray.vector import Layout, save
+from fedray.vector import Layout, load_checked, save
 
 Row = dict[str, Any]  # a line of rounds.jsonl
 
@@ -221,13 +219,7 @@ class Run:
         """Return a client's memory of that generation; {} for None. Raises `UserError` if it is damaged."""
         if generation is None:
             return {}
-        from safetensors.torch import load_file
-
-        path = self._memory(client) / f"{generation:06d}.safetensors"
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise UserError(f"{path} is damaged: {error}.") from None
+        return load_checked(self._memory(client) / f"{generation:06d}.safetensors")[0]
 
     def check_disk(self, config: Config, layout: Layout) -> None:
         """Raise `UserError` if kept optimizers (two vectors a client) would not fit on the disk."""

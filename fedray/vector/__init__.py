@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from fedray.errors import UserError
 from fedray.files import durably
 from fedray.lazy import torch
+
+CHECKSUM = "sha256"  # in the metadata of files: of all tensors, and of the rest of the metadata
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,34 @@ def save(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, st
         own[name] = tensor.clone() if tensor.untyped_storage().data_ptr() in seen else tensor
         seen.add(tensor.untyped_storage().data_ptr())
     with durably(path) as aside:
-        save_file(own, aside, metadata)
+        save_file(own, aside, {**(metadata or {}), CHECKSUM: _checksum(own, metadata or {})})
+
+
+def _checksum(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    return hashlib.sha256((sha256_of(tensors) + json.dumps(metadata, sort_keys=True)).encode()).hexdigest()
+
+
+def load_checked(path: Path, known: Collection[str] = ()) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Read all tensors of a file that `save` wrote, and its metadata.
+
+    Args:
+        known: keys that the metadata may have.
+
+    Raises:
+        UserError: it is damaged: it cannot be read, or its checksum is another (files of older versions have none).
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged: {error}.") from None
+    written = metadata.pop(CHECKSUM, None)
+    if set(metadata) - set(known) or written not in (None, _checksum(tensors, metadata)):
+        raise UserError(f"{path} is damaged: its contents are not those that were written (the checksum is another).")
+    return tensors, metadata
 
 
 def load(path: Path, layout: Layout, prefix: str = "") -> torch.Tensor:

@@ -404,3 +404,61 @@ def test_grids_are_enlarged_with_gaps():
     assert (picture[4:52, 4:52] == 255).all()
     assert (picture[:, :4] == 96).all()
     assert (picture[4:52, 56:104] == 0).all()
+
+
+def flaky(monkeypatch, times):
+    """Client 0's training fails so many times, and works then."""
+    import toy
+
+    right, failed = toy.ToyLearner.loss, []
+
+    def loss(learner, batch, rng):
+        if 0 in batch["labels"].tolist() and len(failed) < times:
+            failed.append(1)
+            raise RuntimeError("the network was away")
+        return right(learner, batch, rng)
+
+    monkeypatch.setattr(toy.ToyLearner, "loss", loss)
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_a_client_that_fails_is_done_again_as_often_as_asked(toy_config, tmp_path, monkeypatch, times):
+    train(toy_config(rounds=1, keep_optimizer=True), tmp_path / "quiet")
+    flaky(monkeypatch, times)
+    (row,) = train(toy_config(rounds=1, keep_optimizer=True, client_retries=2), tmp_path / "run")
+    reasons = [{"clients": [0], "reason": "RuntimeError: the network was away"}] * min(times, 2)
+    assert row["lost"] == reasons
+    assert row["clients"][0]["outcome"] == ("ok" if times < 3 else "RuntimeError: the network was away")
+    assert (sha(tmp_path / "run") == sha(tmp_path / "quiet")) == (times < 3)
+
+
+def test_too_few_clients_stop_the_run_which_can_be_resumed_with_fewer(toy_config, tmp_path):
+    config = toy_config(failing=(0, 2), min_clients=3)
+    message = "round 1: 2 of 4 clients returned a model, fewer than --min-clients 3. Client 0: ValueError"
+    with pytest.raises(RunError, match=message):
+        train(config, tmp_path / "run")
+    assert not Run.open(tmp_path / "run").rows
+    assert len(train(replace(config, min_clients=2), tmp_path / "run", resume=True)) == 3
+    with pytest.raises(UserError, match="--min-clients 5: only 4 take part"):
+        toy_config(min_clients=5).check()
+
+
+def test_a_flipped_bit_anywhere_is_found(toy_config, tmp_path):
+    """In a checkpoint and in a client's memory; what is read is what was written, or a sentence names the file."""
+    config = toy_config(keep_optimizer=True, rounds=2, evaluate_samples=0)
+    train(config, tmp_path / "run", rounds=1)
+    run, layout = Run.open(tmp_path / "run"), make_plan(config).layout
+    for path, read in (
+        (run.checkpoint(), lambda: run.state(layout)),
+        (run.directory / "clients/000000/000001.safetensors", lambda: run.recall(0, 1)),
+    ):
+        right = path.read_bytes()
+        for place in np.linspace(0, len(right) - 1, 60).astype(int):
+            path.write_bytes(right[:place] + bytes([right[place] ^ 4]) + right[place + 1 :])
+            with pytest.raises(UserError, match="is damaged|is of another model"):
+                read()
+            path.write_bytes(right[:place])
+            with pytest.raises(UserError, match="is damaged"):
+                read()
+        path.write_bytes(right)
+        read()
