@@ -19,6 +19,8 @@ from fedray.record.run import Row
 
 START_TIMEOUT = 180.0  # seconds for actors to start: each imports torch, and a cold disk serves them sequentially
 
+ENDED = "its process ended (killed, or out of memory)"
+
 
 class ClientActor:
     """A process that has a fraction of the machine and does one job at a time."""
@@ -114,5 +116,5 @@ def explain(error: RayError) -> str:
     """Pick the line of a Ray error that gives its cause."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, ActorDiedError) and "creation" not in str(error):
-        return "its process ended (killed, or out of memory)"
+        return ENDED
     return lines[-1].rstrip(".") if lines else type(error).__name__

@@ -4,7 +4,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fedray.cluster.actors import START_TIMEOUT, count_actors, explain, hide_gpus, make_options
 from fedray.cluster.connection import NAMESPACE, connected, send_own_code
+from fedray.cluster.messages import Message, pack, unpack
 from fedray.cluster.pool import POLL, RayPool
 from fedray.config import Config
 from fedray.data.dataset import Dataset, Source
 from fedray.errors import RunError, UserError
 from fedray.federation.evaluation import Metric, Show, silent
 from fedray.federation.fit import fit, prepare
-from fedray.federation.plan import make_plan
+from fedray.federation.plan import Plan, make_plan
 from fedray.federation.pool import LocalPool
 from fedray.federation.round import Session
 from fedray.record.provenance import environment
@@ -32,7 +33,10 @@ LINGER = 60.0  # seconds that a driver keeps its last rows for a caller that may
 
 @dataclass(frozen=True)
 class Request:
-    """A run for a driver actor. `source` is the place of the task's dataset on this node, if it is cached."""
+    """A run for a driver actor, worked out already: so it builds no network before the end.
+
+    plan: the `Plan`, packed, without its dataset;  source: where on this node that is, if it is cached.
+    """
 
     config: Config
     out: Path
@@ -40,6 +44,25 @@ class Request:
     provenance: dict[str, Any]
     metrics: Mapping[str, Metric]
     source: Source | None
+    plan: Message
+
+    @classmethod
+    def of(
+        cls,
+        config: Config,
+        out: Path,
+        resume: bool,
+        provenance: dict[str, Any],
+        metrics: Mapping[str, Metric],
+        plan: Plan,
+    ) -> "Request":
+        packed = pack(replace(plan, dataset=None))  # type: ignore[arg-type]
+        return cls(config, out, resume, provenance, metrics, plan.dataset.source, packed)
+
+    def unpacked(self) -> Plan:
+        """Return the plan, with its dataset."""
+        dataset = self.config.task.dataset() if self.source is None else Dataset.open(self.source.place)
+        return replace(unpack(self.plan), dataset=dataset)
 
 
 class DriverActor:
@@ -53,13 +76,13 @@ class DriverActor:
         self.error: Exception | None = None
 
     def run(self, request: Request) -> None:
-        config, source = request.config, request.source
+        config = request.config
         try:
-            dataset = config.task.dataset() if source is None else Dataset.open(source.place)
-            pool = RayPool.start(config, dataset)
+            plan = request.unpacked()
+            pool = RayPool.start(config, plan.dataset)
             try:
                 run = Run(request.out)
-                plan = prepare(config, run, request.resume, dataset)
+                plan = prepare(config, run, request.resume, plan=plan)
                 session = Session(config, plan, pool, run, self._show, request.metrics)
                 for row in fit(session, request.provenance, request.resume):
                     self.rows.append(row)
@@ -124,7 +147,7 @@ def run(
         plan = make_plan(config, dataset)  # mistakes are told, and images decoded, before Ray starts
         Run(out).check_disk(config, plan.layout)
         with connected(config.address):
-            _drive(Request(config, out, resume, provenance, metrics or {}, dataset.source), on_row, show)
+            _drive(Request.of(config, out, resume, provenance, metrics or {}, plan), on_row, show)
     return Run.open(out)
 
 

@@ -12,6 +12,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 
 from fedray.cluster.actors import (
+    ENDED,
     START_TIMEOUT,
     ClientActor,
     count_actors,
@@ -36,10 +37,10 @@ POLL = 0.5  # seconds between looks at the progress of running jobs
 class RayPool:
     """A pool of client actors, each doing one job at a time. An actor that dies, or hangs, is replaced."""
 
-    def __init__(self, actors: list["_Actor"], make: Callable[[int], Any], timeout: float) -> None:
+    def __init__(self, actors: list["_Actor"], make: Callable[[int], Any], config: Config) -> None:
         self.actors = actors
         self.make = make  # an actor, by its number
-        self.timeout = timeout  # seconds for a client
+        self.config = config
         self._sent: dict[str, tuple[np.ndarray, Any]] = {}  # arrays that have been put, and where they are, by name
 
     @property
@@ -48,30 +49,19 @@ class RayPool:
 
     @classmethod
     def start(cls, config: Config, dataset: Dataset | None = None) -> "RayPool":
-        """Start the actors. They open `dataset` where their node has it.
+        """Start the actors, and do not wait for them. They open `dataset` where their node has it.
 
         Raises:
             UserError: the actors do not fit.
-            RunError: an actor does not start.
         """
         make, count = maker(config, dataset), count_actors(config)
-        pool = cls([_Actor(index, make(index)) for index in range(count)], make, config.client_timeout)
-        try:
-            ray.get([actor.ready for actor in pool.actors], timeout=START_TIMEOUT)
-        except GetTimeoutError:
-            pool.close()
-            raise RunError(
-                f"{count} client actors did not start in {START_TIMEOUT:.0f} s. They need "
-                f"{describe_need(config, count)}; free now: {describe(ray.available_resources())}."
-            ) from None
-        except RayError as error:
-            pool.close()
-            raise RunError(f"a client actor could not start: {explain(error)}.") from None
-        return pool
+        return cls([_Actor(index, make(index)) for index in range(count)], make, config)
 
     def renew(self, config: Config, dataset: Dataset | None = None) -> None:
         """Make the actors those of another run that asks for the same share of the machine: they keep their imports."""
-        self.make, self.timeout = maker(config, dataset), config.client_timeout
+        self.make, self.config = maker(config, dataset), config
+        for actor in self.actors:
+            _started(actor.ready, actor)
         done = [actor.handle.renew.remote(config, *_data(dataset)) for actor in self.actors]
         for actor, ref in zip(self.actors, done, strict=True):
             try:
@@ -80,22 +70,22 @@ class RayPool:
                 raise RunError(f"actor {actor.index} cannot go on to the next run: {error}.") from None
 
     def apart(self) -> list["RayPool"]:
-        return [RayPool([actor], self.make, self.timeout) for actor in self.actors]
+        return [RayPool([actor], self.make, self.config) for actor in self.actors]
 
     def map(self, work: Work, shared: Shared, jobs: Iterable[Any], progress: Progress) -> Iterator[Reply]:
         about = ray.put(shared.about)
         names, arrays = tuple(shared.arrays), [self._put(name, array) for name, array in shared.arrays.items()]
-        queue, deaths, looked = enumerate(jobs), 0, time.monotonic()
+        queue, deaths, looked, timeout = enumerate(jobs), 0, time.monotonic(), self.config.client_timeout
         self._look(5.0)
         begin = sum(actor.done.steps for actor in self.actors)
-        idle = list(self.actors)
+        idle = [actor for actor in self.actors if actor.started]
+        starting = {actor.ready: actor for actor in self.actors if not actor.started}
         running: dict[Any, _Call] = {}
-        starting: dict[Any, _Actor] = {}
         while True:
             while idle and (item := next(queue, None)) is not None:
                 (index, job), actor = item, idle.pop()
                 row, payload = actor.handle.do.remote(work, job, about, names, *arrays)
-                running[row] = _Call(index, job, payload, actor, time.monotonic() + self.timeout, actor.done.clients)
+                running[row] = _Call(index, job, payload, actor, time.monotonic() + timeout, actor.done.clients)
             if not running and (idle or not starting):
                 return
             ready, _ = ray.wait([*running, *starting], timeout=POLL, fetch_local=False)
@@ -105,34 +95,43 @@ class RayPool:
                 self._look(0.2)
                 progress(sum(actor.done.steps for actor in self.actors) - begin)
                 self._give_up_late(starting)
-                overdue = [ref for ref, call in running.items() if ref not in ready and call.overdue(self.timeout)]
+                overdue = [ref for ref, call in running.items() if ref not in ready and call.overdue(timeout)]
             for ref in [*ready, *overdue]:
                 if ref in starting:
-                    idle.append(_started(ref, starting.pop(ref)))
+                    actor = starting.pop(ref)
+                    try:
+                        idle.append(_started(ref, actor))
+                    except Lost as error:
+                        deaths = self._replace(actor, starting, deaths, f"{error}, while it started")
                     continue
                 call, row, lost = running.pop(ref), {}, ""
                 try:
                     if ref in overdue:
-                        raise Lost(f"it has not answered for {self.timeout:.0f} s (--client-timeout)")
+                        raise Lost(f"it has not answered for {timeout:.0f} s (--client-timeout)")
                     row = _fetch(ref, str(call.job))
                     deaths = 0
                     idle.append(call.actor)
                 except Lost as error:
-                    lost, deaths = str(error), deaths + 1
-                    if deaths > DEATHS:
-                        raise RunError(f"client actors end again and again. {call.job}: {lost}.") from None
-                    call.actor.replace(self.make(call.actor.index))
-                    starting[call.actor.ready] = call.actor
+                    lost = str(error)
+                    deaths = self._replace(call.actor, starting, deaths, f"{call.job}: {lost}")
                 yield Reply(call.index, call.job, row, partial(_open, call.payload, str(call.job)), lost)
+
+    def _replace(self, actor: "_Actor", starting: dict[Any, "_Actor"], deaths: int, why: str) -> int:
+        """Replace an actor; return how many died since the last result. Raises `RunError` if these are too many."""
+        if deaths == DEATHS:
+            raise RunError(f"client actors end again and again. {why}.")
+        actor.replace(self.make(actor.index))
+        starting[actor.ready] = actor
+        return deaths + 1
 
     def _look(self, timeout: float) -> None:
         """Take note of what actors have done, of those that answer in time: one that is stopped delays nobody."""
-        asked = [actor.ask() for actor in self.actors]
-        for ref in ray.wait(asked, num_returns=len(asked), timeout=timeout)[0]:
-            self.actors[asked.index(ref)].hear()
+        asked = {actor.ask(): actor for actor in self.actors if actor.started}
+        for ref in ray.wait(list(asked), num_returns=len(asked), timeout=timeout)[0] if asked else ():
+            asked[ref].hear()
 
     def _give_up_late(self, starting: dict[Any, "_Actor"]) -> None:
-        """Go on without actors that do not start again: their node may be gone. Raises `RunError` if none is left."""
+        """Go on without actors that do not start: their node may be gone. Raises `RunError` if none is left."""
         for ref, actor in list(starting.items()):
             if time.monotonic() > actor.began + START_TIMEOUT:
                 del starting[ref]
@@ -140,8 +139,8 @@ class RayPool:
                 self.actors.remove(actor)
         if not self.actors:
             raise RunError(
-                f"no client actor is left, and none could start again in {START_TIMEOUT:.0f} s; free now: "
-                f"{describe(ray.available_resources())}."
+                f"no client actor could start in {START_TIMEOUT:.0f} s. One needs {describe_need(self.config, 1)}; "
+                f"free now: {describe(ray.available_resources())}."
             )
 
     def _put(self, name: str, array: np.ndarray) -> Any:
@@ -165,6 +164,7 @@ class _Actor:
         self.handle = handle
         self.ready = handle.__ray_ready__.remote()
         self.began = time.monotonic()
+        self.started = False
         self.done = Done(0, 0)
         self.before = Done(0, 0)  # what those that it replaced had done
         self._asked: Any = None
@@ -172,7 +172,7 @@ class _Actor:
     def replace(self, handle: Any) -> None:
         ray.kill(self.handle)
         self.handle, self.ready, self._asked = handle, handle.__ray_ready__.remote(), None
-        self.before, self.began = self.done, time.monotonic()
+        self.before, self.began, self.started = self.done, time.monotonic(), False
 
     def ask(self) -> Any:
         """Ask what it has done, unless an answer is still due."""
@@ -218,10 +218,14 @@ def _data(dataset: Dataset | None) -> tuple[Any, Any]:
 
 
 def _started(ref: Any, actor: _Actor) -> _Actor:
+    """Return an actor that is ready. Raises `Lost` if it was killed meanwhile, and `RunError` if it cannot be made."""
     try:
         ray.get(ref)
     except RayError as error:
-        raise RunError(f"a client actor could not start again: {explain(error)}.") from None
+        if explain(error) == ENDED:
+            raise Lost(ENDED) from None
+        raise RunError(f"a client actor could not start: {explain(error)}.") from None
+    actor.started = True
     return actor
 
 

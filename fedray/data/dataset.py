@@ -45,18 +45,17 @@ class Dataset:
         Args:
             columns: those to read, where there are such; None reads all.
         """
-        import pandas as pd
-
         about = json.loads((place / "about.json").read_text())
         labels = np.load(place / "labels.npy", mmap_mode="r") if about["labels"] else None
         wanted = [name for name in about["columns"] if columns is None or name in columns]
-        table = pd.read_parquet(place / "columns.parquet", columns=wanted) if wanted else pd.DataFrame()
-        return cls(
-            np.load(place / about["images"], mmap_mode="r"),
-            labels,
-            {str(name): table[name].to_numpy() for name in table},
-            Source(place, about["sha256"]),
-        )
+        found: dict[str, np.ndarray] = {}
+        if wanted:
+            import pandas as pd  # takes half a second to import
+
+            table = pd.read_parquet(place / "columns.parquet", columns=wanted)
+            found = {str(name): table[name].to_numpy() for name in table}
+        images = np.load(place / about["images"], mmap_mode="r")
+        return cls(images, labels, found, Source(place, about["sha256"]))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -89,18 +88,20 @@ class Dataset:
 
 def keep(images: Path, sha256: str, labels: np.ndarray | None, columns: Mapping[str, np.ndarray]) -> Dataset:
     """Save labels and columns of cached images in this node's cache, and return the dataset."""
-    import pandas as pd
+    known, names = np.zeros(0, np.int64) if labels is None else np.asarray(labels), list(columns)
+    contents, table = hashlib.sha256(known.tobytes()), None
+    if columns:
+        import pandas as pd  # takes half a second to import
 
-    table = pd.DataFrame(dict(columns))
-    known = np.zeros(0, np.int64) if labels is None else np.asarray(labels)
+        table = pd.DataFrame(dict(columns))
+        contents.update(pd.util.hash_pandas_object(table, index=False).to_numpy().tobytes())
 
     def make(aside: Path) -> None:
-        about = {"images": str(images), "sha256": sha256, "labels": labels is not None, "columns": list(table)}
+        about = {"images": str(images), "sha256": sha256, "labels": labels is not None, "columns": names}
         (aside / "about.json").write_text(json.dumps(about))
         np.save(aside / "labels.npy", known)
-        table.to_parquet(aside / "columns.parquet")
+        if table is not None:
+            table.to_parquet(aside / "columns.parquet")
 
-    contents = hashlib.sha256(known.tobytes())
-    contents.update(pd.util.hash_pandas_object(table, index=False).to_numpy().tobytes())
-    key = ["dataset", VERSION, str(images), list(table), labels is not None, contents.hexdigest()]
+    key = ["dataset", VERSION, str(images), names, labels is not None, contents.hexdigest()]
     return Dataset.open(files.kept("labels", key, make))

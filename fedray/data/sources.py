@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedray import files
 from fedray.data.dataset import Dataset, keep
-from fedray.data.images import Decoded, Form, cached, images_below
+from fedray.data.images import Decoded, Form, cached, images_below, sha256
 from fedray.errors import UserError, reason
 
 if TYPE_CHECKING:
@@ -25,11 +26,17 @@ def digits() -> Dataset:
 
     images: uint8 [1797, 1, 8, 8] (its 17 grey levels spread over 0…255);  labels: 0…9.
     """
-    from sklearn.datasets import load_digits
 
-    loaded = load_digits()
-    images = np.rint(loaded.images * (255 / 16)).astype(np.uint8)
-    return Dataset(images[:, None], loaded.target.astype(np.int64))
+    def make(aside: Path) -> None:
+        from sklearn.datasets import load_digits  # takes a second to import
+
+        loaded = load_digits()
+        np.save(aside / "images.npy", np.rint(loaded.images * (255 / 16)).astype(np.uint8)[:, None])
+        np.save(aside / "labels.npy", loaded.target.astype(np.int64))
+
+    place = files.kept("unpacking scikit-learn's digits", ["digits", 1], make)
+    images, labels = (np.load(place / f"{name}.npy") for name in ("images", "labels"))
+    return keep(place / "images.npy", sha256(images), labels, {})
 
 
 def image_folder(

@@ -41,15 +41,21 @@ PROMPTS_DRAWN = 10  # of a run's prompts, those that are drawn as it goes
 IMAGES_PER_PROMPT = 2
 
 
-def prepare(config: Config, run: Run, resume: bool = False, dataset: Dataset | None = None) -> Plan:
-    """Work out a run, and check that its directory allows it. `dataset` is the task's, if it is loaded already.
+def prepare(
+    config: Config, run: Run, resume: bool = False, dataset: Dataset | None = None, plan: Plan | None = None
+) -> Plan:
+    """Work out a run, and check that its directory allows it.
+
+    Args:
+        dataset: the task's, if it is loaded already.
+        plan: the run's, if it is worked out already.
 
     Raises:
         UserError: the configuration, the data or the directory does not allow it.
     """
     for part in (config.algorithm, config.fold, config.wire, config.partition, config.features):
         check_loaded(part)
-    plan = make_plan(config, dataset)
+    plan = make_plan(config, dataset) if plan is None else plan
     if resume:
         check_resumable(Run.open(run.directory), config)
         run.check_data(plan.data)
