@@ -275,6 +275,10 @@ class Config:
             raise UserError(f"--min-clients {self.min_clients}: only {self.cohort_size} take part in a round.")
         if not 0 < self.fraction <= 1:
             raise UserError(f"--fraction {self.fraction}: it must be above 0 and at most 1.")
+        if self.adam_epsilon < 0:
+            raise UserError(f"--adam-epsilon {self.adam_epsilon}: it must not be negative.")
+        if self.train_batch_size >= 2**31:
+            raise UserError(f"--train-batch-size {self.train_batch_size}: it must be below 2,147,483,648.")
         for name in ("ema_max_decay", "adam_beta1", "adam_beta2", "held_out_share", "test_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{flag(name)} {getattr(self, name)}: it must be at least 0 and below 1.")

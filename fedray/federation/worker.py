@@ -23,6 +23,7 @@ from fedray.wire import Payload
 if TYPE_CHECKING:
     from fedray.scores.networks.network import Network
 
+SAID = 1000  # characters of an exception that are kept
 BUILDING = threading.Lock()  # torch's global generator is seeded for it
 
 
@@ -135,8 +136,13 @@ def do(worker: Worker, work: Work, shared: Any, job: Any) -> tuple[Row, Any]:
         trace = traceback.format_exc()
         if isinstance(error, torch.OutOfMemoryError):
             error = UserError(too_large(worker.config, job))
-        row, payload = {"error": f"{type(error).__name__}: {error}", "trace": trace}, None
+        row, payload = {"error": cut(f"{type(error).__name__}: {error}"), "trace": trace}, None
     return row | {"actor": worker.name, "seconds": time.perf_counter() - started}, payload
+
+
+def cut(text: str) -> str:
+    """Shorten what an exception says: it may be megabytes, and it stands in every row."""
+    return text if len(text) <= SAID else f"{text[:SAID]} … ({len(text):,} characters)"
 
 
 def too_large(config: Config, job: Any) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedray.errors import UserError
+from fedray.errors import RunError, UserError
 from fedray.files import durably
 from fedray.lazy import torch
 
@@ -123,6 +123,7 @@ def sha256_of(tensors: Mapping[str, torch.Tensor]) -> str:
 
 def save(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write tensors as safetensors: complete or not at all, and on the disk when this returns."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     seen: set[int] = set()
@@ -131,8 +132,11 @@ def save(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, st
         tensor = tensor.detach().cpu().contiguous()
         own[name] = tensor.clone() if tensor.untyped_storage().data_ptr() in seen else tensor
         seen.add(tensor.untyped_storage().data_ptr())
-    with durably(path) as aside:
-        save_file(own, aside, {**(metadata or {}), CHECKSUM: _checksum(own, metadata or {})})
+    try:
+        with durably(path) as aside:
+            save_file(own, aside, {**(metadata or {}), CHECKSUM: _checksum(own, metadata or {})})
+    except SafetensorError as error:  # a full disk, for instance
+        raise RunError(f"{path} cannot be written: {error}.") from None
 
 
 def _checksum(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:

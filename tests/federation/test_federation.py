@@ -462,3 +462,39 @@ def test_a_flipped_bit_anywhere_is_found(toy_config, tmp_path):
                 read()
         path.write_bytes(right)
         read()
+
+
+def test_a_long_exception_is_cut(toy_config, tmp_path, monkeypatch):
+    import toy
+
+    def loss(learner, batch, rng):
+        raise ValueError("x" * 5_000_000)
+
+    monkeypatch.setattr(toy.ToyLearner, "loss", loss)
+    with pytest.raises(RunError, match=r"x … \(5,000,012 characters\)") as failed:
+        train(toy_config(), tmp_path / "run")
+    assert len(str(failed.value)) < 1200
+
+
+def test_a_full_disk_is_told_in_a_sentence_and_the_run_goes_on_later(toy_config, tmp_path, monkeypatch):
+    from safetensors import SafetensorError
+
+    train(toy_config(), tmp_path / "quiet")
+    train(toy_config(), tmp_path / "run", rounds=1)
+
+    def full(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as context:
+        context.setattr("safetensors.torch.save_file", full)
+        with pytest.raises(RunError, match="round-00000[23].safetensors cannot be written: I/O error: No space left"):
+            train(toy_config(), tmp_path / "run", resume=True)
+    train(toy_config(), tmp_path / "run", resume=True)
+    assert sha(tmp_path / "run") == sha(tmp_path / "quiet")
+
+
+@pytest.mark.parametrize("setting", [{"adam_epsilon": -1.0}, {"train_batch_size": 10**30}])
+def test_settings_that_every_client_would_fail_at(toy_config, setting):
+    with pytest.raises(UserError, match="--(adam-epsilon|train-batch-size)"):
+        toy_config(**setting).check()
