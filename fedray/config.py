@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,19 +37,31 @@ from fedray.scores import networks
 from fedray.tasks import Task
 from fedray.tasks.ddpm import DDPM
 from fedray.tasks.named import task_from_json, task_to_json
-from fedray.vector.optimizer import Optimizer
+from fedray.vector.optimizer import LR_SCHEDULERS, Optimizer
 from fedray.wire import Link, Wire
 
 FORMAT = 2  # of config.json: 1 knew `rule` and `codec`
-LR_SCHEDULERS = (
-    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
-)  # fmt: skip
 PRECISIONS = ("no", "bf16", "fp16")
 
 # Where a run is computed. It does not change the result, but for threads and for GPUs, whose float sums differ:
 # `check_resumable` holds a run to those.
 PLACEMENT = ("actors", "cpus_per_actor", "gpus_per_actor", "address", "client_timeout", "client_retries", "min_clients",
              "inception_weights")  # fmt: skip
+# Names, bounds, and what they must be; None is not asked.
+LIMITS: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
+    ((
+        "clients", "rounds", "local_epochs", "local_steps", "train_batch_size", "eval_batch_size", "learning_rate",
+        "max_grad_norm", "cpus_per_actor", "client_timeout", "gradient_accumulation_steps", "validation_rounds",
+        "checkpoints_total_limit", "min_clients", "evaluate_every", "ema_inv_gamma", "ema_power",
+    ), lambda value: 0 < value < math.inf, "be above 0"),
+    ((
+        "evaluate_samples", "gpus_per_actor", "adam_weight_decay", "adam_epsilon", "actors", "lr_warmup_steps",
+        "client_retries",
+    ), lambda value: 0 <= value < math.inf, "not be negative"),
+    (("ema_max_decay", "adam_beta1", "adam_beta2", "held_out_share", "test_share"), lambda value: 0 <= value < 1,
+     "be at least 0 and below 1"),
+    (("train_batch_size",), lambda value: value < 2**31, "be below 2,147,483,648"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,8 +182,7 @@ class Config:
     address: str | None = None
     """A running Ray cluster to join (auto, or HOST:PORT); None starts a private one, unless RAY_ADDRESS is set."""
     client_timeout: float = 86_400.0
-    """Seconds after which a client that has not answered is done again, by another process; it is left out after the
-    third time."""
+    """Seconds without an answer after which a client is done again by another process, three times in all."""
     client_retries: int = 0
     """How often a client that fails (an error, weights that are not finite) is done again before it is left out."""
     min_clients: int = 1
@@ -250,38 +261,15 @@ class Config:
             raise UserError("--local-epochs and --local-steps are both given; give one of them.")
         if self.local_epochs is None and self.local_steps is None:
             raise UserError("neither --local-epochs nor --local-steps is given; give one of them.")
-        counts = (
-            "clients", "rounds", "local_epochs", "local_steps", "train_batch_size", "eval_batch_size",
-            "learning_rate", "max_grad_norm", "cpus_per_actor", "client_timeout", "gradient_accumulation_steps",
-            "validation_rounds", "checkpoints_total_limit", "min_clients", "evaluate_every", "ema_inv_gamma",
-            "ema_power",
-        )  # fmt: skip
-        for name in counts:
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise UserError(f"{flag(name)} {value}: it must be above 0.")
-        for name in (
-            "evaluate_samples",
-            "gpus_per_actor",
-            "adam_weight_decay",
-            "actors",
-            "lr_warmup_steps",
-            "client_retries",
-        ):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise UserError(f"{flag(name)} {value}: it must not be negative.")
+        for names, fits, must in LIMITS:
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not fits(value):
+                    raise UserError(f"{flag(name)} {value}: it must {must}.")
         if self.min_clients > self.cohort_size:
             raise UserError(f"--min-clients {self.min_clients}: only {self.cohort_size} take part in a round.")
         if not 0 < self.fraction <= 1:
             raise UserError(f"--fraction {self.fraction}: it must be above 0 and at most 1.")
-        if self.adam_epsilon < 0:
-            raise UserError(f"--adam-epsilon {self.adam_epsilon}: it must not be negative.")
-        if self.train_batch_size >= 2**31:
-            raise UserError(f"--train-batch-size {self.train_batch_size}: it must be below 2,147,483,648.")
-        for name in ("ema_max_decay", "adam_beta1", "adam_beta2", "held_out_share", "test_share"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{flag(name)} {getattr(self, name)}: it must be at least 0 and below 1.")
         if self.gpus_per_actor > 1 and self.gpus_per_actor != int(self.gpus_per_actor):
             raise UserError(f"--gpus-per-actor {self.gpus_per_actor}: above 1 it must be a whole number.")
         if self.kid_subset_size < 2:

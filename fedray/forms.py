@@ -48,7 +48,7 @@ class Menu:
             name_of(cls): cls
             for each in modules
             for cls in vars(each).values()
-            if issubclass(type(cls), type) and issubclass(cls, self.base) and cls.__module__ == each.__name__
+            if isinstance(cls, type) and issubclass(cls, self.base) and cls.__module__ == each.__name__
             if cls is not self.base and not cls.__name__.startswith("_") and not vars(cls).get("abstract", False)
         }
 

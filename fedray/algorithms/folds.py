@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from fedray.algorithms import Folded, Round, Rows, Tensors, Upload
+from fedray.errors import RunError
 from fedray.lazy import torch
 from fedray.vector.integers import add_term
 
@@ -118,6 +119,7 @@ class Mean(Fold):
 
     def add(self, partial: _Sums, upload: Upload, round: Round) -> _Sums:
         first = not partial.rows
+        _check_sizes(_sizes(partial), {name: len(tensor) for name, tensor in upload.tensors.items()})
         if first or round.adapters is not None:
             upload = copied(upload)
         if first:
@@ -133,6 +135,7 @@ class Mean(Fold):
         return partial
 
     def merge(self, first: _Sums, second: _Sums, round: Round) -> _Sums:
+        _check_sizes(_sizes(first), _sizes(second))
         if not first.rows and second.alone is not None:
             first.alone = second.alone
         elif second.rows:
@@ -160,6 +163,21 @@ class Mean(Fold):
                 sums[name] = torch.from_numpy(partial.sums[name] * 2.0 ** -_shift(name, round))
         uploads = sorted(partial.uploads, key=lambda upload: upload.client)
         return Folded(sums, weights, sorted(partial.rows, key=lambda row: row[0]), uploads)
+
+
+def _sizes(partial: _Sums) -> dict[str, int]:
+    held = partial.alone.tensors if partial.alone is not None else partial.sums
+    return {name: len(tensor) for name, tensor in held.items()}
+
+
+def _check_sizes(held: Mapping[str, int], more: Mapping[str, int]) -> None:
+    """Raise `RunError` for tensors that cannot be added up, before any is."""
+    for name in held.keys() & more.keys():
+        if held[name] != more[name]:
+            raise RunError(
+                f"clients send tensors {name!r} of {held[name]:,} and of {more[name]:,} elements; an algorithm must "
+                f"send the same sizes for all."
+            )
 
 
 def _shift(name: str, round: Round) -> int:

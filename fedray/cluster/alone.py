@@ -47,7 +47,7 @@ def run_local_only(
     data = make_plan(config, dataset).data
     for client, run in enumerate(runs):
         if (run.directory / "config.json").exists():
-            check_resumable(run, replace(config, only_client=client))
+            check_resumable(run, replace(config, only_client=client, min_clients=1))
             run.check_data(data)
     waiting = iter([client for client, run in enumerate(runs) if run.result is None])
     done = dict.fromkeys(range(config.clients), 0.0)
@@ -59,7 +59,7 @@ def run_local_only(
                 client = next(waiting, None)
             if client is None:
                 return
-            alone, directory = replace(config, only_client=client), runs[client].directory
+            alone, directory = replace(config, only_client=client, min_clients=1), runs[client].directory
             begun = (directory / "config.json").exists()
             try:
                 session = Session(alone, prepare(alone, Run(directory), begun, dataset), pool, Run(directory))

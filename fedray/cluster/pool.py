@@ -30,7 +30,7 @@ from fedray.federation.pool import LocalPool, Lost, Pool, Progress, Reply
 from fedray.federation.worker import Done, Shared, Work
 
 TRANSFER_TIMEOUT = 600.0  # seconds for one payload to reach the driver
-DEATHS = 8  # of actors, one after another without a result, after which it is not a client that ends them
+IN_A_ROW = 8  # actors that may end without a result between them, before it is not a client that ends them
 POLL = 0.5  # seconds between looks at the progress of running jobs
 
 
@@ -60,14 +60,12 @@ class RayPool:
     def renew(self, config: Config, dataset: Dataset | None = None) -> None:
         """Make the actors those of another run that asks for the same share of the machine: they keep their imports."""
         self.make, self.config = maker(config, dataset), config
-        for actor in self.actors:
-            _started(actor.ready, actor)
-        done = [actor.handle.renew.remote(config, *_data(dataset)) for actor in self.actors]
-        for actor, ref in zip(self.actors, done, strict=True):
-            try:
-                _fetch(ref, f"the next run (actor {actor.index})")
-            except Lost as error:
-                raise RunError(f"actor {actor.index} cannot go on to the next run: {error}.") from None
+        try:
+            for actor in self.actors:
+                _started(actor.ready, actor)
+                _fetch(actor.handle.renew.remote(config, *_data(dataset)), f"the next run (actor {actor.index})")
+        except Lost as error:
+            raise RunError(f"an actor cannot go on to the next run: {error}.") from None
 
     def apart(self) -> list["RayPool"]:
         return [RayPool([actor], self.make, self.config) for actor in self.actors]
@@ -88,13 +86,15 @@ class RayPool:
                 running[row] = _Call(index, job, payload, actor, time.monotonic() + timeout, actor.done.clients)
             if not running and (idle or not starting):
                 return
-            ready, _ = ray.wait([*running, *starting], timeout=POLL, fetch_local=False)
+            waited = [*running, *starting]
+            ray.wait(waited, timeout=POLL, fetch_local=False)
+            ready, _ = ray.wait(waited, num_returns=len(waited), timeout=0, fetch_local=False)
             overdue = []
             if time.monotonic() > looked + POLL:
                 looked = time.monotonic()
                 self._look(0.2)
                 progress(sum(actor.done.steps for actor in self.actors) - begin)
-                self._give_up_late(starting)
+                self._give_up_late(starting, ready)
                 overdue = [ref for ref, call in running.items() if ref not in ready and call.overdue(timeout)]
             for ref in [*ready, *overdue]:
                 if ref in starting:
@@ -102,6 +102,8 @@ class RayPool:
                     try:
                         idle.append(_started(ref, actor))
                     except Lost as error:
+                        if not any(other.started for other in self.actors) and str(error) != ENDED:
+                            raise RunError(f"a client actor could not start: {error}.") from None
                         deaths = self._replace(actor, starting, deaths, f"{error}, while it started")
                     continue
                 call, row, lost = running.pop(ref), {}, ""
@@ -118,7 +120,7 @@ class RayPool:
 
     def _replace(self, actor: "_Actor", starting: dict[Any, "_Actor"], deaths: int, why: str) -> int:
         """Replace an actor; return how many died since the last result. Raises `RunError` if these are too many."""
-        if deaths == DEATHS:
+        if deaths == max(IN_A_ROW, 3 * len(self.actors)):  # a node takes all of its actors with it
             raise RunError(f"client actors end again and again. {why}.")
         actor.replace(self.make(actor.index))
         starting[actor.ready] = actor
@@ -130,10 +132,10 @@ class RayPool:
         for ref in ray.wait(list(asked), num_returns=len(asked), timeout=timeout)[0] if asked else ():
             asked[ref].hear()
 
-    def _give_up_late(self, starting: dict[Any, "_Actor"]) -> None:
+    def _give_up_late(self, starting: dict[Any, "_Actor"], ready: list[Any]) -> None:
         """Go on without actors that do not start: their node may be gone. Raises `RunError` if none is left."""
         for ref, actor in list(starting.items()):
-            if time.monotonic() > actor.began + START_TIMEOUT:
+            if ref not in ready and time.monotonic() > actor.began + START_TIMEOUT:
                 del starting[ref]
                 ray.kill(actor.handle)
                 self.actors.remove(actor)
@@ -218,13 +220,11 @@ def _data(dataset: Dataset | None) -> tuple[Any, Any]:
 
 
 def _started(ref: Any, actor: _Actor) -> _Actor:
-    """Return an actor that is ready. Raises `Lost` if it was killed meanwhile, and `RunError` if it cannot be made."""
+    """Return an actor that is ready. Raises `Lost` if it was killed meanwhile, or cannot be made."""
     try:
-        ray.get(ref)
+        ray.get(ref, timeout=START_TIMEOUT)
     except RayError as error:
-        if explain(error) == ENDED:
-            raise Lost(ENDED) from None
-        raise RunError(f"a client actor could not start: {explain(error)}.") from None
+        raise Lost(explain(error)) from None
     actor.started = True
     return actor
 

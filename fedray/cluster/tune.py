@@ -198,9 +198,6 @@ def _train(
     for name in (FAILED, STOPPED):
         (run.directory / name).unlink(missing_ok=True)
     begun = (run.directory / "config.json").exists()
-    if not begun and run.directory.is_dir():
-        for path in run.directory.glob(".config.json.*"):  # of one that was killed as it began
-            path.unlink()
     try:
         if config.actors == 0:
             keep_to_fraction(config)

@@ -60,7 +60,7 @@ def progress(
             who = f"client {row['cohort'][0]}  " if alone else ""
             again = [
                 f"\n  client{'s' if len(lost['clients']) > 1 else ''} {', '.join(map(str, lost['clients'][:5]))}"
-                f"{' …' if len(lost['clients']) > 5 else ''} done again: {lost['reason']}"
+                f"{' …' if len(lost['clients']) > 5 else ''} lost: {lost['reason']}"
                 for lost in row.get("lost", ())
             ]
             bar.console.print(

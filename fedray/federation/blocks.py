@@ -76,13 +76,13 @@ def _train_and_fold(worker: Worker, inputs: tuple[Shared, Any], job: TrainJob) -
 def check_values(tensors: Tensors, bound: float) -> None:
     """Raise `FloatingPointError` unless all values are finite, and smaller than what the fold can add up."""
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or not tensor.numel():
+        if not tensor.numel():
             continue
         low, high = map(float, torch.aminmax(tensor))  # NaN where there is one
         if not -bound < low <= high < bound:
-            what = "trained weights" if name == "model" else name
-            reach = "finite" if not torch.isfinite(tensor).all() else f"all smaller than {bound:g}"
-            raise FloatingPointError(f"the {what} are not {reach} (lower the learning rate?)")
+            what = "the trained weights are" if name == "model" else f"the tensor {name!r} that it sends is"
+            reach = "finite" if not torch.isfinite(tensor).all() else f"everywhere below {bound:g}"
+            raise FloatingPointError(f"{what} not {reach}" + (" (lower the learning rate?)" if name == "model" else ""))
 
 
 class Pace:
@@ -143,7 +143,7 @@ class Queue:
             return pace.take(self.todo, steps, workers)
         while self.alone:
             client = self.alone.popleft()
-            if client not in self.accepted:  # one that was given up for lost may have come late
+            if client not in self.accepted:  # a pool may deliver late what it had given up for lost
                 return [client]
         return []
 
@@ -171,7 +171,8 @@ class Queue:
         if block is None:
             self.alone.extend(jobs)
             return None
-        again = [row for row in block.rows if "error" in row and self.failures[row["client"]] < self.retries]
+        failures = [row for row in block.rows if "error" in row and not lost]
+        again = [row for row in failures if self.failures[row["client"]] < self.retries]
         for row in again:
             self.failures[row["client"]] += 1
             self.losses.append({"clients": [row["client"]], "reason": row["error"]})

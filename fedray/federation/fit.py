@@ -39,6 +39,7 @@ from fedray.scores.reference import Reference
 
 PROMPTS_DRAWN = 10  # of a run's prompts, those that are drawn as it goes
 IMAGES_PER_PROMPT = 2
+PATIENCE = 1.0  # seconds that a round waits for the checkpoint of the one before
 
 
 def prepare(
@@ -113,14 +114,19 @@ def fit(session: Session, provenance: dict[str, Any], resume: bool = False) -> I
 def _beside(
     training: Generator[None, None, tuple[State, Row]], saver: Saver, board: Any
 ) -> Generator[Row, None, tuple[State, Row]]:
-    """Train a round; the row of the one before is shown as soon as its checkpoint is durable."""
+    """Train a round; the row of the one before is shown as soon as its checkpoint is durable.
+
+    A small checkpoint is waited for: the first block may take as long as a round.
+    """
+    if saver.durable(PATIENCE):
+        yield from _shown(saver, board)
     while True:
         try:
             next(training)
         except StopIteration as done:
             yield from _shown(saver, board)
             return done.value
-        if saver.durable:
+        if saver.durable():
             yield from _shown(saver, board)
 
 

@@ -169,11 +169,15 @@ def client_update(worker: Worker, shared: Shared, job: TrainJob) -> tuple[Row, T
     worker.load(method.start(down, own), down.get("base"))
     learner.prepare(worker.dataset, job.indices, config.random_flip)
     local = LocalTraining(worker, round, job)
-    if config.keep_optimizer:
-        local.restore(under("optimizer/", memory))
-    method.train(local, down, own)
-    if not local.batches:
-        raise ValueError("the algorithm's train made no step")
+    try:
+        if config.keep_optimizer:
+            local.restore(under("optimizer/", memory))
+        method.train(local, down, own)
+        if not local.batches:
+            raise ValueError("the algorithm's train made no step")
+        optimizer = local.keep() if config.keep_optimizer else {}
+    finally:
+        local.optimizer.state.clear()  # two vectors, which sampling may need the memory of
     learner.flat.check()
     tensors, rows, kept = method.upload(local, down, own)
     sent = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
@@ -188,8 +192,7 @@ def client_update(worker: Worker, shared: Shared, job: TrainJob) -> tuple[Row, T
     if len(job.held_out):
         row["held_out_local"] = held_out_loss(worker, job.client, job.held_out)
     after = {f"algorithm/{name}": tensor for name, tensor in kept.items()} | kept_by_links
-    if config.keep_optimizer:
-        after |= {f"optimizer/{name}": tensor for name, tensor in local.keep().items()}
+    after |= {f"optimizer/{name}": tensor for name, tensor in optimizer.items()}
     return row, Trained(payload, rows, {name: _own(tensor, learner).numpy() for name, tensor in after.items()})
 
 

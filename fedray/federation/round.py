@@ -82,10 +82,10 @@ def train(session: Session, queue: Queue, down: Payload) -> Iterator[Block]:
     def steps(client: int) -> int:
         return config.steps(len(plan.shards[client]))
 
-    total = sum(map(steps, round.cohort))
+    total, before = sum(map(steps, round.cohort)), 0
 
     def progress(done: int) -> None:
-        session.show("training", round.number + min(1, done / total), config.rounds)
+        session.show("training", round.number + min(1, (before + max(0, done)) / total), config.rounds)
 
     def job(client: int) -> TrainJob:
         memory = run.recall(client, run.generation(client, round.number))
@@ -98,6 +98,7 @@ def train(session: Session, queue: Queue, down: Payload) -> Iterator[Block]:
 
     progress(0)
     while queue.todo or queue.alone:
+        before = sum(map(steps, queue.accepted))
         for reply in pool.map(train_block, shared, blocks(), progress):
             block = queue.receive(reply, config.fold.start(round))
             if block is not None:

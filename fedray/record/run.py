@@ -223,8 +223,8 @@ class Run:
 
     def check_disk(self, config: Config, layout: Layout) -> None:
         """Raise `UserError` if kept optimizers (two vectors a client) would not fit on the disk."""
-        # Twice the cohort's: a round's memories are written before the previous ones are removed.
-        need = 2 * 4 * layout.size * (config.clients + config.cohort_size) if config.keep_optimizer else 0
+        # The cohort's three times: two rounds' memories are written before those of the one before are removed.
+        need = 2 * 4 * layout.size * (config.clients + 2 * config.cohort_size) if config.keep_optimizer else 0
         held = sum(path.stat().st_size for path in self.directory.glob("clients/*/*"))  # by a run that is resumed
         free = shutil.disk_usage(next(p for p in self.directory.absolute().parents if p.exists())).free
         if need > free + held:

@@ -2,6 +2,7 @@
 
 import copy
 import time
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
@@ -23,10 +24,11 @@ class Saver:
         """Begin to write the checkpoint of a complete round, with its row as it is now."""
         self._writing = self._thread.submit(self.run.complete, state, copy.deepcopy(row), layout, limit)
 
-    @property
-    def durable(self) -> bool:
-        """True when a row waits that may be shown."""
-        return self.row is not None and (self._writing is None or self._writing.done())
+    def durable(self, wait: float = 0.0) -> bool:
+        """Tell whether a row waits that may be shown, after at most `wait` seconds."""
+        if self.row is None:
+            return False
+        return self._writing is None or bool(futures.wait([self._writing], wait).done)
 
     def finish(self) -> Row | None:
         """Wait until the checkpoint is durable; write its row, and return it; None where none is being written."""
@@ -47,5 +49,5 @@ class Saver:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         """However the run ends: a round that is complete has its checkpoint and its row."""
         self._thread.shutdown()
-        if error is not None and self.durable:
+        if error is not None and self.durable():
             self.finish()

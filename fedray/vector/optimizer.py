@@ -10,6 +10,9 @@ from typing import Any
 from fedray.errors import UserError, check_name, reason
 from fedray.lazy import torch
 
+LR_SCHEDULERS = (
+    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+)  # fmt: skip
 SHORT = {"adamw": "AdamW", "adam": "Adam", "sgd": "SGD"}
 REFUSED = {"LBFGS": "calls the loss many times a step", "SparseAdam": "is for sparse gradients"}
 
