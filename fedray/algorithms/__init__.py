@@ -16,6 +16,7 @@ from fedray.lazy import torch
 from fedray.seeds import generator
 from fedray.vector import Layout
 from fedray.vector.adapters import Adapters, WeightedSum
+from fedray.vector.integers import mean_of
 
 Tensors: TypeAlias = "dict[str, torch.Tensor]"  # by name; "model" [d] float32 is the model
 Rows = dict[str, float]  # numbers for the record and for the server
@@ -84,7 +85,7 @@ class Folded:
 
     def mean(self, name: str) -> torch.Tensor:
         """Return the weighted mean of the tensors of that name, float32."""
-        return (self.sums[name] / self.weights[name]).float()
+        return torch.from_numpy(mean_of(self.sums[name].numpy(), self.weights[name]))
 
 
 class Local(Protocol):

@@ -12,7 +12,7 @@ import numpy as np
 from fedray.algorithms import Folded, Round, Rows, Tensors, Upload
 from fedray.errors import RunError
 from fedray.lazy import torch
-from fedray.vector.integers import add_term
+from fedray.vector.integers import add_term, to_floats
 
 
 class Fold:
@@ -50,7 +50,7 @@ class Fold:
         raise NotImplementedError
 
     def result(self, partial: Any, round: Round) -> Folded:
-        """Return the combination of all uploads."""
+        """Return the combination of all uploads. It may use the partial up."""
         raise NotImplementedError
 
 
@@ -160,7 +160,7 @@ class Mean(Fold):
             if partial.alone is not None:
                 sums[name] = partial.alone.tensors[name].double() * weights[name]
             else:
-                sums[name] = torch.from_numpy(partial.sums[name] * 2.0 ** -_shift(name, round))
+                sums[name] = torch.from_numpy(to_floats(partial.sums.pop(name), 2.0 ** -_shift(name, round)))
         uploads = sorted(partial.uploads, key=lambda upload: upload.client)
         return Folded(sums, weights, sorted(partial.rows, key=lambda row: row[0]), uploads)
 

@@ -24,3 +24,19 @@ def add_term(total: np.ndarray, x: np.ndarray, scale: float) -> None:
         np.rint(value, out=value)
         whole[:] = value
         part += whole
+
+
+def to_floats(total: np.ndarray, scale: float) -> np.ndarray:
+    """Return scale · `total` as float64, in the memory of `total`: another vector of that size takes as long to get."""
+    made = total.view(np.float64)
+    for start in range(0, len(total), CHUNK):
+        made[start : start + CHUNK] = total[start : start + CHUNK] * scale
+    return made
+
+
+def mean_of(sums: np.ndarray, weight: float) -> np.ndarray:
+    """Return `sums` / `weight`, rounded once from float64 to float32."""
+    mean = np.empty(len(sums), np.float32)
+    for start in range(0, len(sums), CHUNK):
+        mean[start : start + CHUNK] = sums[start : start + CHUNK] / weight
+    return mean

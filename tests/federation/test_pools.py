@@ -115,7 +115,7 @@ def test_nothing_waits_for_the_first_job(ray_pool, toy_config, first):
 
 @pytest.mark.slow
 def test_a_dead_actor_is_replaced_and_its_job_is_told_lost(ray_pool, toy_config, ray):
-    config = toy_config(actors=2, slow=(0, 1, 2, 3), local_epochs=4)
+    config = toy_config(actors=2, slow=(0, 1, 2, 3), local_epochs=1)
     pool, killed = ray_pool(config), []
     list(map_toy(pool, toy_config(), 4, []))  # both have started
 

@@ -5,7 +5,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from fedray.vector.integers import CHUNK, add_term
+from fedray.vector.integers import CHUNK, add_term, mean_of, to_floats
 
 
 @pytest.mark.parametrize("weight", [1, 57, 10**9 // 3])
@@ -28,3 +28,11 @@ def test_any_length(size):
     for index in range(0, size, 1000):
         add_term(parts[index : index + 1000], x[index : index + 1000], 2.0**40)
     assert np.array_equal(whole, parts)
+
+
+def test_back_to_floats_and_their_mean():
+    total = np.random.default_rng(2).integers(-(2**61), 2**61, 2 * CHUNK + 5)
+    expected = [float(value) * 2.0**-40 for value in total.tolist()]
+    floats = to_floats(total, 2.0**-40)
+    assert floats.tolist() == expected
+    assert mean_of(floats, 57).tolist() == [float(np.float32(value / 57)) for value in expected]
