@@ -9,6 +9,7 @@ many passes over the data (the same compute, four times the steps).
 """
 
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -70,7 +71,11 @@ def ratios(tables: list[pd.DataFrame]) -> pd.DataFrame:
 
 
 def main(
-    seeds: tuple[int, ...] = (0,), rounds: int = FEDERATED.rounds, same_passes: bool = True, out: Path | None = None
+    seeds: tuple[int, ...] = (0,),
+    rounds: int = FEDERATED.rounds,
+    same_passes: bool = True,
+    out: Path | None = None,
+    actors: int | None = None,
 ) -> None:
     """Train and compare; runs that are in OUT already are not repeated.
 
@@ -79,14 +84,17 @@ def main(
         rounds: communication rounds.
         same_passes: also train the centralised baseline of the same passes, the longest of the three.
         out: directory of the runs; by default runs/digits-DATE-TIME.
+        actors: client actors of a run; 0 trains in this process, without Ray.
     """
     out = out or Path("runs") / time.strftime("digits-%Y%m%d-%H%M%S")
     tables = []
-    with connected(None):
+    with nullcontext() if actors == 0 else connected(None):
         for seed in seeds:
             configs = settings(seed, rounds, same_passes)
             runs = {
-                name: train(config, out / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}", name)
+                name: train(
+                    replace(config, actors=actors), out / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}", name
+                )
                 for name, config in configs.items()
             }
             print_table(runs)

@@ -11,6 +11,7 @@ out: the prompt accuracy. An untrained adapter is the base itself.
 """
 
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,7 +88,11 @@ def train(config: fedray.Config, out: Path, name: str) -> list[Path]:
 
 
 def main(
-    seeds: tuple[int, ...] = (0,), rounds: int = PRESET.rounds, demo: bool = False, out: Path | None = None
+    seeds: tuple[int, ...] = (0,),
+    rounds: int = PRESET.rounds,
+    demo: bool = False,
+    out: Path | None = None,
+    actors: int | None = None,
 ) -> None:
     """Fine-tune and compare; runs that are in OUT already are not repeated.
 
@@ -96,17 +101,20 @@ def main(
         rounds: communication rounds.
         demo: the federation only, not its baselines.
         out: directory of the runs; by default runs/lora-digits-DATE-TIME.
+        actors: client actors of a run; 0 trains in this process, without Ray.
     """
     out = out or Path("runs") / time.strftime("lora-digits-%Y%m%d-%H%M%S")
     rows = []
-    with connected(None):
+    with nullcontext() if actors == 0 else connected(None):
         for seed in seeds:
             configs = settings(out, seed, rounds)
             rows.append({"run": "base", "seed": seed, **base_scores(configs["federated"])})
             for name, config in configs.items():
                 if demo and name != "federated":
                     continue
-                runs = train(config, out / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}", name)
+                runs = train(
+                    replace(config, actors=actors), out / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}", name
+                )
                 mean = fedray.summary({str(run): run for run in runs}).mean()
                 rows.append({"run": name, "seed": seed} | {str(what): value for what, value in mean.items()})
     table = pd.DataFrame(rows)

@@ -10,6 +10,7 @@ flora starts new adapters every round, so no algorithm keeps optimizers here: th
 """
 
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +31,11 @@ RULES: dict[str, fedray.Algorithm] = {
 
 
 def main(
-    seeds: tuple[int, ...] = (0,), rounds: int = PRESET.rounds, learning_rate: float = 5e-3, out: Path | None = None
+    seeds: tuple[int, ...] = (0,),
+    rounds: int = PRESET.rounds,
+    learning_rate: float = 5e-3,
+    out: Path | None = None,
+    actors: int | None = None,
 ) -> None:
     """Fine-tune with each rule and compare; runs that are in OUT already are not repeated.
 
@@ -39,16 +44,17 @@ def main(
         rounds: communication rounds.
         learning_rate: of all of them.
         out: directory of the runs; by default runs/lora-rules-DATE-TIME.
+        actors: client actors of a run; 0 trains in this process, without Ray.
     """
     out = out or Path("runs") / time.strftime("lora-rules-%Y%m%d-%H%M%S")
     rows = []
-    with connected(None):
+    with nullcontext() if actors == 0 else connected(None):
         for seed in seeds:
             task = replace(PRESET.task, train_data_dir=str(photos(out, seed)))
             for name, rule in RULES.items():
                 config = replace(
                     PRESET, task=task, seed=seed, rounds=rounds, algorithm=rule, keep_optimizer=False,
-                    learning_rate=learning_rate, validation_rounds=rounds,
+                    learning_rate=learning_rate, validation_rounds=rounds, actors=actors,
                 )  # fmt: skip
                 print(f"\n{name}, seed {seed}")
                 directory = out / f"{name}-{seed}"

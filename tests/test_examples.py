@@ -42,7 +42,18 @@ def test_a_network_and_dataset_of_ones_own(tmp_path, actors):
 
 @pytest.mark.slow
 def test_the_digits_experiment_in_short(tmp_path):
-    command = [ROOT / "experiments/digits.py", "--rounds", 1, "--seeds", 0, 1, "--out", tmp_path / "runs"]
+    command = [
+        ROOT / "experiments/digits.py",
+        "--rounds",
+        1,
+        "--seeds",
+        0,
+        1,
+        "--out",
+        tmp_path / "runs",
+        "--actors",
+        0,
+    ]
     printed = python(*command, cwd=tmp_path)
     assert "fd[digits], federated ÷" in printed
     table = pd.read_csv(tmp_path / "runs/summary.csv")
@@ -70,14 +81,15 @@ def test_the_samplers_experiment(tmp_path):
 
 @pytest.mark.slow
 def test_the_lora_experiments_in_short(tmp_path):
-    printed = python(ROOT / "experiments/lora_digits.py", "--rounds", 1, "--out", tmp_path / "runs", cwd=tmp_path)
+    here = ["--rounds", 1, "--actors", 0, "--out"]
+    printed = python(ROOT / "experiments/lora_digits.py", *here, tmp_path / "runs", cwd=tmp_path)
     assert "gain in accuracy over" in printed.replace("\n", " ")
     table = pd.read_csv(tmp_path / "runs/summary.csv").set_index("run")
     assert list(table.index) == ["base", "federated", "centralised", "centralised, same images", "alone"]
     assert table.loc["federated", "sequential steps"] == table.loc["centralised", "sequential steps"] == 8
     assert table.loc["base", "accuracy[digits]"] < 0.1
     assert Image.open(tmp_path / "runs/federated-0/validation.png").width > 500
-    python(ROOT / "experiments/lora_rules.py", "--rounds", 1, "--out", tmp_path / "rules", cwd=tmp_path)
+    python(ROOT / "experiments/lora_rules.py", *here, tmp_path / "rules", cwd=tmp_path)
     table = pd.read_csv(tmp_path / "rules/summary.csv").set_index("rule")
     assert list(table.index) == ["fedavg", "ffa", "svd", "flora"]
     assert table.loc["flora", "aggregation error"] < 1e-6 < table.loc["fedavg", "aggregation error"]

@@ -498,3 +498,33 @@ def test_a_full_disk_is_told_in_a_sentence_and_the_run_goes_on_later(toy_config,
 def test_settings_that_every_client_would_fail_at(toy_config, setting):
     with pytest.raises(UserError, match="--(adam-epsilon|train-batch-size)"):
         toy_config(**setting).check()
+
+
+@dataclass(frozen=True)
+class Shouting(Algorithm):
+    """Client 1 sends what the sum cannot hold, in the model or beside it."""
+
+    where: str = "model"
+    value: float = 1024.0
+
+    def init(self, model, layout):
+        return {"model": model, "control": torch.zeros(3)}
+
+    def upload(self, local, down, memory):
+        tensors = {"model": local.weights.clone(), "control": torch.ones(3)}
+        if local.client == 1:
+            tensors[self.where][0] = self.value
+        return tensors, {}, {"seen": memory.get("seen", torch.zeros(1)) + 1}
+
+
+@pytest.mark.parametrize("where", ["model", "control"])
+@pytest.mark.parametrize(("value", "reach"), [(1024.0, "below 1024"), (float("nan"), "not finite"), (1023.9, None)])
+def test_what_a_sum_cannot_hold_is_that_clients_failure(toy_config, tmp_path, where, value, reach):
+    rows = train(toy_config(algorithm=Shouting(where, value), rounds=2, evaluate_samples=0), tmp_path / "run")
+    run = Run.open(tmp_path / "run")
+    for row in rows:
+        outcomes = [client["outcome"] for client in row["clients"]]
+        assert outcomes[0] == outcomes[2] == outcomes[3] == "ok"
+        assert outcomes[1] == "ok" if reach is None else reach in outcomes[1]
+    seen = [run.recall(client, run.generation(client, 2)).get("algorithm/seen") for client in range(4)]
+    assert [None if each is None else each.item() for each in seen] == [2, 2 if reach is None else None, 2, 2]
