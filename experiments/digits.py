@@ -52,7 +52,7 @@ def train(config: fedray.Config, out: Path, name: str) -> Path:
 
 def picture(runs: dict[str, Path], path: Path) -> None:
     """Real digits beside the samples of each run."""
-    images = torch.from_numpy(digits().images[:64])
+    images = torch.from_numpy(digits().images[:64].copy())
     grids = {"real digits": fedray.grid(images)} | {name: plt.imread(out / "samples.png") for name, out in runs.items()}
     figure, axes = plt.subplots(1, len(grids), figsize=(4 * len(grids), 4.3), layout="constrained")
     for axis, (name, grid) in zip(axes, grids.items(), strict=True):
