@@ -75,7 +75,7 @@ def train(steps: int = 1500, batch_size: int = 128) -> None:
     torch.manual_seed(0)
     rng = generator(0, "classifier")
     data = digits()
-    images, labels = torch.from_numpy(data.images.copy()), torch.from_numpy(data.labels.copy())
+    images, labels = torch.from_numpy(data.images.copy()), torch.tensor(data.labels)
     order = torch.randperm(len(images), generator=rng)
     trained, held_out = order[: len(order) * 3 // 4], order[len(order) * 3 // 4 :]
     model = DigitClassifier()
