@@ -136,7 +136,8 @@ def hashes(runs):
     return {run.saved["config"]["seed"]: run.result["vector_sha256"] for run in runs}
 
 
-@pytest.mark.parametrize("actors", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("actors", [0, 2])
 def test_a_trial_is_the_run_that_it_would_be_alone(toy_config, tmp_path, ray, actors):
     import fedray
 

@@ -233,6 +233,7 @@ def test_a_client_alone_copies_only_what_it_has(short):
     assert len(make_plan(replace(short, held_out_share=0.1)).trained) == len(plan.shards.indices)
 
 
+@pytest.mark.slow
 def test_copies_are_looked_for_where_images_were_held_out(short, tmp_path):
     config = replace(short, held_out_share=0.1, test_share=0.1)
     run = fedray.run(config, tmp_path / "run")
@@ -513,6 +514,7 @@ def test_changed_images_are_not_scored_as_if_they_were_the_runs(tmp_path, capsys
         assert "have changed since it began" in said or "judges digits only" in said
 
 
+@pytest.mark.slow
 def test_intervals_are_over_seeds_where_there_are_several(short, tmp_path):
     for seed, clients in ((0, 4), (1, 4), (2, 4), (0, 2)):
         fedray.run(replace(short, seed=seed, clients=clients), tmp_path / f"run-{clients}-{seed}")

@@ -262,6 +262,7 @@ def test_the_command(command, tmp_path):
     assert {path: path.read_bytes() for path in written} == before  # the same figures are the same files
 
 
+@pytest.mark.slow
 def test_the_command_on_several_sweeps_and_a_table_alone(command, out, tmp_path):
     write(load(out).rounds, tmp_path / "table")
     for path in out.glob("*.sweep.json"):

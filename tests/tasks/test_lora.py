@@ -271,9 +271,10 @@ def test_rows_tell_what_aggregation_loses(config, tmp_path):
     assert found[Flora]["error_max"] < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
-    [pytest.param(FedAvg(), marks=pytest.mark.slow), FFA(), SVD(), pytest.param(Flora(), marks=pytest.mark.slow)],
+    [FedAvg(), FFA(), SVD(), Flora()],
 )
 def test_stopped_and_resumed_and_on_actors_it_is_the_same_run(ray, config, tmp_path, method):
     config = replace(config, algorithm=method, rounds=3)
@@ -526,12 +527,13 @@ np.save(out, (images * 255).round().astype(np.uint8).transpose(0, 3, 1, 2))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "alpha"),
     [
         (FedAvg(), None),
-        pytest.param(FFA(), 4.0, marks=pytest.mark.slow),
-        pytest.param(Flora(), None, marks=pytest.mark.slow),
+        (FFA(), 4.0),
+        (Flora(), None),
     ],
 )
 def test_what_is_saved_diffusers_loads_alone_and_draws_the_same(config, tmp_path, method, alpha):
@@ -560,6 +562,7 @@ def test_what_is_saved_diffusers_loads_alone_and_draws_the_same(config, tmp_path
     assert run.result["vector_sha256"] in card
 
 
+@pytest.mark.slow
 def test_sampling_prompts_at_any_strength(config, tmp_path, capsys):
     out = train(replace(config, learning_rate=3e-2), tmp_path / "run").directory
     pictures = {}
