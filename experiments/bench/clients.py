@@ -74,6 +74,7 @@ class Faces(DDPM):
         return Dataset(np.random.default_rng(0).integers(0, 256, (2, 3, 64, 64), np.uint8))
 
 
+# In place of a run directory, and so of another type: what a round asks of it.
 NOTHING = SimpleNamespace(generation=lambda *_: None, recall=lambda *_: {}, remember=lambda *_: None)
 
 
@@ -145,6 +146,7 @@ def main(repeats: int = 7, large: bool = True) -> None:
     """
     torch.set_num_threads(1)
     common: dict[str, Any] = dict(local_steps=1, evaluate_samples=0, actors=0, rounds=1000, optimizer=Optimizer())
+    # `TinyLearner` cannot sample, which nothing here asks for: so it is no `Task` to a type checker.
     cases: dict[str, tuple[Config, Callable[[Config], Callable[[], None]]]] = {
         "4 kB": (Config(task=Tiny(), clients=1000, train_batch_size=8, **common), bare_tiny)  # type: ignore[arg-type]
     }

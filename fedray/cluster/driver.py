@@ -56,6 +56,7 @@ class Request:
         metrics: Mapping[str, Metric],
         plan: Plan,
     ) -> "Request":
+        # Without its dataset it is no whole `Plan`; `unpacked` makes it one again.
         packed = pack(replace(plan, dataset=None))  # type: ignore[arg-type]
         return cls(config, out, resume, provenance, metrics, plan.dataset.source, packed)
 
