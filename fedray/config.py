@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,9 +15,10 @@ from fedray.algorithms import Algorithm
 from fedray.algorithms.ema import EMA
 from fedray.algorithms.fedavg import FedAvg
 from fedray.algorithms.folds import Fold, Mean
+from fedray.checks import check
 from fedray.data.partition import IID, Partition
-from fedray.errors import UserError, check_name
-from fedray.forms import check_types, find_sources
+from fedray.errors import UserError
+from fedray.forms import find_sources
 from fedray.menus import (
     ALGORITHMS,
     EXACT,
@@ -37,31 +38,15 @@ from fedray.scores import networks
 from fedray.tasks import Task
 from fedray.tasks.ddpm import DDPM
 from fedray.tasks.named import task_from_json, task_to_json
-from fedray.vector.optimizer import LR_SCHEDULERS, Optimizer
+from fedray.vector.optimizer import Optimizer
 from fedray.wire import Link, Wire
 
 FORMAT = 2  # of config.json: 1 knew `rule` and `codec`
-PRECISIONS = ("no", "bf16", "fp16")
 
 # Where a run is computed. It does not change the result, but for threads and for GPUs, whose float sums differ:
 # `check_resumable` holds a run to those.
 PLACEMENT = ("actors", "cpus_per_actor", "gpus_per_actor", "address", "client_timeout", "client_retries", "min_clients",
              "inception_weights")  # fmt: skip
-# Names, bounds, and what they must be; None is not asked.
-LIMITS: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
-    ((
-        "clients", "rounds", "local_epochs", "local_steps", "train_batch_size", "eval_batch_size", "learning_rate",
-        "max_grad_norm", "cpus_per_actor", "client_timeout", "gradient_accumulation_steps", "validation_rounds",
-        "checkpoints_total_limit", "min_clients", "evaluate_every", "ema_inv_gamma", "ema_power",
-    ), lambda value: 0 < value < math.inf, "be above 0"),
-    ((
-        "evaluate_samples", "gpus_per_actor", "adam_weight_decay", "adam_epsilon", "actors", "lr_warmup_steps",
-        "client_retries",
-    ), lambda value: 0 <= value < math.inf, "not be negative"),
-    (("ema_max_decay", "adam_beta1", "adam_beta2", "held_out_share", "test_share"), lambda value: 0 <= value < 1,
-     "be at least 0 and below 1"),
-    (("train_batch_size",), lambda value: value < 2**31, "be below 2,147,483,648"),
-)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,54 +240,7 @@ class Config:
 
     def check(self) -> None:
         """Raise `UserError` for what can be seen to be wrong without data or hardware."""
-        check_types(self)
-        check_types(self.task)
-        if self.local_epochs is not None and self.local_steps is not None:
-            raise UserError("--local-epochs and --local-steps are both given; give one of them.")
-        if self.local_epochs is None and self.local_steps is None:
-            raise UserError("neither --local-epochs nor --local-steps is given; give one of them.")
-        for names, fits, must in LIMITS:
-            for name in names:
-                value = getattr(self, name)
-                if value is not None and not fits(value):
-                    raise UserError(f"{flag(name)} {value}: it must {must}.")
-        if self.min_clients > self.cohort_size:
-            raise UserError(f"--min-clients {self.min_clients}: only {self.cohort_size} take part in a round.")
-        if not 0 < self.fraction <= 1:
-            raise UserError(f"--fraction {self.fraction}: it must be above 0 and at most 1.")
-        if self.gpus_per_actor > 1 and self.gpus_per_actor != int(self.gpus_per_actor):
-            raise UserError(f"--gpus-per-actor {self.gpus_per_actor}: above 1 it must be a whole number.")
-        if self.kid_subset_size < 2:
-            raise UserError(f"--kid-subset-size {self.kid_subset_size}: it must be at least 2.")
-        if self.evaluate_samples == 1 and self.features:
-            raise UserError("--evaluate-samples 1: a score needs at least 2 images (or --features None).")
-        if self.held_out_share + self.test_share >= 1:
-            raise UserError("--held-out-share and --test-share together leave nothing to train on.")
-        if self.only_client is not None and not 0 <= self.only_client < self.clients:
-            raise UserError(f"--only-client {self.only_client}: clients are numbered 0 to {self.clients - 1}.")
-        check_name("learning-rate scheduler", self.lr_scheduler, LR_SCHEDULERS)
-        check_name("precision", self.mixed_precision, PRECISIONS)
-        if self.mixed_precision == "fp16" and not self.gpus_per_actor:
-            raise UserError("--mixed-precision fp16 needs a GPU (--gpus-per-actor); on a CPU use bf16.")
-        self.task.check(self.sampler, self.sampling_steps)
-        self._check_fit()
-
-    def _check_fit(self) -> None:
-        """Raise `UserError` where a part of the run needs what no other part offers."""
-        if self.use_ema and ALGORITHMS.form(self.algorithm).startswith("ema:"):
-            raise UserError("--use-ema and --algorithm ema:… both ask for an average; leave one of them out.")
-        method, parts = self.method, {"algorithm": ALGORITHMS.form(self.algorithm), "fold": FOLDS.form(self.fold)}
-        offered = self.task_offers | method.offers | self.fold.offers | self.optimizer.offers
-        offered = offered.union(*(link.offers for link in self.wire))
-        needs = [(f"--algorithm {parts['algorithm']}", method.needs), (f"--fold {parts['fold']}", self.fold.needs)]
-        needs += [(f"--wire {LINKS.form(link)}", link.needs) for link in self.wire]
-        if self.keep_optimizer:
-            why = "makes new factors every round, to which an optimizer of the old ones does not fit: keep none"
-            needs.append((f"--algorithm {parts['algorithm']}", {"fixed coordinates": why}))
-        for who, needed in needs:
-            for need, why in needed.items():
-                if need not in offered:
-                    raise UserError(f"{who} {why}.")
+        check(self)
 
     @property
     def task_offers(self) -> frozenset[str]:
@@ -343,8 +281,3 @@ def sha256_of(values: dict[str, Any]) -> str:
     """Return `Config.sha256` of a saved configuration, as `to_json` gave it."""
     matters = {name: value for name, value in values.items() if name not in PLACEMENT}
     return hashlib.sha256(json.dumps(matters, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def flag(name: str) -> str:
-    """Return the command-line flag of a field."""
-    return "--" + name.replace("_", "-")

@@ -14,7 +14,7 @@ import fedray
 PACKAGE = Path(fedray.__file__).parent
 ROOMS = [
     *("errors", "lazy", "own", "forms", "seeds", "files", "vector", "data", "tasks", "algorithms", "wire"),
-    *("scores", "menus"),
+    *("scores", "menus", "checks"),
     *("config", "presets", "record", "federation", "reports", "cluster", "commands", "cli", "__main__"),
 ]
 FILES = {
@@ -77,7 +77,7 @@ def test_a_reader_can_hold_a_file_and_a_function_in_mind():
 
 
 def test_no_code_asks_for_a_concrete_task_algorithm_or_link():
-    """What a part needs and another offers is compared in one place, `Config._check_fit`."""
+    """What a part needs and another offers is compared in one place, `checks._check_fit`."""
     from fedray import menus
     from fedray.tasks.named import OURS
 

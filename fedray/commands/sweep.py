@@ -23,9 +23,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from fedray.checks import flag
 from fedray.commands.settings import Settings, T, ask, preset_help
 from fedray.commands.terminal import print_frame, program
-from fedray.config import Config, flag
+from fedray.config import Config
 from fedray.errors import RunError, UserError, check_name
 from fedray.files import read_json, write
 from fedray.own import load_file

@@ -3,7 +3,8 @@
 import json
 import math
 
-from fedray.config import PLACEMENT, Config, flag
+from fedray.checks import flag
+from fedray.config import PLACEMENT, Config
 from fedray.errors import UserError
 from fedray.record.run import Run
 from fedray.record.upgrade import check_format

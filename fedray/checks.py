@@ -1,0 +1,89 @@
+"""What is refused before a run begins."""
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from fedray.errors import UserError, check_name
+from fedray.forms import check_types
+from fedray.menus import ALGORITHMS, FOLDS, LINKS
+from fedray.vector.optimizer import LR_SCHEDULERS
+
+if TYPE_CHECKING:
+    from fedray.config import Config
+
+PRECISIONS = ("no", "bf16", "fp16")
+
+# Names, bounds, and what they must be; None is not asked.
+LIMITS: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
+    ((
+        "clients", "rounds", "local_epochs", "local_steps", "train_batch_size", "eval_batch_size", "learning_rate",
+        "max_grad_norm", "cpus_per_actor", "client_timeout", "gradient_accumulation_steps", "validation_rounds",
+        "checkpoints_total_limit", "min_clients", "evaluate_every", "ema_inv_gamma", "ema_power",
+    ), lambda value: 0 < value < math.inf, "be above 0"),
+    ((
+        "evaluate_samples", "gpus_per_actor", "adam_weight_decay", "adam_epsilon", "actors", "lr_warmup_steps",
+        "client_retries",
+    ), lambda value: 0 <= value < math.inf, "not be negative"),
+    (("ema_max_decay", "adam_beta1", "adam_beta2", "held_out_share", "test_share"), lambda value: 0 <= value < 1,
+     "be at least 0 and below 1"),
+    (("train_batch_size",), lambda value: value < 2**31, "be below 2,147,483,648"),
+)  # fmt: skip
+
+
+def check(config: "Config") -> None:
+    """Raise `UserError` for what can be seen to be wrong without data or hardware."""
+    check_types(config)
+    check_types(config.task)
+    if config.local_epochs is not None and config.local_steps is not None:
+        raise UserError("--local-epochs and --local-steps are both given; give one of them.")
+    if config.local_epochs is None and config.local_steps is None:
+        raise UserError("neither --local-epochs nor --local-steps is given; give one of them.")
+    for names, fits, must in LIMITS:
+        for name in names:
+            value = getattr(config, name)
+            if value is not None and not fits(value):
+                raise UserError(f"{flag(name)} {value}: it must {must}.")
+    if config.min_clients > config.cohort_size:
+        raise UserError(f"--min-clients {config.min_clients}: only {config.cohort_size} take part in a round.")
+    if not 0 < config.fraction <= 1:
+        raise UserError(f"--fraction {config.fraction}: it must be above 0 and at most 1.")
+    if config.gpus_per_actor > 1 and config.gpus_per_actor != int(config.gpus_per_actor):
+        raise UserError(f"--gpus-per-actor {config.gpus_per_actor}: above 1 it must be a whole number.")
+    if config.kid_subset_size < 2:
+        raise UserError(f"--kid-subset-size {config.kid_subset_size}: it must be at least 2.")
+    if config.evaluate_samples == 1 and config.features:
+        raise UserError("--evaluate-samples 1: a score needs at least 2 images (or --features None).")
+    if config.held_out_share + config.test_share >= 1:
+        raise UserError("--held-out-share and --test-share together leave nothing to train on.")
+    if config.only_client is not None and not 0 <= config.only_client < config.clients:
+        raise UserError(f"--only-client {config.only_client}: clients are numbered 0 to {config.clients - 1}.")
+    check_name("learning-rate scheduler", config.lr_scheduler, LR_SCHEDULERS)
+    check_name("precision", config.mixed_precision, PRECISIONS)
+    if config.mixed_precision == "fp16" and not config.gpus_per_actor:
+        raise UserError("--mixed-precision fp16 needs a GPU (--gpus-per-actor); on a CPU use bf16.")
+    config.task.check(config.sampler, config.sampling_steps)
+    _check_fit(config)
+
+
+def _check_fit(config: "Config") -> None:
+    """Raise `UserError` where a part of the run needs what no other part offers."""
+    if config.use_ema and ALGORITHMS.form(config.algorithm).startswith("ema:"):
+        raise UserError("--use-ema and --algorithm ema:… both ask for an average; leave one of them out.")
+    method, parts = config.method, {"algorithm": ALGORITHMS.form(config.algorithm), "fold": FOLDS.form(config.fold)}
+    offered = config.task_offers | method.offers | config.fold.offers | config.optimizer.offers
+    offered = offered.union(*(link.offers for link in config.wire))
+    needs = [(f"--algorithm {parts['algorithm']}", method.needs), (f"--fold {parts['fold']}", config.fold.needs)]
+    needs += [(f"--wire {LINKS.form(link)}", link.needs) for link in config.wire]
+    if config.keep_optimizer:
+        why = "makes new factors every round, to which an optimizer of the old ones does not fit: keep none"
+        needs.append((f"--algorithm {parts['algorithm']}", {"fixed coordinates": why}))
+    for who, needed in needs:
+        for need, why in needed.items():
+            if need not in offered:
+                raise UserError(f"{who} {why}.")
+
+
+def flag(name: str) -> str:
+    """Return the command-line flag of a field."""
+    return "--" + name.replace("_", "-")
