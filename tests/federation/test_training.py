@@ -15,7 +15,6 @@ from tensorboardX.proto.event_pb2 import Event
 
 from fedray.cli import main
 from fedray.cluster.alone import run_local_only
-from fedray.config import LR_SCHEDULERS
 from fedray.errors import UserError
 from fedray.federation.local import TrainJob, client_update, lr_schedule
 from fedray.federation.plan import make_plan
@@ -25,6 +24,7 @@ from fedray.record.run import Run
 from fedray.seeds import generator
 from fedray.tasks.ddpm import DDPM
 from fedray.tasks.ddpm.learner import DDPMLearner
+from fedray.vector.optimizer import LR_SCHEDULERS
 
 NONE = np.array([], int)
 DIGITS = replace(
