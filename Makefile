@@ -3,6 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO ?=
+SIDE_BY_SIDE := -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: demo demo-lora test test-fast check help
@@ -22,10 +23,10 @@ demo-lora: .venv/installed  ## adapt a small Stable Diffusion to digits it has n
 	@$(BIN)/python experiments/lora_digits.py --demo $(DEMO)
 
 test: .venv/installed  ## all tests but those that need a GPU
-	@$(BIN)/python -m pytest -m "not gpu"
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not gpu"
 
 test-fast: .venv/installed  ## the tests that take seconds
-	@$(BIN)/python -m pytest -m "not gpu and not slow"
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not gpu and not slow"
 
 check: .venv/installed  ## style (ruff) and types (mypy)
 	@$(BIN)/python -m ruff check .

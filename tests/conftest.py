@@ -4,6 +4,8 @@ import tempfile
 
 # One thread, as an actor of one CPU has; before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Tests run side by side: threads that wait for each other must leave the cores to others.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ["COLUMNS"] = "200"

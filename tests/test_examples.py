@@ -80,7 +80,7 @@ def test_the_samplers_experiment(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_lora_experiments_in_short(tmp_path):
+def test_the_lora_experiment_in_short(tmp_path):
     here = ["--rounds", 1, "--actors", 0, "--out"]
     printed = python(ROOT / "experiments/lora_digits.py", *here, tmp_path / "runs", cwd=tmp_path)
     assert "gain in accuracy over" in printed.replace("\n", " ")
@@ -89,6 +89,11 @@ def test_the_lora_experiments_in_short(tmp_path):
     assert table.loc["federated", "sequential steps"] == table.loc["centralised", "sequential steps"] == 8
     assert table.loc["base", "accuracy[digits]"] < 0.1
     assert Image.open(tmp_path / "runs/federated-0/validation.png").width > 500
+
+
+@pytest.mark.slow
+def test_the_rules_of_adapters_in_short(tmp_path):
+    here = ["--rounds", 1, "--actors", 0, "--out"]
     python(ROOT / "experiments/lora_rules.py", *here, tmp_path / "rules", cwd=tmp_path)
     table = pd.read_csv(tmp_path / "rules/summary.csv").set_index("rule")
     assert list(table.index) == ["fedavg", "ffa", "svd", "flora"]
