@@ -4,6 +4,8 @@ from .algorithms import Local as Local
 from .algorithms import Round as Round
 from .algorithms import Upload as Upload
 from .algorithms import Wrapper as Wrapper
+from .algorithms.attacks import Attack as Attack
+from .algorithms.attacks import Malicious as Malicious
 from .algorithms.ema import EMA as EMA
 from .algorithms.fedavg import FedAvg as FedAvg
 from .algorithms.folds import Collect as Collect
@@ -12,6 +14,11 @@ from .algorithms.folds import Mean as Mean
 from .algorithms.lora import FFA as FFA
 from .algorithms.lora import SVD as SVD
 from .algorithms.lora import Flora as Flora
+from .algorithms.robust import Krum as Krum
+from .algorithms.robust import Median as Median
+from .algorithms.robust import MultiKrum as MultiKrum
+from .algorithms.robust import NormBound as NormBound
+from .algorithms.robust import Trimmed as Trimmed
 from .cluster.alone import run_local_only as run_local_only
 from .cluster.driver import run as run
 from .cluster.trials import Experiment as Experiment
@@ -40,6 +47,11 @@ from .tasks.ddpm import DDPM as DDPM
 from .tasks.lora import LoRA as LoRA
 from .vector import FlatParameters as FlatParameters
 from .wire import Link as Link
+from .wire.bfloat16 import BFloat16 as BFloat16
+from .wire.feedback import Feedback as Feedback
 from .wire.float16 import Float16 as Float16
+from .wire.int8 import Int8 as Int8
+from .wire.randk import RandK as RandK
+from .wire.topk import TopK as TopK
 
 __version__: str

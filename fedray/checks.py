@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from fedray.errors import UserError, check_name
 from fedray.forms import check_types
-from fedray.menus import ALGORITHMS, FOLDS, LINKS
+from fedray.menus import ALGORITHMS, FOLDS, LINKS, malicious_form
 from fedray.vector.optimizer import LR_SCHEDULERS
+from fedray.wire import Link
 
 if TYPE_CHECKING:
     from fedray.config import Config
@@ -58,6 +59,18 @@ def check(config: "Config") -> None:
         raise UserError("--held-out-share and --test-share together leave nothing to train on.")
     if config.only_client is not None and not 0 <= config.only_client < config.clients:
         raise UserError(f"--only-client {config.only_client}: clients are numbered 0 to {config.clients - 1}.")
+    if config.malicious is not None:
+        _check_malicious(config)
+    _check_wire("--wire", config.wire)
+    _check_wire("--wire-down", config.wire_down or ())
+    for link in config.wire_down or ():
+        if getattr(type(link), "send", None) is Link.send:
+            raise UserError(f"--wire-down {LINKS.form(link)}: this link does nothing on the way down; leave it out.")
+    if config.fold.least > config.cohort_size:
+        raise UserError(
+            f"--fold {FOLDS.form(config.fold)} needs {config.fold.least} clients in a round, and "
+            f"{config.cohort_size} take part."
+        )
     check_name("learning-rate scheduler", config.lr_scheduler, LR_SCHEDULERS)
     check_name("precision", config.mixed_precision, PRECISIONS)
     if config.mixed_precision == "fp16" and not config.gpus_per_actor:
@@ -66,15 +79,42 @@ def check(config: "Config") -> None:
     _check_fit(config)
 
 
+def _check_malicious(config: "Config") -> None:
+    """Raise `UserError` for attackers that there cannot be."""
+    assert config.malicious is not None
+    what = f"--malicious {malicious_form(config.malicious)}"
+    if config.single:
+        raise UserError(f"{what}: a client that trains alone attacks nobody.")
+    if not (0 < config.malicious.share < 1 and 0 < config.malicious.count(config.clients) < config.clients):
+        raise UserError(f"{what}: the share must make some of the {config.clients} clients malicious, and not all.")
+
+
+def _check_wire(name: str, links: "tuple[Link, ...]") -> None:
+    """Raise `UserError` for links that cannot follow each other."""
+    for index, link in enumerate(links):
+        for before in links[:index]:
+            if before.coded:
+                raise UserError(f"{name}: {LINKS.form(link)} cannot follow {LINKS.form(before)}, which sends codes.")
+            if before.sparse and link.remembers:
+                raise UserError(
+                    f"{name}: {LINKS.form(link)} cannot follow {LINKS.form(before)}, which sends other coordinates "
+                    f"every time; put it around that link."
+                )
+
+
 def _check_fit(config: "Config") -> None:
     """Raise `UserError` where a part of the run needs what no other part offers."""
     if config.use_ema and ALGORITHMS.form(config.algorithm).startswith("ema:"):
         raise UserError("--use-ema and --algorithm ema:… both ask for an average; leave one of them out.")
     method, parts = config.method, {"algorithm": ALGORITHMS.form(config.algorithm), "fold": FOLDS.form(config.fold)}
     offered = config.task_offers | method.offers | config.fold.offers | config.optimizer.offers
-    offered = offered.union(*(link.offers for link in config.wire))
+    links = {f"--wire {LINKS.form(link)}": link for link in config.wire}
+    links |= {f"--wire-down {LINKS.form(link)}": link for link in config.wire_down or ()}
+    offered = offered.union(*(link.offers for link in links.values()))
     needs = [(f"--algorithm {parts['algorithm']}", method.needs), (f"--fold {parts['fold']}", config.fold.needs)]
-    needs += [(f"--wire {LINKS.form(link)}", link.needs) for link in config.wire]
+    needs += [(who, link.needs) for who, link in links.items()]
+    if config.malicious is not None:
+        needs.append((f"--malicious {malicious_form(config.malicious)}", config.malicious.attack.needs))
     if config.keep_optimizer:
         why = "makes new factors every round, to which an optimizer of the old ones does not fit: keep none"
         needs.append((f"--algorithm {parts['algorithm']}", {"fixed coordinates": why}))

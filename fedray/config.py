@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import tyro
 
 from fedray.algorithms import Algorithm
+from fedray.algorithms.attacks import Malicious
 from fedray.algorithms.ema import EMA
 from fedray.algorithms.fedavg import FedAvg
 from fedray.algorithms.folds import Fold, Mean
@@ -27,9 +28,13 @@ from fedray.menus import (
     LINKS,
     PARTITIONS,
     TEXTS,
+    malicious_form,
     name_or_none,
+    parse_malicious,
     parse_wire,
+    parse_wire_down,
     saved_features,
+    wire_down_form,
     wire_form,
     word,
     words_of,
@@ -78,14 +83,21 @@ class Config:
     (the best factors of the mean of B A) or flora (stacking; the mean of B A goes into the base); ema:DECAY:ALGORITHM;
     or a class of your own, FILE.py:CLASS:VALUES."""
     fold: Annotated[Fold, words_of(FOLDS)] = Mean()
-    """How the uploads of a round become one: mean, or a class of your own, FILE.py:CLASS:VALUES."""
+    """How the uploads of a round become one: mean; against malicious clients median, trimmed:BETA, krum:F,
+    multikrum:F[:M] or normbound:NORM; or a class of your own, FILE.py:CLASS:VALUES."""
     wire: Annotated[
         tuple[Link, ...],
         word(parse_wire, wire_form, "|".join([*EXACT, *LINKS.classes])),
         tyro.conf.arg(aliases=["--codec"]),
     ] = ()
-    """How weights travel: float32 (exact), float16 (half the bytes), or links separated by commas, your own by
-    FILE.py:CLASS:VALUES."""
+    """How weights travel: float32 (exact), float16 or bfloat16 (half the bytes), int8 (a quarter), up alone also
+    topk:SHARE, randk:SHARE and feedback:LINK (what a link does not send is added the next time), links separated by
+    commas, and your own by FILE.py:CLASS:VALUES."""
+    wire_down: Annotated[tuple[Link, ...] | None, word(parse_wire_down, wire_down_form, "LINKS")] = None
+    """How weights travel to clients, if not as `wire` says: float32, float16, bfloat16 or int8."""
+    malicious: Annotated[Malicious | None, word(parse_malicious, malicious_form, "SHARE:ATTACK")] = None
+    """Share of clients that are malicious, and what they do: 0.2:signflip (they send the opposite change),
+    0.2:noise:SCALE (Gaussian noise) or 0.2:labelflip (they train on wrong labels)."""
     use_ema: bool = False
     """Keep an exponential moving average of the global model at the server, and sample from it."""
     ema_max_decay: float = 0.9999
@@ -183,7 +195,15 @@ class Config:
             value = getattr(self, name)
             if isinstance(value, str):
                 object.__setattr__(self, name, parse(value, None))
-        for part in (self.task, self.partition, self.algorithm, self.fold, *self.wire):
+        for part in (
+            self.task,
+            self.partition,
+            self.algorithm,
+            self.fold,
+            *self.wire,
+            *(self.wire_down or ()),
+            self.malicious,
+        ):
             find_sources(part)
 
     @property
@@ -196,7 +216,7 @@ class Config:
     @property
     def links(self) -> Wire:
         """The wire as a chain of links."""
-        return Wire(self.wire)
+        return Wire(self.wire, self.wire_down, self.fold.differences)
 
     @property
     def adam(self) -> dict[str, Any]:

@@ -154,6 +154,12 @@ class Unloaded:
     trains: typing.ClassVar[None] = None
     uncounted: typing.ClassVar[frozenset[str]] = frozenset()
     uniform: typing.ClassVar[bool] = False
+    coded: typing.ClassVar[bool] = False
+    sparse: typing.ClassVar[bool] = False
+    remembers: typing.ClassVar[bool] = False
+    diverges: typing.ClassVar[bool] = False
+    differences: typing.ClassVar[bool] = False
+    least: typing.ClassVar[int] = 1
 
     def refuse(self) -> typing.NoReturn:
         """Raise `UserError` with what to type where the code may run."""

@@ -7,28 +7,31 @@ from typing import Any
 from tyro.constructors import PrimitiveConstructorSpec
 
 from fedray.algorithms import Algorithm
+from fedray.algorithms.attacks import Attack, Malicious
 from fedray.algorithms.folds import Fold
 from fedray.data.partition import Partition
+from fedray.errors import UserError
 from fedray.forms import Menu, Unloaded, parse_all
 from fedray.scores import networks
 from fedray.vector.optimizer import Optimizer
 from fedray.wire import Link
 
 ALGORITHMS = Menu("algorithm", Algorithm, "fedray.algorithms")
-FOLDS = Menu("fold", Fold, "fedray.algorithms.folds")
+FOLDS = Menu("fold", Fold, "fedray.algorithms")
+ATTACKS = Menu("attack", Attack, "fedray.algorithms.attacks")
 LINKS = Menu("link", Link, "fedray.wire")
 PARTITIONS = Menu("partition", Partition, "fedray.data.partition")
 EXACT: dict[str, tuple] = {"float32": ()}  # a wire without links
 
 
-def word(parse: Callable[[str], Any], form: Callable[[Any], str], names: str) -> PrimitiveConstructorSpec:
+def word(parse: Callable[[str], Any], form: Callable[[Any], str | None], names: str) -> PrimitiveConstructorSpec:
     """Make the constructor by which tyro reads and shows a short form: `--partition dirichlet:0.1`."""
     return PrimitiveConstructorSpec(
         nargs=1,
         metavar=names,
         instance_from_str=lambda arguments: parse(arguments[0]),
         is_instance=lambda instance: True,
-        str_from_instance=lambda instance: [form(instance)],
+        str_from_instance=lambda instance: [str(form(instance))],
     )
 
 
@@ -51,6 +54,32 @@ def wire_form(links: tuple[Link, ...]) -> str:
     return ",".join(map(LINKS.form, links)) or "float32"
 
 
+def parse_wire_down(text: str | None, allowed: Collection[Path] | None = None) -> tuple[Link, ...] | None:
+    """Make the links of the way down, as `parse_wire`; None where it is as the wire has it."""
+    return None if text in (None, "None") else parse_wire(text, allowed)
+
+
+def wire_down_form(links: tuple[Link, ...] | None) -> str | None:
+    """Return the inverse of `parse_wire_down`."""
+    return None if links is None else wire_form(links)
+
+
+def parse_malicious(text: str | None, allowed: Collection[Path] | None = None) -> Malicious | None:
+    """Make attackers of SHARE:ATTACK, as in 0.2:signflip; None for none."""
+    if text in (None, "None"):
+        return None
+    share, _, attack = text.partition(":")
+    try:
+        return Malicious(float(share), ATTACKS.parse(attack, allowed))
+    except ValueError:
+        raise UserError(f"--malicious {text!r} is not of the form SHARE:ATTACK, as in 0.2:signflip.") from None
+
+
+def malicious_form(chosen: Malicious | None) -> str | None:
+    """Return the inverse of `parse_malicious`."""
+    return None if chosen is None else f"{chosen.share}:{ATTACKS.form(chosen.attack)}"
+
+
 def saved_features(name: str | None, allowed: Collection[Path]) -> Any:
     """Return features that a run was scored on; of code (Python, TorchScript) that may not run, an `Unloaded`."""
     if name is None or not networks.network_of(name).runs_code or Path(name.partition(":")[0]).resolve() in allowed:
@@ -65,10 +94,11 @@ def _optimizer(text: str, allowed: Collection[Path] | None) -> Optimizer:
 # Settings that have a short form: how it is read, given the files that may run, and how it is written.
 FORMS: dict[str, Any] = {
     "partition": PARTITIONS.parse, "algorithm": ALGORITHMS.parse, "fold": FOLDS.parse, "wire": parse_wire,
-    "optimizer": _optimizer,
+    "wire_down": parse_wire_down, "malicious": parse_malicious, "optimizer": _optimizer,
 }  # fmt: skip
 TEXTS: dict[str, Any] = {
     "partition": PARTITIONS.form, "algorithm": ALGORITHMS.form, "fold": FOLDS.form, "wire": wire_form,
+    "wire_down": wire_down_form, "malicious": malicious_form,
     "optimizer": str,
     "features": lambda name: name and str(name),
 }  # fmt: skip

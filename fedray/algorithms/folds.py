@@ -23,6 +23,16 @@ class Fold:
 
     abstract = False  # not to be named by users
     bound: float = math.inf  # values must be smaller; a client that sends others (or NaN) has failed
+    differences = False  # uploads are changes from what clients received, also where the wire is exact
+
+    @property
+    def least(self) -> int:
+        """The number of uploads that it needs; a round with fewer ends the run."""
+        return 1
+
+    def memory(self, round: Round) -> int:
+        """Return the bytes of uploads that the driver holds at the end of a round in which all take part."""
+        return 0
 
     @property
     def needs(self) -> Mapping[str, str]:
@@ -31,7 +41,7 @@ class Fold:
 
     @property
     def offers(self) -> frozenset[str]:
-        """Properties that others may require: "uploads" where it keeps them."""
+        """Properties that others may require: "sums" where it adds up, "uploads" where it keeps them beside."""
         return frozenset()
 
     def start(self, round: Round) -> Any:
@@ -59,6 +69,9 @@ class Collect(Fold):
 
     abstract = True
 
+    def memory(self, round: Round) -> int:
+        return 4 * round.layout.size * len(round.cohort)
+
     def start(self, round: Round) -> list[Upload]:
         return []
 
@@ -66,17 +79,24 @@ class Collect(Fold):
         return [*partial, copied(upload)]
 
     def merge(self, first: list[Upload], second: list[Upload], round: Round) -> list[Upload]:
-        return first + second
+        return first + list(map(copied, second))  # Ray's object store holds less than the driver
 
     def result(self, partial: list[Upload], round: Round) -> Folded:
         uploads = sorted(partial, key=lambda upload: upload.client)
+        if len(uploads) < self.least:
+            raise RunError(f"there are {len(uploads)} uploads, and this fold needs {self.least}.")
+        chosen = self.choose(uploads)
         sums: Tensors = {}
         weights: dict[str, float] = {}
-        for name in dict.fromkeys(name for upload in uploads for name in upload.tensors):
-            sent = [upload for upload in uploads if name in upload.tensors]
-            weights[name] = sum(upload.weights[name] for upload in sent)
-            sums[name] = self.combine([upload.tensors[name] for upload in sent]).double() * weights[name]
+        for name in dict.fromkeys(name for upload in chosen for name in upload.tensors):
+            weights[name] = sum(upload.weights[name] for upload in uploads if name in upload.tensors)
+            sent = [upload.tensors[name] for upload in chosen if name in upload.tensors]
+            sums[name] = self.combine(sent).double() * weights[name]
         return Folded(sums, weights, [(upload.client, upload.rows) for upload in uploads], uploads)
+
+    def choose(self, uploads: list[Upload]) -> list[Upload]:
+        """Return the uploads that are combined, of all, ascending by client; by default all."""
+        return uploads
 
     def combine(self, tensors: list[torch.Tensor]) -> torch.Tensor:
         """Return the replacement for the mean, from each client's tensor [d], ascending by client."""
@@ -112,7 +132,10 @@ class Mean(Fold):
 
     @property
     def offers(self) -> frozenset[str]:
-        return frozenset({"uploads"})
+        return frozenset({"sums", "uploads"})
+
+    def memory(self, round: Round) -> int:
+        return 0 if round.adapters is None else 4 * round.layout.size * len(round.cohort)
 
     def start(self, round: Round) -> _Sums:
         return _Sums()

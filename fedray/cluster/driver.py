@@ -146,6 +146,7 @@ def run(
             on_row(row)
     else:
         plan = make_plan(config, dataset)  # mistakes are told, and images decoded, before Ray starts
+        plan.check(config)
         Run(out).check_disk(config, plan.layout)
         with connected(config.address):
             _drive(Request.of(config, out, resume, provenance, metrics or {}, plan), on_row, show)

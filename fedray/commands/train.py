@@ -122,10 +122,12 @@ def _print_plan(config: Config) -> None:
     from fedray.federation.plan import bytes_planned, make_plan, steps_planned
 
     plan = make_plan(config)
+    plan.check(config)
     steps = steps_planned(config, plan)
     sizes = plan.shards.sizes
     actors = {None: "as many as fit", 0: "none (this process)"}.get(config.actors, config.actors)
     planned, messages = bytes_planned(config, plan), sum(map(len, steps))
+    kept = config.fold.memory(plan.round(config, 0))
     down = planned.first * len(steps[0]) + planned.down * (messages - len(steps[0]))
     table = Table("what", "value", title="dry run: nothing is trained")
     for name, value in {
@@ -137,6 +139,8 @@ def _print_plan(config: Config) -> None:
         "steps": f"{sum(map(sum, steps)):,} in all; {sum(map(max, steps)):,} sequential",
         "bytes": f"{planned.down:,} down to a client in a round, {planned.up:,} up",
         "bytes in all": f"{down / 1e6:,.1f} MB down, {planned.up * messages / 1e6:,.1f} up",
+        **({"uploads kept": f"{kept / 1e6:,.1f} MB at the driver"} if kept else {}),
+        **({"malicious": ", ".join(map(str, sorted(plan.malicious)))} if plan.malicious else {}),
     }.items():
         table.add_row(name, value)
     Console().print(table)

@@ -54,9 +54,11 @@ def prepare(
     Raises:
         UserError: the configuration, the data or the directory does not allow it.
     """
-    for part in (config.algorithm, config.fold, config.wire, config.partition, config.features):
+    chosen = (config.algorithm, config.fold, config.wire, config.wire_down, config.malicious)
+    for part in (*chosen, config.partition, config.features):
         check_loaded(part)
     plan = make_plan(config, dataset) if plan is None else plan
+    plan.check(config)
     if resume:
         check_resumable(Run.open(run.directory), config)
         run.check_data(plan.data)

@@ -32,6 +32,7 @@ class TrainJob:
     indices: np.ndarray  # int64 [examples], into the dataset
     held_out: np.ndarray  # int64, the examples that it does not train on
     memory: Payload = field(default_factory=dict)  # what it kept, by name
+    malicious: bool = False
 
     @property
     def key(self) -> tuple[str | int, ...]:
@@ -70,6 +71,7 @@ class LocalTraining:
     def __init__(self, worker: Worker, round: Round, job: TrainJob) -> None:
         config, flat = worker.config, worker.learner.flat
         self.worker = worker
+        self.dataset = worker.poisoned if job.malicious else worker.dataset
         self.round = round
         self.job = job
         self.client = job.client
@@ -118,7 +120,7 @@ class LocalTraining:
         learner.flat.gradient.zero_()
         for indices in batches:
             mirrored = torch.rand(len(indices), generator=rng) < 0.5 if config.random_flip else None
-            batch = batch_of(self.worker.dataset, indices, mirrored)
+            batch = batch_of(self.dataset, indices, mirrored)
             with precision(config, self.worker.device):
                 loss = learner.loss(batch, rng)
             # An operation on a scalar takes as long as one on a tiny client's weights.
@@ -167,8 +169,8 @@ def client_update(worker: Worker, shared: Shared, job: TrainJob) -> tuple[Row, T
     memory = {name: as_tensor(array).to(device, copy=True) for name, array in job.memory.items()}
     own = under("algorithm/", memory)
     worker.load(method.start(down, own), down.get("base"))
-    learner.prepare(worker.dataset, job.indices, config.random_flip)
     local = LocalTraining(worker, round, job)
+    learner.prepare(local.dataset, job.indices, config.random_flip)
     try:
         if config.keep_optimizer:
             local.restore(under("optimizer/", memory))
@@ -181,6 +183,9 @@ def client_update(worker: Worker, shared: Shared, job: TrainJob) -> tuple[Row, T
     learner.flat.check()
     tensors, rows, kept = method.upload(local, down, own)
     sent = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+    if job.malicious and config.malicious is not None:
+        rng = round.rng("attack", job.client)
+        sent["model"] = config.malicious.attack.change(sent["model"], received["model"], rng)
     if wire.lossy:
         sent["model"] = sent["model"] - received["model"]
     links = {name: tensor.cpu() for name, tensor in memory.items() if name.startswith("link")}

@@ -1,8 +1,10 @@
 """The plan of a run, worked out without training anything."""
 
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +17,7 @@ from fedray.data.partition import Shards, hold_out
 from fedray.errors import UserError
 from fedray.federation import cohort
 from fedray.federation.worker import build
+from fedray.menus import FOLDS
 from fedray.scores import networks
 from fedray.seeds import generator
 from fedray.vector import Layout
@@ -36,6 +39,18 @@ class Plan:
     fingerprint: dict[str, str]  # of what else the task learns from
     features: str | None  # names the network that scores are measured on, and its weights
     adapters: Adapters | None  # what the vector means, where it is not a whole model
+    malicious: frozenset[int] = frozenset()  # clients
+
+    def check(self, config: Config) -> None:
+        """Raise `UserError` where the uploads that a fold keeps do not fit this machine, or data cannot be attacked."""
+        need, have = config.fold.memory(self.round(config, 0)), machine_memory()
+        if need > have:
+            raise UserError(
+                f"--fold {FOLDS.form(config.fold)} keeps all uploads of a round: {need / 1e9:,.1f} GB for "
+                f"{config.cohort_size} clients, and this machine has {have / 1e9:,.1f} GB; lower --fraction."
+            )
+        if config.malicious is not None:
+            config.malicious.attack.poison(self.dataset)
 
     @property
     def data(self) -> dict[str, str]:
@@ -60,7 +75,7 @@ class Plan:
     def round(self, config: Config, number: int) -> Round:
         """Return the round of that number, from 0: its cohort, and the weight of each client."""
         clients = cohort_of(config, number)
-        uniform = any(link.uniform for link in config.wire)
+        uniform = any(link.uniform for link in (*config.wire, *(config.wire_down or ())))
         weights = {client: 1 if uniform else len(self.shards[client]) for client in clients}
         count = 1 if config.single else config.clients
         return Round(number, config.seed, tuple(clients), count, weights, self.layout, self.adapters)
@@ -102,7 +117,16 @@ def make_plan(config: Config, dataset: Dataset | None = None) -> Plan:
         fingerprint=getattr(config.task, "fingerprint", lambda dataset: {})(dataset),
         features=scored,
         adapters=getattr(learner, "adapters", None),
+        malicious=frozenset() if config.malicious is None else config.malicious.draw(config.seed, config.clients),
     )
+
+
+def machine_memory() -> int:
+    """Return the bytes of memory of this machine, or of the container that it is."""
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.exists() else "max"
+    return whole if text == "max" else min(whole, int(text))
 
 
 def steps_planned(config: Config, plan: Plan) -> list[list[int]]:
@@ -145,7 +169,9 @@ def bytes_planned(config: Config, plan: Plan) -> PlannedBytes:
     received = wire.decode(sent, round)
     weights = {name: max(1, round.weight(local.client, name)) for name in received}
     rows = {"examples": max(1, local.examples), "steps": local.steps} | rows
-    partial = fold.add(fold.start(round), Upload(local.client, received, weights, rows), round)
+    partial = fold.start(round)
+    for client in round.cohort[: fold.least]:
+        partial = fold.add(partial, Upload(client, received, weights, rows), round)
     after = method.aggregate(server, wire.finish(fold.result(partial, round), server, round), round)
     later = wire.send(method.broadcast(after, plan.round(config, 1)), round)
     return PlannedBytes(first, counted(later, method.uncounted), counted(sent, method.uncounted))

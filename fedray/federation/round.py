@@ -20,7 +20,8 @@ from fedray.federation.evaluation import Metric, Show, silent
 from fedray.federation.local import TrainJob, ValidateJob, validate
 from fedray.federation.plan import Plan
 from fedray.federation.pool import Pool, failure, in_order
-from fedray.federation.worker import Shared, model
+from fedray.federation.worker import Shared, model, threads
+from fedray.menus import FOLDS
 from fedray.record.checkpoint import State
 from fedray.record.run import Row, Run
 from fedray.vector import as_tensor
@@ -66,10 +67,15 @@ def run_round(session: Session, state: State) -> Generator[None, None, tuple[Sta
         ledger.add(block.rows)
         ledger.folding += time.perf_counter() - began
         yield
-    ledger.check(config.min_clients)
-    folded = wire.finish(fold.result(partial, round), server, round)
-    after = method.aggregate(server, folded, round)
-    row = ledger.row(method.diagnose(server, after, folded, round)) | {"lost": queue.losses}
+    ledger.check(config.min_clients, f"--min-clients {config.min_clients}")
+    ledger.check(fold.least, f"the {fold.least} that --fold {FOLDS.form(fold)} needs")
+    with threads(config.threads):
+        folded = wire.finish(fold.result(partial, round), server, round)
+        after = method.aggregate(server, folded, round)
+        found = method.diagnose(server, after, folded, round)
+    if config.malicious is not None:
+        found["malicious"] = len(session.plan.malicious.intersection(folded.survivors))
+    row = ledger.row(found) | {"lost": queue.losses}
     row["seconds"]["round"] = time.perf_counter() - started
     return State(round.number + 1, after), row
 
@@ -90,7 +96,8 @@ def train(session: Session, queue: Queue, down: Payload) -> Iterator[Block]:
     def job(client: int) -> TrainJob:
         memory = run.recall(client, run.generation(client, round.number))
         arrays = {name: tensor.numpy() for name, tensor in memory.items()}
-        return TrainJob(round.number, client, plan.shards[client], plan.held_out[client], arrays)
+        own = plan.shards[client], plan.held_out[client]
+        return TrainJob(round.number, client, *own, arrays, client in plan.malicious)
 
     def blocks() -> Iterator[TrainBlock]:  # drawn only as fast as they are done: a memory may be as large as two models
         while clients := queue.take(pace, steps, pool.workers):
@@ -126,7 +133,7 @@ class Ledger:
             if row["outcome"] != "ok":
                 self.failures.append((row["client"], row["outcome"], trace))
 
-    def check(self, least: int) -> None:
+    def check(self, least: int, what: str) -> None:
         """Raise `RunError` where fewer clients than that took part; `UserError` for a mistake of the user's own."""
         took_part = len(self.rows) - len(self.failures)
         if took_part >= least:
@@ -136,8 +143,8 @@ class Ledger:
         if took_part == 0:
             raise failure(f"round {number}: no client returned a model. Client {client}: {reason}.", reason, trace)
         raise failure(
-            f"round {number}: {took_part} of {len(self.rows)} clients returned a model, fewer than --min-clients "
-            f"{least}. Client {client}: {reason}.", reason, trace,
+            f"round {number}: {took_part} of {len(self.rows)} clients returned a model, fewer than {what}. "
+            f"Client {client}: {reason}.", reason, trace,
         )  # fmt: skip
 
     def row(self, aggregation: Mapping[str, float]) -> Row:

@@ -105,6 +105,12 @@ class Worker:
         return dataset
 
     @cached_property
+    def poisoned(self) -> Dataset:
+        """The run's data as malicious clients have it."""
+        assert self.config.malicious is not None
+        return self.config.malicious.attack.poison(self.dataset)
+
+    @cached_property
     def features(self) -> "Network":
         assert self.config.features is not None
         return networks.load(self.config.features, self.config.inception_weights, self.device)

@@ -1,12 +1,13 @@
 """Messages between the server and clients pass through a chain of links; their bytes are counted at the end.
 
 A message is a dictionary of named arrays of any dtype; its bytes are their sum. Without a lossy link, clients send
-their tensors as they are. With one, links see the difference from what the client received, the fold adds these
-up, and the server adds their mean to its own exact model, once.
+their tensors as they are. With one, in either direction, links see the difference from what the client received, the
+fold adds these up, and the server adds their mean to its own exact model, once.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -30,6 +31,10 @@ class Link:
     abstract = False  # not to be named by users
     lossy = False  # what arrives is not what was sent
     uniform = False  # clients must count alike, whatever the number of their examples
+    coded = False  # what it makes are codes, not numbers: no link may follow
+    sparse = False  # what it makes stands for other coordinates every time
+    remembers = False  # its memory is about coordinates: no sparse link may come before
+    diverges = False  # what arrives may be longer than what was sent: not to be corrected by feedback
     tensors: tuple[str, ...] = ("model",)
 
     @property
@@ -71,34 +76,50 @@ class Link:
 
 @dataclass(frozen=True)
 class Wire:
-    """A chain of links. On the way up the first link acts first, on the way down too."""
+    """A chain of links, of which the first acts first; and another for the way down, where it is not the same.
+
+    differences: clients send differences, whatever the links.
+    """
 
     links: tuple[Link, ...] = ()
+    down: tuple[Link, ...] | None = None
+    differences: bool = False
 
     @property
     def lossy(self) -> bool:
         """True where clients send differences."""
-        return any(link.lossy for link in self.links)
+        return self.differences or any(link.lossy for link in (*self.links, *(self.down or ())))
+
+    @property
+    def _down(self) -> tuple[Link, ...]:
+        return self.links if self.down is None else self.down
 
     def send(self, down: Tensors, round: Round) -> Payload:
         """Return the message that goes down to every client."""
         message: Tensors = {}
         for name, x in down.items():
-            for index, link in self._of(name):
+            for index, link in _of(self._down, name):
                 x = _pack(message, f"{name}/{index}.", link.send(x, round))
             message[name] = x
         return _arrays(message)
 
     def arrive(self, payload: Payload, round: Round) -> Tensors:
         """Return what a client receives. It must not be written to."""
-        return self._unpack(payload, round, "arrive")
+        return _unpack(self._down, payload, round, "arrive")
 
     def encode(self, tensors: Tensors, memory: Tensors, round: Round, client: int) -> tuple[Payload, Tensors]:
-        """Return the message that a client sends, and what its links keep."""
+        """Return the message that a client sends, and what its links keep.
+
+        Raises:
+            FloatingPointError: a link would hide that values are not finite.
+        """
         message: Tensors = {}
         kept: Tensors = {}
         for name, x in tensors.items():
-            for index, link in self._of(name):
+            links = _of(self.links, name)
+            if links and x.numel() and not all(map(math.isfinite, torch.aminmax(x))):
+                raise FloatingPointError(f"the {name} that it sends is not finite (lower the learning rate?)")
+            for index, link in links:
                 prefix = f"link{index}.{type(link).__name__.lower()}/" + ("" if name == "model" else f"{name}/")
                 own = {key.removeprefix(prefix): value for key, value in memory.items() if key.startswith(prefix)}
                 made, after = link.encode(x, own, round, client)
@@ -109,12 +130,12 @@ class Wire:
 
     def decode(self, payload: Payload, round: Round) -> Tensors:
         """Return the tensors to be folded, from a client's message."""
-        return self._unpack(payload, round, "decode")
+        return _unpack(self.links, payload, round, "decode")
 
     def finish(self, folded: Folded, server: Tensors, round: Round) -> Folded:
         """Complete the sums; replace sums of differences by the model that they lead to."""
         for name in folded.sums:
-            for _, link in reversed(self._of(name)):
+            for _, link in reversed(_of(self.links, name)):
                 done = link.finish(folded.sums[name], folded.weights[name], round, folded.survivors)
                 folded.sums[name], folded.weights[name] = done
         if self.lossy:
@@ -124,26 +145,28 @@ class Wire:
                 upload.tensors["model"] = server["model"] + upload.tensors["model"]
         return folded
 
-    def _of(self, name: str) -> list[tuple[int, Link]]:
-        """Return the links that act on the tensor of that name, with their positions."""
-        return [(index, link) for index, link in enumerate(self.links) if name in link.tensors]
-
-    def _unpack(self, payload: Payload, round: Round, verb: str) -> Tensors:
-        message = {name: as_tensor(array) for name, array in payload.items()}
-        tensors = {}
-        for name in [name for name in message if not _beside(name, message)]:
-            x = message[name]
-            for index, link in reversed(self._of(name)):
-                prefix = f"{name}/{index}."
-                beside = {key.removeprefix(prefix): each for key, each in message.items() if key.startswith(prefix)}
-                x = getattr(link, verb)({VALUES: x, **beside} if beside else x, round)
-            tensors[name] = x
-        return tensors
-
 
 def counted(payload: Payload, uncounted: frozenset[str]) -> int:
     """Return the bytes of a message, without tensors that a deployment would not send."""
     return sum(array.nbytes for name, array in payload.items() if name not in uncounted)
+
+
+def _of(links: tuple[Link, ...], name: str) -> list[tuple[int, Link]]:
+    """Return the links that act on the tensor of that name, with their positions."""
+    return [(index, link) for index, link in enumerate(links) if name in link.tensors]
+
+
+def _unpack(links: tuple[Link, ...], payload: Payload, round: Round, verb: str) -> Tensors:
+    message = {name: as_tensor(array) for name, array in payload.items()}
+    tensors = {}
+    for name in [name for name in message if not _beside(name, message)]:
+        x = message[name]
+        for index, link in reversed(_of(links, name)):
+            prefix = f"{name}/{index}."
+            beside = {key.removeprefix(prefix): each for key, each in message.items() if key.startswith(prefix)}
+            x = getattr(link, verb)({VALUES: x, **beside} if beside else x, round)
+        tensors[name] = x
+    return tensors
 
 
 def _pack(message: Tensors, prefix: str, made: torch.Tensor | Tensors) -> torch.Tensor:

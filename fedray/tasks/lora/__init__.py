@@ -154,7 +154,7 @@ class LoRA(Images):
     @property
     def offers(self) -> frozenset[str]:
         """Properties that algorithms may require."""
-        return frozenset({"adapters"} | ({"float32 base"} if self.base_dtype == "float32" else set()))
+        return frozenset({"adapters", "labels"} | ({"float32 base"} if self.base_dtype == "float32" else set()))
 
     def build(self, device: torch.device, trains: Callable[[str], bool] = lambda name: True) -> LoRALearner:
         from fedray.tasks.lora.learner import LoRALearner
