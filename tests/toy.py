@@ -18,6 +18,7 @@ class Toy:
     """Pulls a vector towards the mean of a client's labels. With partition by-label, client k holds label k."""
 
     name: ClassVar[str] = "toy"
+    offers: ClassVar[frozenset[str]] = frozenset({"labels"})
     labels: int = 4
     each: int = 8
     size: int = 16

@@ -354,7 +354,18 @@ def test_killed_and_resumed_it_ends_in_the_same_table(tmp_path):
     assert len(results[0]) == 6 * 4
 
 
-SCRIPTS = ("figure2", "figure3", "chosen", "clients_epochs", "same_steps", "data_amount", "centralised", "non_iid")
+SCRIPTS = (
+    "figure2",
+    "figure3",
+    "chosen",
+    "clients_epochs",
+    "same_steps",
+    "data_amount",
+    "centralised",
+    "non_iid",
+    "robust",
+    "compression",
+)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -24,9 +24,9 @@ EXAMPLES = Path(__file__).parents[1] / "sockets/examples"
 METHODS = {
     "fedavg": {},
     "control variates": {"algorithm": f"{EXAMPLES}/control.py:Scaffold", "optimizer": "sgd", "learning_rate": 0.05},
-    "sparse, feedback": {"wire": f"{EXAMPLES}/sparse.py:Sparse:0.25"},
+    "top-k, feedback": {"wire": "feedback:topk:0.25"},
     "ema, kept optimizers": {"algorithm": EMA(0.9), "keep_optimizer": True},
-    "median": {"fold": f"{EXAMPLES}/median.py:Median"},
+    "median, attackers": {"fold": "median", "wire": "int8", "malicious": "0.3:noise:1"},
 }
 
 
