@@ -2,8 +2,8 @@
 
     fedray sweep experiments/compression.py
 
-The shape of FedDM (Vora, Basu and Hossain 2024, arXiv:2407.14730): float32, float16, int8 with stochastic rounding, both ways; and
-the largest 1 % of changes on the way up, with and without error feedback. `total.bytes` is both ways together.
+The shape of FedDM (Vora et al. 2024, arXiv:2407.14730): float32, float16 and int8 with stochastic rounding, both ways;
+and on the way up the largest 1 % of the changes, with and without error feedback. total.bytes is both ways together.
 """
 
 import fedray
