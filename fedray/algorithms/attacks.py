@@ -49,7 +49,7 @@ class SignFlip(Attack):
 
 @dataclass(frozen=True)
 class Noise(Attack):
-    """Gaussian noise in place of the change, scale · N(0, I) (Blanchard et al. 2017, section 6)."""
+    """Gaussian noise in place of the change, scale · N(0, I) (Blanchard et al. 2017)."""
 
     scale: float
 
@@ -59,7 +59,7 @@ class Noise(Attack):
 
 @dataclass(frozen=True)
 class LabelFlip(Attack):
-    """Trains on label L − 1 − l in place of l (Fang et al. 2020, section V); captions likewise, in their order."""
+    """Trains on label L − 1 − l in place of l (Fang et al. 2020); captions likewise, in their order."""
 
     @property
     def needs(self) -> Mapping[str, str]:

@@ -82,7 +82,7 @@ class Krum(Collect):
 
 @dataclass(frozen=True)
 class MultiKrum(Krum):
-    """The mean of the m uploads with the lowest scores, m by default n − f (Blanchard et al. 2017, section 5)."""
+    """The mean of the m uploads with the lowest scores, m by default n − f (Blanchard et al. 2017)."""
 
     m: int | None = None
 
@@ -101,7 +101,7 @@ class MultiKrum(Krum):
 
 @dataclass(frozen=True)
 class NormBound(Mean):
-    """The weighted mean of changes, those longer than `norm` shortened to it (Sun et al. 2019, section 3). It streams.
+    """The weighted mean of changes, those longer than `norm` shortened to it (Sun et al. 2019). It streams.
 
     A change is what a client made of the model that it received, after the wire; its length is the Euclidean norm.
     """

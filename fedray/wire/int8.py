@@ -11,11 +11,11 @@ from fedray.wire import VALUES, Link
 
 @dataclass(frozen=True)
 class Int8(Link):
-    """QSGD in blocks, in both directions: ξ · norm / levels with integers ξ, unbiased (Alistarh et al. 2017, eq. 3).
+    """QSGD in blocks, in both directions: ξ · norm / levels with integers ξ, unbiased (Alistarh et al. 2017, 3.1).
 
     A block's values are divided by norm / levels, which travels as a float32, and rounded up or down at random, up the
     more often the nearer it is. The norm is the largest magnitude ("max", as in their experiments: the finer steps),
-    or the Euclidean norm ("l2", as in their equation).
+    or the Euclidean norm ("l2", as in their definition).
     """
 
     levels: int = 127

@@ -16,7 +16,7 @@ class RandK(Link):
     """⌊share · d⌋ values, at least one, that are drawn anew for each client and round; on the way up.
 
     Indices do not travel: both sides draw them from a seed, which is sent with the vector's length as two int64
-    (Konečný et al. 2016, section 3). Values are divided by the share that is sent, which makes them unbiased; with
+    (Konečný et al. 2016). Values are divided by the share that is sent, which makes them unbiased; with
     unbiased=false they are not, as `feedback` needs them.
     """
 
