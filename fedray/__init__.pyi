@@ -13,7 +13,9 @@ from .algorithms.folds import Fold as Fold
 from .algorithms.folds import Mean as Mean
 from .algorithms.lora import FFA as FFA
 from .algorithms.lora import SVD as SVD
+from .algorithms.lora import FedEx as FedEx
 from .algorithms.lora import Flora as Flora
+from .algorithms.lora import RoLoRA as RoLoRA
 from .algorithms.robust import Krum as Krum
 from .algorithms.robust import Median as Median
 from .algorithms.robust import MultiKrum as MultiKrum

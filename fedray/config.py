@@ -79,9 +79,10 @@ class Config:
     rounds: int = 10
     """T, communication rounds."""
     algorithm: Annotated[Algorithm, words_of(ALGORITHMS), tyro.conf.arg(aliases=["--rule"])] = FedAvg()
-    """The federated method: fedavg; of adapters (which fedavg averages as A and B apart) also ffa (A is frozen), svd
-    (the best factors of the mean of B A) or flora (stacking; the mean of B A goes into the base); ema:DECAY:ALGORITHM;
-    or a class of your own, FILE.py:CLASS:VALUES."""
+    """The federated method: fedavg; of adapters (which fedavg averages as A and B apart) also ffa (A is frozen), rolora
+    (A and B by turns), svd (the best factors of the mean of B A), fedex (what fedavg loses goes into the base) or flora
+    (stacking; the mean of B A goes into the base); ema:DECAY:ALGORITHM; or a class of your own,
+    FILE.py:CLASS:VALUES."""
     fold: Annotated[Fold, words_of(FOLDS)] = Mean()
     """How the uploads of a round become one: mean; against malicious clients median, trimmed:BETA, krum:F,
     multikrum:F[:M] or normbound:NORM; or a class of your own, FILE.py:CLASS:VALUES."""

@@ -72,7 +72,8 @@ def toy_config():
     """Four clients of one label each, three rounds, in this process."""
 
     def make(**changes):
-        task = toy.Toy(**{key: changes.pop(key) for key in list(changes) if key in toy.Toy.__dataclass_fields__})
+        kind = toy.ToyAdapters if changes.pop("adapters", False) else toy.Toy
+        task = kind(**{key: changes.pop(key) for key in list(changes) if key in kind.__dataclass_fields__})
         settings = dict(
             task=task, clients=task.labels, partition=ByLabel(), rounds=3, local_epochs=2, train_batch_size=3,
             learning_rate=0.1, evaluate_samples=4, actors=0,

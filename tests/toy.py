@@ -11,6 +11,7 @@ from torch import nn
 
 from fedray.data.dataset import Dataset
 from fedray.vector import FlatParameters
+from fedray.vector.adapters import adapters
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,59 @@ class ToyLearner:
         if labels & set(self.task.slow):
             time.sleep(0.5)
         target = batch["labels"].float().mean() + 0.1 * torch.randn((), generator=rng)
-        loss = (self.network.weight - target).square().mean()
+        loss = sum((weight - target).square().mean() for weight in self.weights())
         return loss * float("inf") if labels & set(self.task.infinite) else loss
 
+    def weights(self):
+        yield self.network.weight
+
+    @torch.no_grad()
     def sample(self, n, rng, sampler, steps):
-        level = self.network.weight.detach().mean() * 20
+        level = torch.stack([weight.mean() for weight in self.weights()]).mean() * 20
         return (torch.rand((n, 1, 2, 2), generator=rng) * 50 + level).clamp(0, 255).to(torch.uint8)
 
     def save(self, directory):
         directory.mkdir()
         torch.save(self.network.state_dict(), directory / "network.pt")
+
+
+@dataclass(frozen=True)
+class ToyAdapters(Toy):
+    """The same with adapters on two frozen layers."""
+
+    name: ClassVar[str] = "toy-adapters"
+    offers: ClassVar[frozenset[str]] = frozenset({"adapters", "float32 base"})
+    rank: int = 2
+    scale: float = 0.5
+
+    def build(self, device, trains=lambda name: True):
+        return ToyAdaptersLearner(self, device, trains)
+
+
+class ToyAdaptersLearner(ToyLearner):
+    def __init__(self, task, device, trains):
+        self.task = task
+        self.network = nn.ModuleDict({"wide": Adapted(6, 4, task.rank), "square": Adapted(5, 5, task.rank)}).to(device)
+        for name, parameter in self.network.named_parameters():
+            parameter.requires_grad_(".lora_" in name and trains(name))
+        self.flat = FlatParameters(self.network)
+        self.adapters = adapters(self.network, self.flat.layout, task.scale)
+
+    def weights(self):
+        for layer in self.network.values():
+            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            yield layer.base_layer.weight + self.task.scale * b @ a
+
+    def set_base(self, change):
+        self.adapters.change_base(self.network, change)
+
+
+class Adapted(nn.Module):
+    """A linear layer with an adapter, its parts named as peft names them."""
+
+    def __init__(self, columns, rows, rank):
+        super().__init__()
+        self.base_layer = nn.Linear(columns, rows, bias=False)
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(columns, rank, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(rank, rows, bias=False)})
+        nn.init.zeros_(self.lora_B["default"].weight)

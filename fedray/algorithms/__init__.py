@@ -146,6 +146,10 @@ class Algorithm:
         """Return what each client of the cohort receives."""
         return {"model": server["model"]}
 
+    def receive(self, down: Tensors, round: Round) -> Tensors:
+        """Return what the hooks below get as `down`, from what `broadcast` sent and the wire delivered."""
+        return down
+
     def start(self, down: Tensors, memory: Tensors) -> torch.Tensor:
         """Return the weights [d] from which a client begins."""
         return down["model"]
@@ -206,6 +210,9 @@ class Wrapper(Algorithm):
 
     def broadcast(self, server: Tensors, round: Round) -> Tensors:
         return self.algorithm.broadcast(server, round)
+
+    def receive(self, down: Tensors, round: Round) -> Tensors:
+        return self.algorithm.receive(down, round)
 
     def start(self, down: Tensors, memory: Tensors) -> torch.Tensor:
         return self.algorithm.start(down, memory)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from fedray.algorithms import Algorithm, Folded, Round, Tensors
+from fedray.algorithms import Algorithm, Folded, Local, Round, Rows, Tensors
 from fedray.lazy import torch
 from fedray.vector.adapters import Adapters, WeightedSum
+from fedray.vector.part import Part
 
 ADAPTERS = {"adapters": "is for adapters (fedray finetune), not for whole models"}
+FLOAT32_BASE = {"float32 base": "needs a float32 base (base_dtype): rounding would lose the change"}
 NOTHING: frozenset[str] = frozenset()  # new factors every round: the vector does not mean the same
 UPLOADS = {"uploads": "needs each client's own factors, which this fold does not keep: use fold mean"}
 
@@ -29,6 +31,46 @@ class FFA(Algorithm):
 
 
 @dataclass(frozen=True)
+class RoLoRA(Algorithm):
+    """RoLoRA: clients train, send and average B in odd rounds (from 1) and A in even ones, the other frozen: exact.
+
+    Chen et al. 2025 (arXiv:2502.01755, algorithm 1). Half the payload goes up. Both halves go down: a client that was
+    not asked in the last round has neither.
+    """
+
+    needs = ADAPTERS
+
+    def broadcast(self, server: Tensors, round: Round) -> Tensors:
+        half = trained_half(round)
+        return {"model": half.take(server["model"]), "frozen": half.rest.take(server["model"])}
+
+    def receive(self, down: Tensors, round: Round) -> Tensors:
+        return down | {"model": trained_half(round).join(down["model"], down["frozen"])}
+
+    def train(self, local: Local, down: Tensors, memory: Tensors) -> None:
+        frozen = trained_half(local.round).rest
+        values = frozen.take(down["model"])
+        nothing = torch.zeros_like(values)
+        local.watch(lambda: frozen.put(local.weights, values))  # undoes weight decay, and a kept momentum
+        local.run(lambda gradient: frozen.put(gradient, nothing))
+
+    def upload(self, local: Local, down: Tensors, memory: Tensors) -> tuple[Tensors, Rows, Tensors]:
+        return {"model": trained_half(local.round).take(local.weights)}, {}, {}
+
+    def aggregate(self, server: Tensors, folded: Folded, round: Round) -> Tensors:
+        half = trained_half(round)
+        return server | {"model": half.join(folded.mean("model"), half.rest.take(server["model"]))}
+
+    def diagnose(self, before: Tensors, after: Tensors, folded: Folded, round: Round) -> Rows:
+        half = trained_half(round)
+        frozen = half.rest.take(before["model"])
+        uploads = [
+            replace(upload, tensors={"model": half.join(upload.tensors["model"], frozen)}) for upload in folded.uploads
+        ]
+        return super().diagnose(before, after, replace(folded, uploads=uploads), round)
+
+
+@dataclass(frozen=True)
 class SVD(Algorithm):
     """FlexLoRA: takes the best factors of rank r of Σ w_i s B_i A_i; it loses the tail of the singular values.
 
@@ -39,52 +81,101 @@ class SVD(Algorithm):
     offers = NOTHING
 
     def aggregate(self, server: Tensors, folded: Folded, round: Round) -> Tensors:
-        adapters = adapters_of(round)
-        total = WeightedSum(adapters)
-        for upload in folded.uploads:
-            total.add(upload.tensors["model"], upload.weights["model"])
-        vector = server["model"].clone()
-        for (left, right), (b, a) in zip(total.factors(), adapters.factors(vector), strict=True):
-            best_b, best_a = best_factors(left, right, b.shape[1])
-            b.copy_(best_b / adapters.scale**0.5)
-            a.copy_(best_a / adapters.scale**0.5)
-        return server | {"model": vector}
+        return server | {"model": best_adapters(folded, round)}
 
 
-@dataclass(frozen=True)
-class Flora(Algorithm):
-    """FLoRA stacks adapters: it adds Σ w_i s B_i A_i to the base and starts new ones every round: exact.
+class OnBase(Algorithm):
+    """A method whose new adapters (B, A) leave something of the mean to the base: W ← W + s (Σ w_i B_i A_i − B A).
 
-    Wang et al. 2024 (arXiv:2409.05976). The base's change is dense, float32, and goes down to every client.
+    So every one is exact, whatever its adapters. The base's change is dense, float32, and goes down to every client.
     """
 
-    needs = ADAPTERS | UPLOADS | {"float32 base": "needs a float32 base (base_dtype): rounding would lose the change"}
-    offers = NOTHING
+    abstract = True
+    needs = ADAPTERS | UPLOADS | FLOAT32_BASE
+
+    def adapters(self, folded: Folded, round: Round) -> torch.Tensor:
+        """Return the new adapters [d]."""
+        raise NotImplementedError
 
     def broadcast(self, server: Tensors, round: Round) -> Tensors:
         return {name: server[name] for name in ("model", "base") if name in server}
 
     def aggregate(self, server: Tensors, folded: Folded, round: Round) -> Tensors:
-        adapters = adapters_of(round)
-        mean, examples = torch.zeros(adapters.base_size), 0
-        for upload in folded.uploads:
-            if upload.weights["model"] == 0:
-                continue
-            examples += upload.weights["model"]
-            share = upload.weights["model"] / examples
-            for part, (b, a) in zip(adapters.changes(mean), adapters.factors(upload.tensors["model"]), strict=True):
-                torch.addmm(part, b, a, beta=1 - share, alpha=share * adapters.scale, out=part)
-        fresh = torch.zeros_like(server["model"])
-        rng = round.rng("rule")
+        adapters, after = adapters_of(round), self.adapters(folded, round)
+        left = stacked(folded, adapters)
+        for part, (b, a) in zip(adapters.changes(left), adapters.factors(after), strict=True):
+            torch.addmm(part, b, a, alpha=-adapters.scale, out=part)
+        return server | {"model": after, "base": left if "base" not in server else server["base"] + left}
+
+
+@dataclass(frozen=True)
+class FedEx(OnBase):
+    """FedEx-LoRA: averages A and B, and adds the residual s (Σ w_i B_i A_i − B̄ Ā) to the base: exact.
+
+    Singhal et al. 2024 (arXiv:2410.09432, equation 10).
+    """
+
+    def adapters(self, folded: Folded, round: Round) -> torch.Tensor:
+        return folded.mean("model")
+
+
+@dataclass(frozen=True)
+class Flora(OnBase):
+    """FLoRA stacks adapters: it adds Σ w_i s B_i A_i to the base and starts new ones every round: exact.
+
+    Wang et al. 2024 (arXiv:2409.05976). With `warm`, the new ones are the best of rank r of that mean, as `SVD` takes
+    them, and the base gets the rest.
+    """
+
+    warm: bool = False
+    offers = NOTHING
+
+    def adapters(self, folded: Folded, round: Round) -> torch.Tensor:
+        if self.warm:
+            return best_adapters(folded, round)
+        adapters, rng = adapters_of(round), round.rng("rule")
+        fresh = torch.zeros(round.layout.size)
         for _, a in adapters.factors(fresh):
             a.copy_(torch.randn(a.shape, generator=rng) / len(a))  # as peft's "gaussian" draws it; B is 0
-        return server | {"model": fresh, "base": mean if "base" not in server else server["base"] + mean}
+        return fresh
 
 
 def adapters_of(round: Round) -> Adapters:
     """Return the round's adapters; `needs` ensures that there are some."""
     assert round.adapters is not None
     return round.adapters
+
+
+def trained_half(round: Round) -> Part:
+    """Return the half of the adapters that RoLoRA trains in a round: B first, as a new adapter's A has no gradient."""
+    kind = ".lora_A." if round.number % 2 else ".lora_B."
+    return Part.of(round.layout, lambda name: kind in name)
+
+
+def stacked(folded: Folded, adapters: Adapters) -> torch.Tensor:
+    """Return Σ w_i s B_i A_i of all layers, dense, float32 [base_size]."""
+    mean, examples = torch.zeros(adapters.base_size), 0
+    for upload in folded.uploads:
+        if upload.weights["model"] == 0:
+            continue
+        examples += upload.weights["model"]
+        share = upload.weights["model"] / examples
+        for part, (b, a) in zip(adapters.changes(mean), adapters.factors(upload.tensors["model"]), strict=True):
+            torch.addmm(part, b, a, beta=1 - share, alpha=share * adapters.scale, out=part)
+    return mean
+
+
+def best_adapters(folded: Folded, round: Round) -> torch.Tensor:
+    """Return the adapters [d] of rank r nearest to Σ w_i s B_i A_i."""
+    adapters, vector = adapters_of(round), torch.zeros(round.layout.size)
+    total = WeightedSum(adapters)
+    for upload in folded.uploads:
+        total.add(upload.tensors["model"], upload.weights["model"])
+    for (left, right), (b, a) in zip(total.factors(), adapters.factors(vector), strict=True):
+        best_b, best_a = best_factors(left, right, b.shape[1])
+        b.copy_(best_b / adapters.scale**0.5)
+        a.copy_(best_a / adapters.scale**0.5)
+    return vector
 
 
 def best_factors(left: torch.Tensor, right: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:

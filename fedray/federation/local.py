@@ -165,7 +165,7 @@ def client_update(worker: Worker, shared: Shared, job: TrainJob) -> tuple[Row, T
     if len(job.indices) == 0:
         raise ValueError("the client holds no examples")
     received = wire.arrive(shared.arrays, round)
-    down = {name: tensor.to(device) for name, tensor in received.items()}
+    down = method.receive({name: tensor.to(device) for name, tensor in received.items()}, round)
     memory = {name: as_tensor(array).to(device, copy=True) for name, array in job.memory.items()}
     own = under("algorithm/", memory)
     worker.load(method.start(down, own), down.get("base"))

@@ -159,22 +159,26 @@ def bytes_planned(config: Config, plan: Plan) -> PlannedBytes:
     round = plan.round(config, 0)
     method, wire, fold = config.method, config.links, config.fold
     server = method.init(plan.initial, plan.layout)
-    payload = wire.send(method.broadcast(server, round), round)
-    first, down, memory = counted(payload, method.uncounted), wire.arrive(payload, round), dict[str, torch.Tensor]()
+    broadcast = method.broadcast(server, round)
+    payload = wire.send(broadcast, round)
+    received, memory = wire.arrive(payload, round), dict[str, torch.Tensor]()
+    down = method.receive(received, round)
     local = Idle(config, plan, round, method.start(down, memory))
     tensors, rows, _ = method.upload(local, down, memory)
     if wire.lossy:
-        tensors = tensors | {"model": tensors["model"] - down["model"]}
+        tensors = tensors | {"model": tensors["model"] - received["model"]}
     sent, _ = wire.encode(tensors, {}, round, local.client)
-    received = wire.decode(sent, round)
-    weights = {name: max(1, round.weight(local.client, name)) for name in received}
+    arrived = wire.decode(sent, round)
+    weights = {name: max(1, round.weight(local.client, name)) for name in arrived}
     rows = {"examples": max(1, local.examples), "steps": local.steps} | rows
     partial = fold.start(round)
     for client in round.cohort[: fold.least]:
-        partial = fold.add(partial, Upload(client, received, weights, rows), round)
-    after = method.aggregate(server, wire.finish(fold.result(partial, round), server, round), round)
+        partial = fold.add(partial, Upload(client, arrived, weights, rows), round)
+    after = method.aggregate(server, wire.finish(fold.result(partial, round), broadcast, round), round)
     later = wire.send(method.broadcast(after, plan.round(config, 1)), round)
-    return PlannedBytes(first, counted(later, method.uncounted), counted(sent, method.uncounted))
+    return PlannedBytes(
+        counted(payload, method.uncounted), counted(later, method.uncounted), counted(sent, method.uncounted)
+    )
 
 
 class Idle:

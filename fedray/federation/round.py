@@ -52,8 +52,9 @@ def run_round(session: Session, state: State) -> Generator[None, None, tuple[Sta
     method, fold, wire = config.method, config.fold, config.links
     round = session.plan.round(config, state.round)
     started, queue, ledger = time.perf_counter(), Queue(round, config.client_retries), Ledger(round)
+    broadcast = method.broadcast(server, round)
     try:
-        down = wire.send(method.broadcast(server, round), round)
+        down = wire.send(broadcast, round)
     except OverflowError as error:
         raise RunError(f"round {round.number + 1}: {error}") from None
     ledger.bytes_down = counted(down, method.uncounted)
@@ -70,7 +71,7 @@ def run_round(session: Session, state: State) -> Generator[None, None, tuple[Sta
     ledger.check(config.min_clients, f"--min-clients {config.min_clients}")
     ledger.check(fold.least, f"the {fold.least} that --fold {FOLDS.form(fold)} needs")
     with threads(config.threads):
-        folded = wire.finish(fold.result(partial, round), server, round)
+        folded = wire.finish(fold.result(partial, round), broadcast, round)
         after = method.aggregate(server, folded, round)
         found = method.diagnose(server, after, folded, round)
     if config.malicious is not None:

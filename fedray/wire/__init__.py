@@ -132,17 +132,17 @@ class Wire:
         """Return the tensors to be folded, from a client's message."""
         return _unpack(self.links, payload, round, "decode")
 
-    def finish(self, folded: Folded, server: Tensors, round: Round) -> Folded:
-        """Complete the sums; replace sums of differences by the model that they lead to."""
+    def finish(self, folded: Folded, sent: Tensors, round: Round) -> Folded:
+        """Complete the sums; replace sums of differences from what was sent down by the model that they lead to."""
         for name in folded.sums:
             for _, link in reversed(_of(self.links, name)):
                 done = link.finish(folded.sums[name], folded.weights[name], round, folded.survivors)
                 folded.sums[name], folded.weights[name] = done
         if self.lossy:
             mean = folded.sums["model"] / folded.weights["model"]
-            folded.sums["model"], folded.weights["model"] = server["model"].double() + mean, 1
+            folded.sums["model"], folded.weights["model"] = sent["model"].double() + mean, 1
             for upload in folded.uploads:
-                upload.tensors["model"] = server["model"] + upload.tensors["model"]
+                upload.tensors["model"] = sent["model"] + upload.tensors["model"]
         return folded
 
 

@@ -39,6 +39,10 @@ SETTINGS = {
     "multikrum, feedback": {"fold": "multikrum:0:2", "wire": "feedback:randk:0.5:false", "wire_down": "int8"},
     "bounded norms": {"fold": "normbound:0.05", "malicious": "0.34:signflip:3"},
     "feedback, int8": {"wire": "feedback:int8:norm=l2", "wire_down": "float32"},
+    "fedex, float16": {"adapters": True, "algorithm": "fedex", "wire": "float16"},
+    "rolora, kept optimizers": {"adapters": True, "algorithm": "rolora", "keep_optimizer": True},
+    "average of rolora, float16": {"adapters": True, "algorithm": "ema:0.9:rolora", "wire": "float16"},
+    "flora, warm": {"adapters": True, "algorithm": "flora:warm=true"},
 }  # fmt: skip
 
 

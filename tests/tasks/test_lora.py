@@ -23,7 +23,7 @@ import fedray
 from fedray.algorithms import Upload
 from fedray.algorithms.fedavg import FedAvg
 from fedray.algorithms.folds import Mean
-from fedray.algorithms.lora import FFA, SVD, Flora
+from fedray.algorithms.lora import FFA, SVD, FedEx, Flora, RoLoRA
 from fedray.cli import main
 from fedray.federation.local import TrainJob, batch_of, client_update
 from fedray.federation.plan import make_plan
@@ -262,13 +262,13 @@ def test_product_norm():
 @pytest.mark.slow
 def test_rows_tell_what_aggregation_loses(config, tmp_path):
     found = {}
-    for method in (FedAvg(), FFA(), SVD(), Flora()):
+    for method in (FedAvg(), FFA(), RoLoRA(), SVD(), FedEx(), Flora()):
         config = replace(config, algorithm=method, learning_rate=1e-2)
         found[type(method)] = train(config, tmp_path / type(method).__name__).rows[-1]["aggregation"]
     assert found[FedAvg]["error_max"] > 0.01
     assert 0 < found[SVD]["error_mean"] < found[FedAvg]["error_mean"]
-    assert found[FFA]["error_max"] < 1e-6
-    assert found[Flora]["error_max"] < 1e-6
+    for exact in (FFA, RoLoRA, FedEx, Flora):
+        assert found[exact]["error_max"] < 1e-6
 
 
 @pytest.mark.slow

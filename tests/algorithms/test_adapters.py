@@ -1,0 +1,223 @@
+"""Rules for adapters, as linear algebra: each against float64, from its definition, on layers of every shape."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import made
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraModel
+from runs import fit
+from torch import nn
+
+from fedray.algorithms.fedavg import FedAvg
+from fedray.algorithms.folds import Mean
+from fedray.algorithms.lora import SVD, FedEx, Flora, RoLoRA
+from fedray.federation.fit import prepare
+from fedray.federation.pool import LocalPool
+from fedray.record.checkpoint import load_state
+from fedray.record.run import Run
+from fedray.vector import Layout
+from fedray.vector.adapters import Adapters
+from fedray.wire import Wire
+from fedray.wire.float16 import Float16
+
+SHAPES = {"wide": (6, 24), "tall": (20, 5), "square": (8, 8), "narrow": (3, 3)}  # (out, in); the last as wide as r
+RANK, SCALE = 3, 0.5
+NAMES = {
+    f"{layer}.lora_{which}.default.weight": (RANK, columns) if which == "A" else (rows, RANK)
+    for layer, (rows, columns) in SHAPES.items()
+    for which in "AB"
+}
+LAYOUT = Layout(tuple(NAMES), tuple(NAMES.values()))
+ADAPTERS = Adapters(LAYOUT, SCALE, {}, SHAPES)
+EXAMPLES = {0: 5, 1: 1, 3: 12, 4: 2}  # of clients
+
+
+def draw(seed):
+    return torch.randn(LAYOUT.size, generator=torch.Generator().manual_seed(seed))
+
+
+def product(vector):
+    """s B A of every layer, float64, by the names of the parameters."""
+    views = LAYOUT.views(vector.double())
+    return [
+        SCALE * views[f"{layer}.lora_B.default.weight"] @ views[f"{layer}.lora_A.default.weight"] for layer in SHAPES
+    ]
+
+
+def mean_product(vectors, examples):
+    parts = [[n / sum(examples) * each for each in product(v)] for v, n in zip(vectors, examples, strict=True)]
+    return [sum(layer) for layer in zip(*parts, strict=True)]
+
+
+def change(state):
+    """What a state adds to each layer's weights."""
+    parts = product(state["model"])
+    if "base" in state:
+        sizes = [rows * columns for rows, columns in SHAPES.values()]
+        base = zip(state["base"].double().split(sizes), SHAPES.values(), strict=True)
+        parts = [part + each.view(shape) for part, (each, shape) in zip(parts, base, strict=True)]
+    return parts
+
+
+def aggregate(method, vectors, state, examples=EXAMPLES, number=0, wire=()):
+    """A round of clients that end at these vectors, over the wire; the next state and the measured error."""
+    round, wire = made.round_of(examples, LAYOUT, number=number, adapters=ADAPTERS), Wire(wire)
+    broadcast = method.broadcast(state, round)
+    received = wire.arrive(wire.send(broadcast, round), round)
+    sent = []
+    for vector in vectors:
+        tensors, _, _ = method.upload(Ended(vector, round), method.receive(received, round), {})
+        if wire.lossy:
+            tensors = tensors | {"model": tensors["model"] - received["model"]}
+        sent.append(wire.decode(wire.encode(tensors, {}, round, 0)[0], round))
+    folded = wire.finish(made.fold(sent, round, Mean()), broadcast, round)
+    after = method.aggregate(state, folded, round)
+    return after, method.diagnose(state, after, folded, round)
+
+
+class Ended:
+    """A client whose training has ended at some weights."""
+
+    def __init__(self, weights, round):
+        self.weights, self.round = weights, round
+
+
+def off(found, expected):
+    return max(
+        (torch.linalg.norm(a - b) / torch.linalg.norm(b)).item() for a, b in zip(found, expected, strict=True)
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("method", [FedEx(), Flora(), Flora(warm=True)])
+def test_exact_rules_land_on_the_mean_of_the_products_round_after_round(method):
+    state, before = {"model": draw(9)}, [torch.zeros(shape, dtype=torch.float64) for shape in SHAPES.values()]
+    for number in range(3):
+        vectors = [draw(10 * number + client) for client in EXAMPLES]
+        after, error = aggregate(method, vectors, state, number=number)
+        expected = [b + m for b, m in zip(before, mean_product(vectors, EXAMPLES.values()), strict=True)]
+        assert off(change(after), expected) < 1e-6
+        assert error["error_max"] < 1e-6
+        state = after
+        before = [whole - own for whole, own in zip(change(state), product(state["model"]), strict=True)]
+
+
+def test_fedex_keeps_the_averages_and_gives_the_base_what_they_lose():
+    """Σ w (B_i − B̄) (A_i − Ā), which has rank (K − 1) r at most."""
+    vectors, total = [draw(client) for client in EXAMPLES], sum(EXAMPLES.values())
+    after, _ = aggregate(FedEx(), vectors, {"model": draw(9)})
+    averaged, _ = aggregate(FedAvg(), vectors, {"model": draw(9)})
+    assert torch.equal(after["model"], averaged["model"])
+    centre = sum(n / total * v.double() for v, n in zip(vectors, EXAMPLES.values(), strict=True))
+    lost = [torch.zeros(shape, dtype=torch.float64) for shape in SHAPES.values()]
+    for vector, n in zip(vectors, EXAMPLES.values(), strict=True):
+        lost = [a + n / total * b for a, b in zip(lost, product(vector.double() - centre), strict=True)]
+    assert off(list(ADAPTERS.changes(after["base"].double())), lost) < 1e-6
+    two, _ = aggregate(FedEx(), vectors[:2], {"model": draw(9)}, {0: 5, 1: 1})
+    wide = next(ADAPTERS.changes(two["base"]))
+    assert torch.linalg.matrix_rank(wide, tol=1e-4) == RANK
+
+
+@pytest.mark.parametrize("method", [FedAvg(), FedEx(), Flora(), Flora(warm=True), SVD(), RoLoRA()])
+def test_one_client_is_the_identity_and_order_does_not_matter(method):
+    state, own = {"model": draw(9)}, draw(1)
+    if method == RoLoRA():  # trains B alone
+        own = joined(b=own, a=state["model"])
+    after, _ = aggregate(method, [own], state, {2: 7})
+    assert off(change(after), product(own)) < 1e-6
+    if method in (FedAvg(), FedEx(), RoLoRA()):
+        assert torch.equal(after["model"], own)
+    vectors = {client: draw(client) for client in EXAMPLES}
+    first, _ = aggregate(method, vectors.values(), state)
+    renamed = {9 - client: n for client, n in EXAMPLES.items()}  # asked, and added, in the opposite order
+    second, _ = aggregate(method, [vectors[9 - client] for client in sorted(renamed)], state, renamed)
+    assert off(change(second), change(first)) < 1e-5
+
+
+def joined(b, a):
+    """A vector with the B of one and the A of another."""
+    views, result = LAYOUT.views(b), a.clone()
+    for name, view in LAYOUT.views(result).items():
+        if ".lora_B." in name:
+            view.copy_(views[name])
+    return result
+
+
+def test_rolora_trains_b_then_a_and_is_exact_in_each():
+    state, sizes = {"model": draw(9)}, set()
+    for number in range(4):
+        start = state["model"]
+        vectors = [draw(10 * number + client) for client in EXAMPLES]
+        vectors = [joined(b=v, a=start) if number % 2 == 0 else joined(b=start, a=v) for v in vectors]
+        after, error = aggregate(RoLoRA(), vectors, state, number=number)
+        assert off(change(after), mean_product(vectors, EXAMPLES.values())) < 1e-6
+        assert error["error_max"] < 1e-6
+        frozen = ".lora_A." if number % 2 == 0 else ".lora_B."
+        for name, view in LAYOUT.views(after["model"]).items():
+            assert torch.equal(view, LAYOUT.views(start)[name]) == (frozen in name)
+        state = after
+        round = made.round_of(EXAMPLES, LAYOUT, number=number)
+        (sent, _, _) = RoLoRA().upload(Ended(start, round), {}, {})
+        sizes.add(len(sent["model"]))
+    assert sum(sizes) == LAYOUT.size
+
+
+@pytest.mark.parametrize("method", [FedEx(), Flora(warm=True), RoLoRA()])
+def test_over_float16_the_same_to_its_rounding(method):
+    state = {"model": draw(9)}
+    vectors = [state["model"] + 0.1 * draw(client) for client in EXAMPLES]
+    if method == RoLoRA():
+        vectors = [joined(b=v, a=state["model"]) for v in vectors]
+    exact, _ = aggregate(method, vectors, state)
+    found, _ = aggregate(method, vectors, state, wire=(Float16(),))
+    assert 0 < off(change(found), change(exact)) < 1e-3
+
+
+class Layers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        for name, (rows, columns) in SHAPES.items():
+            self.add_module(name, nn.Linear(columns, rows, bias=False))
+
+
+@pytest.mark.parametrize(("method", "kind"), [(Flora(), "cat"), (FedEx(), "cat"), (SVD(), "svd")])
+def test_pefts_weighted_adapters_are_the_same(method, kind):
+    """ "cat" stacks, "svd" takes the best factors of the stack."""
+    peft_config = LoraConfig(r=RANK, lora_alpha=SCALE * RANK, target_modules=list(SHAPES))
+    model = LoraModel(Layers(), peft_config, "client0")
+    vectors, total = [draw(client) for client in EXAMPLES], sum(EXAMPLES.values())
+    names = [f"client{index}" for index in range(len(vectors))]
+    for name, vector in zip(names, vectors, strict=True):
+        if name != "client0":
+            model.peft_config[name] = peft_config
+            inject_adapter_in_model(peft_config, model.model, name)
+        with torch.no_grad():
+            for key, view in LAYOUT.views(vector).items():
+                model.model.get_parameter(key.replace(".default.", f".{name}.")).copy_(view)
+    weights = [n / total for n in EXAMPLES.values()]
+    model.add_weighted_adapter(names, weights, "mean", kind, **({"svd_rank": RANK} if kind == "svd" else {}))
+    expected = [model.model.get_submodule(layer).get_delta_weight("mean").double() for layer in SHAPES]
+    after, _ = aggregate(method, vectors, {"model": draw(9)})
+    assert off(change(after), expected) < 1e-5
+
+
+def test_what_rolora_freezes_keeps_its_bits_under_weight_decay_and_kept_moments(toy_config, tmp_path):
+    config = toy_config(adapters=True, algorithm="rolora", keep_optimizer=True, adam_weight_decay=0.1, rounds=4)
+    plan = prepare(config, Run(tmp_path / "none"))
+    rows = list(fit(replace(config, checkpoints_total_limit=9), LocalPool(config), tmp_path / "run"))
+    paths = sorted((tmp_path / "run/checkpoints").glob("*.safetensors"))
+    states = [plan.initial, *(load_state(path, plan.layout).tensors["model"] for path in paths)]
+    halves = [4 * sum(view.numel() for name, view in plan.layout.views(plan.initial).items() if kind in name)
+              for kind in (".lora_B.", ".lora_A.")]  # fmt: skip
+    for number, (before, after) in enumerate(pairwise(states)):
+        frozen = ".lora_A." if number % 2 == 0 else ".lora_B."
+        for (name, old), new in zip(
+            plan.layout.views(before).items(), plan.layout.views(after).values(), strict=True
+        ):  # fmt: skip
+            assert torch.equal(old, new) == (frozen in name)
+        assert rows[number]["bytes_up"] == 4 * halves[number % 2]
+        assert rows[number]["bytes_down"] == 4 * sum(halves)
+        assert rows[number]["aggregation"]["error_max"] < 1e-5
+    assert rows[-1]["loss"] < rows[0]["loss"]
