@@ -1,6 +1,7 @@
 """What is refused before a run begins."""
 
 import math
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -71,6 +72,12 @@ def check(config: "Config") -> None:
             f"--fold {FOLDS.form(config.fold)} needs {config.fold.least} clients in a round, and "
             f"{config.cohort_size} take part."
         )
+    for name in ("share", "keep_local"):
+        try:
+            re.compile(getattr(config, name) or "")
+        except re.error as error:
+            pattern = getattr(config, name)
+            raise UserError(f"{flag(name)} {pattern!r} is no regular expression: {error}.") from None
     check_name("learning-rate scheduler", config.lr_scheduler, LR_SCHEDULERS)
     check_name("precision", config.mixed_precision, PRECISIONS)
     if config.mixed_precision == "fp16" and not config.gpus_per_actor:
@@ -111,6 +118,12 @@ def _check_fit(config: "Config") -> None:
     links = {f"--wire {LINKS.form(link)}": link for link in config.wire}
     links |= {f"--wire-down {LINKS.form(link)}": link for link in config.wire_down or ()}
     offered = offered.union(*(link.offers for link in links.values()))
+    if not config.partial:
+        offered |= {"whole vector"}
+    if config.evaluate_personal and not config.partial and "personal" not in method.offers:
+        raise UserError(
+            f"--evaluate-personal: --algorithm {parts['algorithm']} makes no model of a client's own, as ditto does."
+        )
     needs = [(f"--algorithm {parts['algorithm']}", method.needs), (f"--fold {parts['fold']}", config.fold.needs)]
     needs += [(who, link.needs) for who, link in links.items()]
     if config.malicious is not None:

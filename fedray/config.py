@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,6 +100,11 @@ class Config:
     malicious: Annotated[Malicious | None, word(parse_malicious, malicious_form, "SHARE:ATTACK")] = None
     """Share of clients that are malicious, and what they do: 0.2:signflip (they send the opposite change),
     0.2:noise:SCALE (Gaussian noise) or 0.2:labelflip (they train on wrong labels)."""
+    share: str | None = None
+    """Send and average only parameters whose names match this regular expression (re.search); the others are each
+    client's own, trained and kept by it. None shares all."""
+    keep_local: str | None = None
+    """Keep parameters whose names match this regular expression each client's own, as norm for the norms."""
     use_ema: bool = False
     """Keep an exponential moving average of the global model at the server, and sample from it."""
     ema_max_decay: float = 0.9999
@@ -154,6 +160,9 @@ class Config:
     """Denoising steps per image."""
     evaluate_samples: int = 64
     """Images generated, and scored, after the last round; 0 for none."""
+    evaluate_personal: bool = False
+    """Sample clients' own models in turn, a batch each, in place of the global one: where an algorithm makes some, as
+    ditto does. With --share or --keep-local it is always so."""
     evaluate_every: int | None = None
     """Generate and score every so many rounds, besides after the last."""
     keep_samples: bool = False
@@ -253,6 +262,26 @@ class Config:
         """Tell whether to sample and score the model after this number of rounds."""
         due = rounds == self.rounds or (self.evaluate_every is not None and rounds % self.evaluate_every == 0)
         return due and self.evaluate_samples > 0
+
+    @property
+    def partial(self) -> bool:
+        """True where clients keep a part of the model to themselves."""
+        return self.share is not None or self.keep_local is not None
+
+    @property
+    def personal(self) -> bool:
+        """True where clients' own models are sampled, and measured on what they hold out."""
+        return self.partial or self.evaluate_personal
+
+    def shares(self, name: str) -> bool:
+        """Tell whether a parameter of that name is shared."""
+        wanted = self.share is None or re.search(self.share, name) is not None
+        return wanted and (self.keep_local is None or re.search(self.keep_local, name) is None)
+
+    @property
+    def trainers(self) -> list[int]:
+        """All clients that may take part in a round."""
+        return list(range(self.clients)) if self.only_client is None else [self.only_client]
 
     @property
     def single(self) -> bool:

@@ -23,6 +23,7 @@ class Toy:
     labels: int = 4
     each: int = 8
     size: int = 16
+    layers: int | None = None
     failing: tuple[int, ...] = ()
     infinite: tuple[int, ...] = ()
     slow: tuple[int, ...] = ()
@@ -44,7 +45,10 @@ class Toy:
 class ToyLearner:
     def __init__(self, task, device):
         self.task = task
-        self.network = nn.Linear(task.size, 1, bias=False).to(device)
+        if task.layers is None:
+            self.network = nn.Linear(task.size, 1, bias=False).to(device)
+        else:
+            self.network = nn.Sequential(*(nn.Linear(task.size, 1, bias=False) for _ in range(task.layers))).to(device)
         self.flat = FlatParameters(self.network)
 
     def prepare(self, dataset, indices, mirrored):
@@ -67,7 +71,7 @@ class ToyLearner:
         return loss * float("inf") if labels & set(self.task.infinite) else loss
 
     def weights(self):
-        yield self.network.weight
+        yield from self.network.parameters()
 
     @torch.no_grad()
     def sample(self, n, rng, sampler, steps):

@@ -96,8 +96,11 @@ class Local(Protocol):
     examples: int
     steps: int  # optimizer steps that it makes in all
     step: int  # how many of them it has made
-    weights: torch.Tensor  # [d] float32, what is trained, on its device
     total_learning_rate: float  # Σ of the learning rates of the steps made: K η where they are all η
+
+    @property
+    def weights(self) -> torch.Tensor:
+        """What is trained, [d] float32, on its device; where clients share only a part of that, a copy of the part."""
 
     def run(self, correct: Callable[[torch.Tensor], None]) -> None:
         """Train for `steps` steps: `correct` gets the gradient [d] before each is clipped and made."""
@@ -165,6 +168,10 @@ class Algorithm:
         """Return what a client sends, numbers for the record and the server, and what it keeps for its next round."""
         return {"model": local.weights}, {}, {}
 
+    def personal(self, model: torch.Tensor, memory: Tensors) -> torch.Tensor:
+        """Return a client's own model [d], given the global one, where the method makes one."""
+        return model
+
     def aggregate(self, server: Tensors, folded: Folded, round: Round) -> Tensors:
         """Return the server's next state."""
         return server | {"model": folded.mean("model")}
@@ -225,6 +232,9 @@ class Wrapper(Algorithm):
 
     def upload(self, local: Local, down: Tensors, memory: Tensors) -> tuple[Tensors, Rows, Tensors]:
         return self.algorithm.upload(local, down, memory)
+
+    def personal(self, model: torch.Tensor, memory: Tensors) -> torch.Tensor:
+        return self.algorithm.personal(model, memory)
 
     def aggregate(self, server: Tensors, folded: Folded, round: Round) -> Tensors:
         return self.algorithm.aggregate(server, folded, round)

@@ -10,7 +10,10 @@ from fedray.lazy import torch
 from fedray.vector.adapters import Adapters, WeightedSum
 from fedray.vector.part import Part
 
-ADAPTERS = {"adapters": "is for adapters (fedray finetune), not for whole models"}
+ADAPTERS = {
+    "adapters": "is for adapters (fedray finetune), not for whole models",
+    "whole vector": "aggregates whole adapters: leave --share and --keep-local out",
+}
 FLOAT32_BASE = {"float32 base": "needs a float32 base (base_dtype): rounding would lose the change"}
 NOTHING: frozenset[str] = frozenset()  # new factors every round: the vector does not mean the same
 UPLOADS = {"uploads": "needs each client's own factors, which this fold does not keep: use fold mean"}

@@ -88,12 +88,15 @@ def main(arguments: list[str]) -> None:
 
     from fedray.cluster.pool import open_pool  # Ray and torch take seconds to import: mistakes are told before
     from fedray.federation.evaluation import prompts_of, sample
+    from fedray.federation.personal import by_clients
     from fedray.federation.sampling import Sampling
     from fedray.record.pictures import grid
 
     shared = model_of(options.run, config, options.strength)
     prompts = options.prompt or getattr(config.task, "validation_prompt", ()) or prompts_of(config)
     sampling = replace(Sampling.of(config, options.num_images, prompts), seed=options.seed)
+    run = Run.open(options.run)
+    sampling = by_clients(sampling, config, run, run.complete_rounds)
     with open_pool(config) as pool, progress(config.rounds) as (_, show):
         _, images = sample(pool, shared, sampling, show)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -107,10 +110,13 @@ def model_of(directory: Path, config: Config, strength: float = 1.0) -> Shared:
     Args:
         strength: of adapters, how much of them to use.
     """
-    from fedray.federation.worker import build, model, sampled
+    from fedray.federation.worker import build, model, sampled, shared_part
 
     learner = build(config, torch.device("cpu"))
-    state = Run.open(directory).state(learner.flat.layout)
+    shared = shared_part(config, learner)
+    if shared is not None and strength != 1:
+        raise UserError(f"--strength {strength:g}: the clients of {directory} share a part of their adapters only.")
+    state = Run.open(directory).state(learner.flat.layout if shared is None else shared.layout)
     if state is None:
         raise UserError(f"the run at {directory} has no complete round yet.")
     delivered = sampled(state.tensors)

@@ -30,6 +30,7 @@ from fedray.federation.evaluation import (
     prompts_of,
     score_images,
 )
+from fedray.federation.personal import by_clients
 from fedray.federation.plan import make_plan
 from fedray.federation.pool import Pool
 from fedray.federation.sampling import Sampling
@@ -63,6 +64,7 @@ def score_run(options: Evaluate, allowed: Collection[Path]) -> None:
     run.check_data(plan.data)
     shared = model_of(options.target, config)
     sampling = replace(Sampling.of(config, n, prompts_of(config, plan.dataset)), seed=options.seed)
+    sampling = by_clients(sampling, config, run, run.complete_rounds)
     with open_pool(config, plan.dataset) as pool, progress(config.rounds) as (_, show):
         comparison = _compare(config, plan.dataset, pool, show)
         evaluation = evaluate(pool, shared, sampling, comparison, LOOKED_AT, show)

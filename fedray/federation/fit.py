@@ -23,10 +23,11 @@ from fedray.federation.evaluation import (
     prompts_of,
     sample,
 )
+from fedray.federation.personal import by_clients
 from fedray.federation.plan import Plan, make_plan
 from fedray.federation.round import Session, run_round, validate_round
 from fedray.federation.sampling import Sampling
-from fedray.federation.worker import build, model, sampled
+from fedray.federation.worker import Worker, model, sampled
 from fedray.files import write
 from fedray.forms import check_loaded
 from fedray.record import pictures
@@ -170,7 +171,8 @@ def evaluate_round(session: Session, state: State, row: Row, against: Reference 
     began, last = time.perf_counter(), state.round == config.rounds
     look = last and len(plan.unseen) > 0
     keep = config.evaluate_samples if config.keep_samples else LOOKED_AT if look else GRID
-    sampling = Sampling.of(config, config.evaluate_samples, prompts_of(config, plan.dataset))
+    prompts = prompts_of(config, plan.dataset)
+    sampling = by_clients(Sampling.of(config, config.evaluate_samples, prompts), config, run, state.round)
     comparison = Comparison(plan.dataset, Scoring.of(config), against, session.metrics, intervals=last)
     found = evaluate(session.pool, model(sampled(state.tensors)), sampling, comparison, keep, session.show)
     row["scores"], row["evaluation"] = found.scores, found.about
@@ -186,9 +188,10 @@ def evaluate_round(session: Session, state: State, row: Row, against: Reference 
 
 def draw_prompts(session: Session, state: State) -> None:
     """Draw samples for each prompt, from the same noise in every round (Chen 2024, figures 6 and 7)."""
-    config = session.config
+    config, run = session.config, session.run
     prompts = prompts_of(config, session.plan.dataset)[:PROMPTS_DRAWN]
-    sampling = replace(Sampling.of(config, len(prompts) * IMAGES_PER_PROMPT, prompts), batch_size=len(prompts))
+    sampling = by_clients(Sampling.of(config, len(prompts) * IMAGES_PER_PROMPT, prompts), config, run, state.round)
+    sampling = replace(sampling, batch_size=len(prompts))
     _, images = sample(session.pool, model(sampled(state.tensors)), sampling, session.show)
     pictures.draw_prompts(session.run.directory, images, prompts, state.round, final=state.round == config.rounds)
 
@@ -206,13 +209,10 @@ def _plot(board: Any, row: Row) -> None:
 def _finish(session: Session, state: State) -> None:
     """Write the model for diffusers, then the result: when result.json is there, all is there."""
     config, plan, run = session.config, session.plan, session.run
-    learner: Any = build(config, torch.device("cpu"))
-    delivered = sampled(state.tensors)
-    learner.flat.vector.detach().copy_(delivered["model"])
-    if "base" in delivered:
-        learner.set_base(delivered["base"])
+    worker, delivered = Worker(config, torch.device("cpu"), "here"), sampled(state.tensors)
+    worker.load(delivered["model"], delivered.get("base"))
     shutil.rmtree(run.directory / "model", ignore_errors=True)  # what a killed process had written of it
-    learner.save(run.directory / "model")
+    worker.learner.save(run.directory / "model")
     rows = run.rows
     totals: dict[str, Any] = {
         name: sum(row[name] for row in rows)

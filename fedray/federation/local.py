@@ -20,6 +20,7 @@ from fedray.tasks import Learner
 from fedray.vector import as_tensor
 from fedray.wire import Payload, counted
 
+OWN = "local/model"  # of a client's memory, the part of the model that it does not share
 DRAWS = 16  # timesteps and noises at which each held-out example's loss is taken
 
 
@@ -48,6 +49,7 @@ class ValidateJob:
 
     client: int
     held_out: np.ndarray
+    memory: Payload = field(default_factory=dict)  # what makes the model its own
 
     @property
     def key(self) -> tuple[str | int, ...]:
@@ -69,7 +71,7 @@ class LocalTraining:
     """One client's training in one round: what an algorithm's hooks see, and the loop of optimizer steps."""
 
     def __init__(self, worker: Worker, round: Round, job: TrainJob) -> None:
-        config, flat = worker.config, worker.learner.flat
+        config = worker.config
         self.worker = worker
         self.dataset = worker.poisoned if job.malicious else worker.dataset
         self.round = round
@@ -78,7 +80,6 @@ class LocalTraining:
         self.examples = len(job.indices)
         self.steps = config.steps(self.examples)
         self.step = 0
-        self.weights = flat.vector.detach()
         self.total_learning_rate = 0.0
         self.loss_sum = torch.zeros((), device=worker.device)
         self.watchers: list[Callable[[], Any]] = []
@@ -86,6 +87,12 @@ class LocalTraining:
         self.images = 0
         self.optimizer = worker.fresh_optimizer()
         self.scaler = torch.amp.GradScaler(worker.device.type, enabled=config.mixed_precision == "fp16")
+
+    @property
+    def weights(self) -> Tensor:
+        """The weights [d] as they are trained; where clients share a part of them, a copy of that."""
+        weights, shared = self.worker.learner.flat.vector.detach(), self.worker.shared
+        return weights if shared is None else shared.take(weights)
 
     def watch(self, stepped: Callable[[], Any]) -> None:
         """Call `stepped` after each step."""
@@ -103,7 +110,12 @@ class LocalTraining:
             self.optimizer.param_groups[0]["lr"] = rate
             self._accumulate([job.indices[indices] for indices in group], rng)
             self.scaler.unscale_(self.optimizer)
-            correct(flat.gradient)
+            if worker.shared is None:
+                correct(flat.gradient)
+            else:
+                gradient = worker.shared.take(flat.gradient)
+                correct(gradient)
+                worker.shared.put(flat.gradient, gradient)
             if config.max_grad_norm is not None:
                 torch.nn.utils.clip_grad_norm_([flat.vector], config.max_grad_norm)
             self.scaler.step(self.optimizer)
@@ -168,7 +180,7 @@ def client_update(worker: Worker, shared: Shared, job: TrainJob) -> tuple[Row, T
     down = method.receive({name: tensor.to(device) for name, tensor in received.items()}, round)
     memory = {name: as_tensor(array).to(device, copy=True) for name, array in job.memory.items()}
     own = under("algorithm/", memory)
-    worker.load(method.start(down, own), down.get("base"))
+    worker.load(method.start(down, own), down.get("base"), memory.get(OWN))
     local = LocalTraining(worker, round, job)
     learner.prepare(local.dataset, job.indices, config.random_flip)
     try:
@@ -195,10 +207,33 @@ def client_update(worker: Worker, shared: Shared, job: TrainJob) -> tuple[Row, T
         "loss": local.loss_sum.item() / local.batches, "bytes_up": counted(payload, method.uncounted),
     }  # fmt: skip
     if len(job.held_out):
-        row["held_out_local"] = held_out_loss(worker, job.client, job.held_out)
+        row["held_out_local"] = _own_loss(local, kept)
     after = {f"algorithm/{name}": tensor for name, tensor in kept.items()} | kept_by_links
     after |= {f"optimizer/{name}": tensor for name, tensor in optimizer.items()}
+    if worker.shared is not None:
+        after[OWN] = worker.shared.rest.take(learner.flat.vector.detach())
     return row, Trained(payload, rows, {name: _own(tensor, learner).numpy() for name, tensor in after.items()})
+
+
+def load_own(worker: Worker, tensors: Tensors, memory: Payload) -> None:
+    """Make the learner a client's own model: the global one, with what the client keeps of it (`personal.memories`)."""
+    kept = {name: as_tensor(array) for name, array in memory.items()}
+    model = worker.config.method.personal(tensors["model"], under("algorithm/", kept)) if kept else tensors["model"]
+    worker.load(model, tensors.get("base"), kept.get(OWN))
+
+
+def _own_loss(local: LocalTraining, kept: Tensors) -> float:
+    """Return the held-out loss of a client's own model. The trained weights stay: what it sends may lie in them."""
+    worker, job, weights = local.worker, local.job, local.weights
+    own = worker.config.method.personal(weights, kept)
+    if own is weights:
+        return held_out_loss(worker, job.client, job.held_out)
+    before = weights.clone()
+    weights.copy_(own)
+    try:
+        return held_out_loss(worker, job.client, job.held_out)
+    finally:
+        weights.copy_(before)
 
 
 def _own(tensor: Tensor, learner: Learner) -> Tensor:
@@ -216,7 +251,7 @@ def under(prefix: str, tensors: Tensors) -> Tensors:
 def validate(worker: Worker, shared: Shared, job: ValidateJob) -> tuple[Row, None]:
     """Measure the loss of a model on one client's held-out examples."""
     tensors = {name: as_tensor(array) for name, array in shared.arrays.items()}
-    worker.load(tensors["model"], tensors.get("base"))
+    load_own(worker, tensors, job.memory)
     worker.step()
     return {"held_out": held_out_loss(worker, job.client, job.held_out)}, None
 

@@ -16,7 +16,7 @@ from fedray.data.dataset import Dataset
 from fedray.data.partition import Shards, hold_out
 from fedray.errors import UserError
 from fedray.federation import cohort
-from fedray.federation.worker import build
+from fedray.federation.worker import build, shared_part
 from fedray.menus import FOLDS
 from fedray.scores import networks
 from fedray.seeds import generator
@@ -33,7 +33,7 @@ class Plan:
     shards: Shards  # what clients train on
     held_out: Shards  # what their losses are measured on
     test: Shards
-    layout: Layout
+    layout: Layout  # of what clients share
     initial: torch.Tensor  # [d], the weights it starts from
     only_client: int | None
     fingerprint: dict[str, str]  # of what else the task learns from
@@ -105,19 +105,20 @@ def make_plan(config: Config, dataset: Dataset | None = None) -> Plan:
     shares = (config.held_out_share, config.test_share)
     shards, held_out, test = hold_out(whole, shares, generator(config.seed, "held out"))
     learner = build(config, torch.device("cpu"))
-    flat = learner.flat
+    flat, shared = learner.flat, shared_part(config, learner)
+    initial = flat.vector.detach()
     return Plan(
         dataset=dataset,
         shards=shards,
         held_out=held_out,
         test=test,
-        layout=flat.layout,
-        initial=flat.vector.detach().clone(),
+        layout=flat.layout if shared is None else shared.layout,
+        initial=initial.clone() if shared is None else shared.take(initial),
         only_client=config.only_client,
         fingerprint=getattr(config.task, "fingerprint", lambda dataset: {})(dataset),
         features=scored,
-        adapters=getattr(learner, "adapters", None),
         malicious=frozenset() if config.malicious is None else config.malicious.draw(config.seed, config.clients),
+        adapters=getattr(learner, "adapters", None) if shared is None else None,
     )
 
 

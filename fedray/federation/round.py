@@ -18,6 +18,7 @@ from fedray.errors import RunError
 from fedray.federation.blocks import Block, Pace, Queue, TrainBlock, train_block
 from fedray.federation.evaluation import Metric, Show, silent
 from fedray.federation.local import TrainJob, ValidateJob, validate
+from fedray.federation.personal import memories
 from fedray.federation.plan import Plan
 from fedray.federation.pool import Pool, failure, in_order
 from fedray.federation.worker import Shared, model, threads
@@ -176,16 +177,16 @@ def validate_round(session: Session, state: State, row: Row) -> Row:
     """Measure held-out losses of a round, means weighted by examples; {} where no client has held any out.
 
     local: before aggregation, over the cohort, each client's own model on its own examples;  aggregated: of the
-    aggregated model on the same;  global: of it, over all clients;  spread: its standard deviation over clients;
-    clients: each of them.
+    aggregated model on the same, with what each client keeps to itself;  global: of it, over all clients;  spread: its
+    standard deviation over clients;  clients: each of them.
     """
     config, held_out = session.config, session.plan.held_out
     began = time.perf_counter()
-    clients = range(config.clients) if config.only_client is None else [config.only_client]
-    sizes = {client: len(held_out[client]) for client in clients if len(held_out[client])}
+    sizes = {client: len(held_out[client]) for client in config.trainers if len(held_out[client])}
     if not sizes:
         return {}
-    jobs = [ValidateJob(client, held_out[client]) for client in sizes]
+    memory = memories(config, session.run, state.round)
+    jobs = [ValidateJob(client, held_out[client], memory(client)) for client in sizes]
     losses = {}
     for reply in in_order(session.pool, validate, model(plain(state)), jobs, lambda done: None):
         if not reply.ok:

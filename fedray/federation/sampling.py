@@ -1,7 +1,7 @@
 """The jobs of evaluation: images sampled from a model, features, nearest training images. Knows nothing of Ray."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,11 +10,13 @@ from torch import Tensor
 
 from fedray.config import Config
 from fedray.errors import UserError
+from fedray.federation.local import load_own
 from fedray.federation.worker import Shared, Worker
 from fedray.record.run import Row
 from fedray.scores.nearest import nearest
 from fedray.seeds import generator
 from fedray.vector import as_tensor
+from fedray.wire import Payload
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Sampling:
     """Seed of the noise that the images start from."""
     prompts: tuple[str, ...] = ()
     """Image i is for prompt i modulo their number; none where the task knows no prompts."""
+    memories: tuple[Payload, ...] = ()
+    """Of clients, each of whose own models makes a batch in turn; none where the global model makes all."""
 
     @classmethod
     def of(cls, config: Config, n: int, prompts: tuple[str, ...] = ()) -> "Sampling":
@@ -62,6 +66,7 @@ class Sampling:
                 features=features,
                 keep=max(0, keep - start),
                 prompts=self.prompts_of(start, stop),
+                memory=self.memories[start // self.batch_size % len(self.memories)] if self.memories else {},
             )
 
 
@@ -77,6 +82,7 @@ class SampleJob:
     features: bool
     keep: int  # how many of the images are wanted, beside the features
     prompts: tuple[str, ...] = ()  # one for each image of the batch, where the task knows prompts
+    memory: Payload = field(default_factory=dict)  # what makes the model a client's own
 
     @property
     def key(self) -> tuple[str | int, ...]:
@@ -119,7 +125,7 @@ class NearestJob:
 def sample_batch(worker: Worker, model: Shared, job: SampleJob) -> tuple[Row, tuple[np.ndarray | None, np.ndarray]]:
     """Sample one batch from the model (a float32 vector): features [size, d], and images uint8 [keep, c, h, w]."""
     tensors = {name: as_tensor(array) for name, array in model.arrays.items()}
-    worker.load(tensors["model"], tensors.get("base"))
+    load_own(worker, tensors, job.memory)
     # A task that knows no prompts has no such parameter.
     extra: dict[str, Any] = {"prompts": job.prompts} if job.prompts else {}
     rng = generator(job.seed, *job.key)

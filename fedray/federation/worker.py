@@ -18,6 +18,7 @@ from fedray.record.run import Row
 from fedray.scores import networks
 from fedray.seeds import number
 from fedray.tasks import AdapterLearner, AdapterTask, Learner
+from fedray.vector.part import Part
 from fedray.wire import Payload
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class Worker:
         self.source = source  # where this node's cache may have the data
         self.sha256 = sha256  # of the images that the run is about
         self._base: Tensor | None = None
+        self._unshared: Tensor | None = None  # the part that clients keep to themselves, as it is drawn
         self.done = Done(0, 0)
         self.on_step: Callable[[int], None] = lambda steps: None
 
@@ -67,7 +69,15 @@ class Worker:
 
     @cached_property
     def learner(self) -> Learner:
-        return build(self.config, self.device)
+        learner = build(self.config, self.device)
+        shared = shared_part(self.config, learner)
+        self._unshared = None if shared is None else shared.rest.take(learner.flat.vector.detach())
+        return learner
+
+    @cached_property
+    def shared(self) -> Part | None:
+        """The part of the learner's vector that clients share; None where it is all of it."""
+        return shared_part(self.config, self.learner)
 
     @cached_property
     def _optimizer(self) -> tuple[torch.optim.Optimizer, dict[str, Any]]:
@@ -82,9 +92,18 @@ class Worker:
         optimizer.param_groups[0].update(made)
         return optimizer
 
-    def load(self, vector: Tensor, base: Tensor | None = None) -> None:
-        """Make the learner this model: the vector, and the change of its frozen weights, if there is one."""
-        self.learner.flat.vector.detach().copy_(vector)
+    def load(self, vector: Tensor, base: Tensor | None = None, own: Tensor | None = None) -> None:
+        """Make the learner this model: the shared vector, and the change of its frozen weights, if there is one.
+
+        Args:
+            own: the part that is not shared, of a client that has trained it; else it is as drawn.
+        """
+        weights = self.learner.flat.vector.detach()
+        if self.shared is None:
+            weights.copy_(vector)
+        else:
+            self.shared.put(weights, vector)
+            self.shared.rest.put(weights, cast(Tensor, self._unshared) if own is None else own)
         # While the last one is held, another at its address is the same: Ray maps an object once.
         if base is not None and (self._base is None or base.data_ptr() != self._base.data_ptr()):
             cast(AdapterLearner, self.learner).set_base(base)
@@ -114,6 +133,24 @@ class Worker:
     def features(self) -> "Network":
         assert self.config.features is not None
         return networks.load(self.config.features, self.config.inception_weights, self.device)
+
+
+def shared_part(config: Config, learner: Learner) -> Part | None:
+    """Return the part of a learner's vector that clients share; None where it is all of it.
+
+    Raises:
+        UserError: nothing would be shared, or nothing kept.
+    """
+    if not config.partial:
+        return None
+    part = Part.of(learner.flat.layout, config.shares)
+    if not part.wanted or not part.rest.wanted:
+        what = "nothing would be shared" if not part.wanted else "everything would be"
+        given = " ".join(
+            f"--{name} {value}" for name, value in (("share", config.share), ("keep-local", config.keep_local)) if value
+        )
+        raise UserError(f"{given}: {what}; names of parameters are, for instance, {learner.flat.layout.names[0]}.")
+    return part
 
 
 Work = Callable[[Worker, Any, Any], tuple[Row, Any]]

@@ -105,6 +105,12 @@ class Run:
         """Return the path of the last complete round's checkpoint; None before the first."""
         return max(self.directory.glob("checkpoints/round-*.safetensors"), default=None)
 
+    @property
+    def complete_rounds(self) -> int:
+        """Complete rounds, by the last checkpoint."""
+        path = self.checkpoint()
+        return 0 if path is None else int(path.stem.removeprefix("round-"))
+
     def state(self, layout: Layout) -> State | None:
         """Return the state after the last complete round; None before the first. Raises `UserError`."""
         path = self.checkpoint()

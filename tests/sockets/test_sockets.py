@@ -42,6 +42,11 @@ SETTINGS = {
     "fedex, float16": {"adapters": True, "algorithm": "fedex", "wire": "float16"},
     "rolora, kept optimizers": {"adapters": True, "algorithm": "rolora", "keep_optimizer": True},
     "average of rolora, float16": {"adapters": True, "algorithm": "ema:0.9:rolora", "wire": "float16"},
+    "partial": {"layers": 3, "share": "^(0|2)", "keep_optimizer": True},
+    "partial control variates, sparse": {
+        "layers": 3, "keep_local": "^1", "algorithm": f"{CONTROL}:Scaffold", "wire": f"{SPARSE}:Sparse:0.25",
+        "optimizer": "sgd",
+    },
     "flora, warm": {"adapters": True, "algorithm": "flora:warm=true"},
 }  # fmt: skip
 
