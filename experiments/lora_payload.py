@@ -40,7 +40,7 @@ SD15 = dict(
 def adapted(unet: UNet2DConditionModel, task: LoRA) -> UNet2DConditionModel:
     """The network, with adapters alone trainable."""
     unet.requires_grad_(False)
-    unet.add_adapter(LoraConfig(r=task.rank, target_modules=list(task.target_modules)))
+    unet.add_adapter(LoraConfig(r=task.largest_rank, target_modules=list(task.target_modules)))
     return unet
 
 

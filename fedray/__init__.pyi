@@ -15,6 +15,7 @@ from .algorithms.lora import FFA as FFA
 from .algorithms.lora import SVD as SVD
 from .algorithms.lora import FedEx as FedEx
 from .algorithms.lora import Flora as Flora
+from .algorithms.lora import RaFLoRA as RaFLoRA
 from .algorithms.lora import RoLoRA as RoLoRA
 from .algorithms.robust import Krum as Krum
 from .algorithms.robust import Median as Median

@@ -88,9 +88,12 @@ class ToyAdapters(Toy):
     """The same with adapters on two frozen layers."""
 
     name: ClassVar[str] = "toy-adapters"
-    offers: ClassVar[frozenset[str]] = frozenset({"adapters", "float32 base"})
-    rank: int = 2
+    ranks: tuple[int, ...] = (2,)
     scale: float = 0.5
+
+    @property
+    def offers(self):
+        return frozenset({"adapters", "float32 base"} | ({"equal ranks"} if len(self.ranks) == 1 else set()))
 
     def build(self, device, trains=lambda name: True):
         return ToyAdaptersLearner(self, device, trains)
@@ -99,11 +102,12 @@ class ToyAdapters(Toy):
 class ToyAdaptersLearner(ToyLearner):
     def __init__(self, task, device, trains):
         self.task = task
-        self.network = nn.ModuleDict({"wide": Adapted(6, 4, task.rank), "square": Adapted(5, 5, task.rank)}).to(device)
+        rank = max(task.ranks)
+        self.network = nn.ModuleDict({"wide": Adapted(6, 4, rank), "square": Adapted(5, 5, rank)}).to(device)
         for name, parameter in self.network.named_parameters():
             parameter.requires_grad_(".lora_" in name and trains(name))
         self.flat = FlatParameters(self.network)
-        self.adapters = adapters(self.network, self.flat.layout, task.scale)
+        self.adapters = adapters(self.network, self.flat.layout, task.scale, task.ranks)
 
     def weights(self):
         for layer in self.network.values():

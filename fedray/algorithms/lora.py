@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from fedray.algorithms import Algorithm, Folded, Local, Round, Rows, Tensors
 from fedray.lazy import torch
@@ -41,7 +42,7 @@ class RoLoRA(Algorithm):
     not asked in the last round has neither.
     """
 
-    needs = ADAPTERS
+    needs = ADAPTERS | {"equal ranks": "averages halves of adapters of one rank: give one --rank"}
 
     def broadcast(self, server: Tensors, round: Round) -> Tensors:
         half = trained_half(round)
@@ -84,7 +85,31 @@ class SVD(Algorithm):
     offers = NOTHING
 
     def aggregate(self, server: Tensors, folded: Folded, round: Round) -> Tensors:
-        return server | {"model": best_adapters(folded, round)}
+        return server | {"model": best_adapters([weighted_sum(folded, round)], round)}
+
+
+@dataclass(frozen=True)
+class RaFLoRA(Algorithm):
+    """raFLoRA: as `SVD`, but each block of ranks is averaged over the clients that have it, where ranks are unequal.
+
+    Wu et al. 2026 (arXiv:2602.13486). With weights over all clients, what only some have fades round by round.
+    """
+
+    needs = ADAPTERS | UPLOADS
+    offers = NOTHING
+
+    def aggregate(self, server: Tensors, folded: Folded, round: Round) -> Tensors:
+        adapters, sums = adapters_of(round), []
+        for low, high in pairwise(adapters.edges):
+            total = WeightedSum(adapters)
+            block = adapters.block(low, high)
+            for upload in folded.uploads:
+                if adapters.rank(upload.client) >= high:
+                    total.add(upload.tensors["model"] * block, upload.weights["model"])
+            if not total.examples:  # nobody who has it took part: it stays
+                total.add(server["model"] * block, 1)
+            sums.append(total)
+        return server | {"model": best_adapters(sums, round)}
 
 
 class OnBase(Algorithm):
@@ -135,7 +160,7 @@ class Flora(OnBase):
 
     def adapters(self, folded: Folded, round: Round) -> torch.Tensor:
         if self.warm:
-            return best_adapters(folded, round)
+            return best_adapters([weighted_sum(folded, round)], round)
         adapters, rng = adapters_of(round), round.rng("rule")
         fresh = torch.zeros(round.layout.size)
         for _, a in adapters.factors(fresh):
@@ -168,14 +193,21 @@ def stacked(folded: Folded, adapters: Adapters) -> torch.Tensor:
     return mean
 
 
-def best_adapters(folded: Folded, round: Round) -> torch.Tensor:
-    """Return the adapters [d] of rank r nearest to Σ w_i s B_i A_i."""
-    adapters, vector = adapters_of(round), torch.zeros(round.layout.size)
-    total = WeightedSum(adapters)
+def weighted_sum(folded: Folded, round: Round) -> WeightedSum:
+    """Return Σ w_i s B_i A_i as factors."""
+    total = WeightedSum(adapters_of(round))
     for upload in folded.uploads:
         total.add(upload.tensors["model"], upload.weights["model"])
-    for (left, right), (b, a) in zip(total.factors(), adapters.factors(vector), strict=True):
-        best_b, best_a = best_factors(left, right, b.shape[1])
+    return total
+
+
+def best_adapters(sums: Sequence[WeightedSum], round: Round) -> torch.Tensor:
+    """Return the adapters [d] of rank r nearest to the total of some sums."""
+    adapters, vector = adapters_of(round), torch.zeros(round.layout.size)
+    layers = zip(*(each.factors() for each in sums), strict=True)
+    for factors, (b, a) in zip(layers, adapters.factors(vector), strict=True):
+        lefts, rights = zip(*factors, strict=True)
+        best_b, best_a = best_factors(torch.cat(lefts, dim=1), torch.cat(rights), b.shape[1])
         b.copy_(best_b / adapters.scale**0.5)
         a.copy_(best_a / adapters.scale**0.5)
     return vector

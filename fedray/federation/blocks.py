@@ -14,6 +14,7 @@ import torch
 from fedray.algorithms import Round, Tensors, Upload
 from fedray.federation.local import TrainJob, client_update
 from fedray.federation.pool import Lost, Reply
+from fedray.federation.ranks import filled_in
 from fedray.federation.worker import Shared, Worker, do
 from fedray.record.run import Row
 from fedray.wire import Payload
@@ -65,7 +66,8 @@ def _train_and_fold(worker: Worker, inputs: tuple[Shared, Any], job: TrainJob) -
     (shared, partial), config = inputs, worker.config
     round: Round = shared.about
     row, trained = client_update(worker, shared, job)
-    tensors = config.links.decode(trained.payload, round)
+    received = config.links.arrive(shared.arrays, round) if config.links.lossy else None
+    tensors = filled_in(config.links.decode(trained.payload, round), job.client, round, received)
     check_values(tensors, config.fold.bound)
     weights = {name: round.weight(job.client, name) for name in tensors}
     numbers = {"examples": row["examples"], "steps": row["steps"], **trained.rows}

@@ -13,6 +13,7 @@ from torch import Tensor
 from fedray.algorithms import Round, Rows, Tensors
 from fedray.config import Config
 from fedray.data.dataset import Dataset
+from fedray.federation.ranks import held_by, left_out
 from fedray.federation.worker import Shared, Worker
 from fedray.record.run import Row
 from fedray.seeds import generator
@@ -104,6 +105,8 @@ class LocalTraining:
         learning_rate = lr_schedule(
             config.lr_scheduler, config.learning_rate, config.lr_warmup_steps, config.rounds * self.steps
         )
+        held = held_by(self.client, self.round)
+        held = None if held is None else held.to(worker.device)
         rng = generator(config.seed, *job.key)
         for step, group in enumerate(steps_of(self.examples, config, rng)):
             rate = learning_rate(job.round * self.steps + step)
@@ -116,6 +119,8 @@ class LocalTraining:
                 gradient = worker.shared.take(flat.gradient)
                 correct(gradient)
                 worker.shared.put(flat.gradient, gradient)
+            if held is not None:
+                flat.gradient.masked_fill_(~held, 0)
             if config.max_grad_norm is not None:
                 torch.nn.utils.clip_grad_norm_([flat.vector], config.max_grad_norm)
             self.scaler.step(self.optimizer)
@@ -181,6 +186,8 @@ def client_update(worker: Worker, shared: Shared, job: TrainJob) -> tuple[Row, T
     memory = {name: as_tensor(array).to(device, copy=True) for name, array in job.memory.items()}
     own = under("algorithm/", memory)
     worker.load(method.start(down, own), down.get("base"), memory.get(OWN))
+    if round.adapters is not None:
+        round.adapters.cut(learner.flat.vector.detach(), job.client)
     local = LocalTraining(worker, round, job)
     learner.prepare(local.dataset, job.indices, config.random_flip)
     try:
@@ -201,7 +208,7 @@ def client_update(worker: Worker, shared: Shared, job: TrainJob) -> tuple[Row, T
     if wire.lossy:
         sent["model"] = sent["model"] - received["model"]
     links = {name: tensor.cpu() for name, tensor in memory.items() if name.startswith("link")}
-    payload, kept_by_links = wire.encode(sent, links, round, job.client)
+    payload, kept_by_links = wire.encode(left_out(sent, job.client, round), links, round, job.client)
     row = {
         "client": job.client, "examples": local.examples, "steps": local.steps, "images": local.images,
         "loss": local.loss_sum.item() / local.batches, "bytes_up": counted(payload, method.uncounted),

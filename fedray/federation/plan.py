@@ -16,6 +16,7 @@ from fedray.data.dataset import Dataset
 from fedray.data.partition import Shards, hold_out
 from fedray.errors import UserError
 from fedray.federation import cohort
+from fedray.federation.ranks import filled_in, left_out
 from fedray.federation.worker import build, shared_part
 from fedray.menus import FOLDS
 from fedray.scores import networks
@@ -168,8 +169,8 @@ def bytes_planned(config: Config, plan: Plan) -> PlannedBytes:
     tensors, rows, _ = method.upload(local, down, memory)
     if wire.lossy:
         tensors = tensors | {"model": tensors["model"] - received["model"]}
-    sent, _ = wire.encode(tensors, {}, round, local.client)
-    arrived = wire.decode(sent, round)
+    sent, _ = wire.encode(left_out(tensors, local.client, round), {}, round, local.client)
+    arrived = filled_in(wire.decode(sent, round), local.client, round, received if wire.lossy else None)
     weights = {name: max(1, round.weight(local.client, name)) for name in arrived}
     rows = {"examples": max(1, local.examples), "steps": local.steps} | rows
     partial = fold.start(round)

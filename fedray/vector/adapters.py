@@ -17,13 +17,22 @@ class Adapters:
     """The layers of a module that have adapters, in the order of its parameters."""
 
     def __init__(
-        self, layout: Layout, scale: float, frozen: dict[str, torch.Tensor], shapes: dict[str, tuple[int, int]]
+        self,
+        layout: Layout,
+        scale: float,
+        frozen: dict[str, torch.Tensor],
+        shapes: dict[str, tuple[int, int]],
+        ranks: tuple[int, ...] = (),
     ):
         self.layout = layout
+        named = zip(layout.names, layout.shapes, strict=True)
+        # Of clients, in turn by their numbers; the vector has the largest.
+        self.ranks = ranks or tuple({shape[1] for name, shape in named if ".lora_B." in name})
         self.scale = scale
         self.frozen = frozen  # A [r, in] by layer, where it is not trained
         self.shapes = shapes  # (out, in) by layer
         self._originals: dict[str, torch.Tensor] = {}
+        self._blocks: dict[tuple[int, int], torch.Tensor] = {}
 
     @property
     def layers(self) -> list[str]:
@@ -40,6 +49,36 @@ class Adapters:
         for layer in self.layers:
             a = self.frozen[layer] if layer in self.frozen else views[f"{layer}.lora_A.default.weight"]
             yield views[f"{layer}.lora_B.default.weight"], a
+
+    def rank(self, client: int) -> int:
+        """Return the rank of a client's adapters."""
+        return self.ranks[client % len(self.ranks)]
+
+    @property
+    def edges(self) -> list[int]:
+        """Where the ranks are divided into blocks, each of which a client has whole or not at all: 0, …, largest."""
+        return [0, *sorted(set(self.ranks))]
+
+    def block(self, low: int, high: int) -> torch.Tensor:
+        """Return a mask [d] of the ranks from `low` to `high`: of those rows of each A and columns of each B."""
+        if (low, high) not in self._blocks:
+            mask = torch.zeros(self.layout.size, dtype=torch.bool)
+            for name, view in self.layout.views(mask).items():
+                (view[low:high] if ".lora_A." in name else view[:, low:high]).fill_(True)
+            self._blocks[low, high] = mask
+        return self._blocks[low, high]
+
+    def held(self, client: int) -> torch.Tensor | None:
+        """Return a mask [d] of what a client of a smaller rank holds; None where it holds all."""
+        if self.rank(client) == max(self.ranks):
+            return None
+        return self.block(0, self.rank(client))
+
+    def cut(self, vector: torch.Tensor, client: int) -> None:
+        """Make zero, in place, what is beyond a client's rank."""
+        held = self.held(client)
+        if held is not None:
+            vector.masked_fill_(~held.to(vector.device), 0)
 
     def changes(self, change: torch.Tensor) -> Iterator[torch.Tensor]:
         """Return each layer's part [out, in] of a change of the base [base_size], as views."""
@@ -65,8 +104,12 @@ class Adapters:
         return result
 
 
-def adapters(module: torch.nn.Module, layout: Layout, scale: float) -> Adapters:
-    """Find the adapters that peft has put into a module; `layout` is of its trainable parameters."""
+def adapters(module: torch.nn.Module, layout: Layout, scale: float, ranks: tuple[int, ...] = ()) -> Adapters:
+    """Find the adapters that peft has put into a module; `layout` is of its trainable parameters.
+
+    Args:
+        ranks: of clients, in turn by their numbers; by default all have the module's.
+    """
     frozen, shapes = {}, {}
     for name, parameter in module.named_parameters():
         layer, _, rest = name.partition(".lora_B.")
@@ -77,7 +120,7 @@ def adapters(module: torch.nn.Module, layout: Layout, scale: float) -> Adapters:
         shapes[layer] = (parameter.shape[0], a.shape[1])
         if f"{layer}.lora_A.default.weight" not in layout.names:
             frozen[layer] = a.detach().clone().cpu()
-    return Adapters(layout, scale, frozen, shapes)
+    return Adapters(layout, scale, frozen, shapes, ranks)
 
 
 class WeightedSum:

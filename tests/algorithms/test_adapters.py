@@ -13,9 +13,12 @@ from torch import nn
 
 from fedray.algorithms.fedavg import FedAvg
 from fedray.algorithms.folds import Mean
-from fedray.algorithms.lora import SVD, FedEx, Flora, RoLoRA
+from fedray.algorithms.lora import SVD, FedEx, Flora, RaFLoRA, RoLoRA
 from fedray.federation.fit import prepare
+from fedray.federation.local import TrainJob, client_update
+from fedray.federation.plan import make_plan
 from fedray.federation.pool import LocalPool
+from fedray.federation.worker import Shared
 from fedray.record.checkpoint import load_state
 from fedray.record.run import Run
 from fedray.vector import Layout
@@ -221,3 +224,128 @@ def test_what_rolora_freezes_keeps_its_bits_under_weight_decay_and_kept_moments(
         assert rows[number]["bytes_down"] == 4 * sum(halves)
         assert rows[number]["aggregation"]["error_max"] < 1e-5
     assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+# Unequal ranks
+
+
+UNEQUAL = Adapters(LAYOUT, SCALE, {}, SHAPES, (1, 3, 2))  # of clients 0, 3, 6 … 1, of clients 1, 4, 7 … 3
+
+
+def padded(client, seed):
+    """A client's adapters, zero beyond its rank, cut by hand."""
+    vector = draw(seed)
+    for name, view in LAYOUT.views(vector).items():
+        (view if ".lora_A." in name else view.T)[(1, 3, 2)[client % 3] :] = 0
+    return vector
+
+
+def of_rank(examples, state, method, vectors=None):
+    round = made.round_of(examples, LAYOUT, adapters=UNEQUAL)
+    vectors = vectors or [padded(client, client) for client in examples]
+    return method.aggregate(state, made.fold(vectors, round, Mean()), round)
+
+
+def test_a_client_holds_the_first_rows_of_a_and_columns_of_b():
+    for client in range(6):
+        expected, held = padded(client, client), UNEQUAL.held(client)
+        vector = draw(client)
+        UNEQUAL.cut(vector, client)
+        assert torch.equal(vector, expected)
+        assert held is None if client % 3 == 1 else torch.equal(held, expected != 0)
+
+
+@pytest.mark.parametrize("examples", [{0: 5, 1: 1, 2: 12, 4: 2}, {0: 3, 3: 4}, {1: 1, 4: 2}])
+def test_rank_partitions_are_averaged_over_those_that_have_them(examples):
+    """Where nobody has a block, the server's stays."""
+    state = {"model": draw(9)}
+    blocks = []
+    for rank in range(3):  # one rank at a time: what ranks of one block have in common is their weights
+        having = {client: n for client, n in examples.items() if (1, 3, 2)[client % 3] > rank}
+        sources = {client: padded(client, client) for client in having} or {None: draw(9)}
+        total = [torch.zeros(shape, dtype=torch.float64) for shape in SHAPES.values()]
+        for client, vector in sources.items():
+            share = having[client] / sum(having.values()) if having else 1
+            views = LAYOUT.views(vector.double())
+            for layer, name in enumerate(SHAPES):
+                a, b = views[f"{name}.lora_A.default.weight"], views[f"{name}.lora_B.default.weight"]
+                total[layer] += share * SCALE * torch.outer(b[:, rank], a[rank])
+        blocks.append(total)
+    for layer, (found, parts) in enumerate(
+        zip(change(of_rank(examples, state, RaFLoRA())), zip(*blocks, strict=True), strict=True)
+    ):  # fmt: skip
+        u, s, v = torch.linalg.svd(sum(parts), full_matrices=False)
+        best = u[:, :RANK] * s[:RANK] @ v[:RANK]
+        assert torch.linalg.norm(found - best) < 1e-5 * torch.linalg.norm(best), layer
+
+
+def test_with_equal_ranks_rank_partition_is_the_svd():
+    vectors = [draw(client) for client in EXAMPLES]
+    first, _ = aggregate(RaFLoRA(), vectors, {"model": draw(9)})
+    second, _ = aggregate(SVD(), vectors, {"model": draw(9)})
+    assert off(change(first), change(second)) < 1e-6
+
+
+def test_what_only_some_have_fades_but_not_with_rank_partition():
+    """No client learns anything. Of 4 equal clients 2 have rank 3, one 2: averages multiply rank 3 by (1/2)², SVD by ½.
+
+    Ranks that cross no other: singular values 4, 2, 1 of each layer.
+    """
+    examples = {0: 1, 1: 1, 2: 1, 4: 1}
+    start, rng = torch.zeros(LAYOUT.size), torch.Generator().manual_seed(0)
+    for layer, (rows, columns) in SHAPES.items():
+        left, right = (torch.linalg.qr(torch.randn(n, RANK, generator=rng)).Q for n in (rows, columns))
+        roots = torch.tensor([4.0, 2.0, 1.0]).sqrt()
+        views = LAYOUT.views(start)
+        views[f"{layer}.lora_B.default.weight"].copy_(left * roots)
+        views[f"{layer}.lora_A.default.weight"].copy_((right * roots).T)
+    # shares of the weights that have ranks 1, 2, 3
+    for method, factor in (
+        (FedAvg(), (1, (3 / 4) ** 2, (1 / 2) ** 2)),
+        (SVD(), (1, 3 / 4, 1 / 2)),
+        (RaFLoRA(), (1,) * 3),
+    ):
+        state = {"model": start}
+        for _ in range(3):
+            vectors = []
+            for client in examples:
+                vector = state["model"].clone()
+                UNEQUAL.cut(vector, client)
+                vectors.append(vector)
+            state = of_rank(examples, state, method, vectors)
+        for found in change(state):
+            values = torch.linalg.svdvals(found)[:RANK]
+            expected = [SCALE * s * f**3 for s, f in zip((4, 2, 1), factor, strict=True)]
+            assert values.tolist() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("wire", ["float32", "float16"])
+@pytest.mark.parametrize("algorithm", ["fedavg", "ffa", "svd", "raflora", "flora", "fedex"])
+def test_clients_train_and_send_only_their_ranks(toy_config, tmp_path, algorithm, wire):
+    config = toy_config(adapters=True, ranks=(1, 3, 2), algorithm=algorithm, wire=wire, rounds=2, adam_weight_decay=0.1)
+    plan = prepare(config, Run(tmp_path / "none"))
+    rows = list(fit(config, LocalPool(config), tmp_path / "run"))
+    each = plan.layout.size * (2 if wire == "float16" else 4) // 3  # of one rank
+    assert [client["bytes_up"] for client in rows[-1]["clients"]] == [each, 3 * each, 2 * each, each]
+    if algorithm in ("flora", "fedex"):
+        assert rows[-1]["aggregation"]["error_max"] < 1e-5
+
+
+def test_a_client_of_a_small_rank_trains_as_if_all_had_it(toy_config):
+    """Beside clients of rank 3, one of rank 1 sends what it would send if adapters had rank 1."""
+    settings = dict(adapters=True, labels=2, train_batch_size=8, local_epochs=5, adam_weight_decay=0.1)
+    large, small = toy_config(ranks=(1, 3), **settings), toy_config(ranks=(1,), **settings)
+    sent = []
+    base = LocalPool(large).worker.learner.network
+    for config in (large, small):
+        plan, worker = make_plan(config), LocalPool(config).worker
+        for layer, source in zip(worker.learner.network.values(), base.values(), strict=True):
+            layer.base_layer.weight.data.copy_(source.base_layer.weight)
+        start = plan.initial if config is large else sent[0][0]
+        round = plan.round(config, 0)
+        down = Shared({"model": start.numpy()}, round)
+        _, trained = client_update(worker, down, TrainJob(0, 0, plan.shards[0], plan.held_out[0]))
+        held = plan.adapters.held(0)
+        sent.append((start if held is None else start[held], trained.payload["model"]))
+    assert not torch.equal(sent[0][0], torch.from_numpy(sent[0][1]))
+    assert sent[0][1] == pytest.approx(sent[1][1], abs=1e-6)

@@ -47,6 +47,9 @@ SETTINGS = {
         "layers": 3, "keep_local": "^1", "algorithm": f"{CONTROL}:Scaffold", "wire": f"{SPARSE}:Sparse:0.25",
         "optimizer": "sgd",
     },
+    "raflora, unequal ranks, float16": {
+        "adapters": True, "ranks": (1, 3, 2), "algorithm": "raflora", "wire": "float16",
+    },
     "flora, warm": {"adapters": True, "algorithm": "flora:warm=true"},
 }  # fmt: skip
 

@@ -50,10 +50,11 @@ class LoRA(Images):
     channels: Annotated[int, tyro.conf.Suppress] = 3
     base_dtype: str = "float32"
     """In what the frozen base is held and computed: float32, bfloat16 or float16. Adapters are float32."""
-    rank: int = 8
-    """r, the rank of the adapters."""
+    rank: int | tuple[int, ...] = 8
+    """r, the rank of the adapters; or several, which clients have in turn by their numbers (4 8 16: client 0 has 4,
+    client 3 again)."""
     lora_alpha: float | None = None
-    """α: adapters count α / r times; by default the rank."""
+    """α: adapters count α / r times, r the largest; by default it is that r."""
     lora_dropout: float = 0.0
     """Dropout before the adapters, in training."""
     target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
@@ -81,6 +82,8 @@ class LoRA(Images):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.rank, tuple) and len(set(self.rank)) == 1:
+            object.__setattr__(self, "rank", self.rank[0])
         for name in ("pretrained_model_name_or_path", "class_data_dir"):
             value = getattr(self, name)
             if value and Path(value).exists():
@@ -89,14 +92,24 @@ class LoRA(Images):
     @property
     def scale(self) -> float:
         """α / r."""
-        return (self.rank if self.lora_alpha is None else self.lora_alpha) / self.rank
+        return 1.0 if self.lora_alpha is None else self.lora_alpha / self.largest_rank
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks of clients, in turn by their numbers."""
+        return self.rank if isinstance(self.rank, tuple) else (self.rank,)
+
+    @property
+    def largest_rank(self) -> int:
+        """The rank of the adapters that are averaged and sampled from."""
+        return max(self.ranks)
 
     def check(self, sampler: str, steps: int) -> None:
         super().check(sampler, steps)
         check_name("sampler", sampler, SAMPLERS)
         check_name("dtype of the base", self.base_dtype, DTYPES)
-        if self.rank < 1:
-            raise UserError(f"--rank {self.rank}: it must be at least 1.")
+        if min(self.ranks, default=0) < 1:
+            raise UserError(f"--rank {' '.join(map(str, self.ranks))}: it must be at least 1.")
         for name in ("lora_alpha", "snr_gamma"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -154,7 +167,8 @@ class LoRA(Images):
     @property
     def offers(self) -> frozenset[str]:
         """Properties that algorithms may require."""
-        return frozenset({"adapters", "labels"} | ({"float32 base"} if self.base_dtype == "float32" else set()))
+        found = {"adapters", "labels"} | ({"float32 base"} if self.base_dtype == "float32" else set())
+        return frozenset(found | ({"equal ranks"} if len(self.ranks) == 1 else set()))
 
     def build(self, device: torch.device, trains: Callable[[str], bool] = lambda name: True) -> LoRALearner:
         from fedray.tasks.lora.learner import LoRALearner

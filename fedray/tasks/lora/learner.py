@@ -45,10 +45,10 @@ class LoRALearner:
         base = unet_folder(self.folder, task.base_dtype)
         unet = UNet2DConditionModel.from_pretrained(base, torch_dtype=self.dtype, variant=variant(base))
         self.unet = unet.requires_grad_(False).to(device)
-        alpha: Any = task.rank if task.lora_alpha is None else task.lora_alpha
+        alpha: Any = task.largest_rank if task.lora_alpha is None else task.lora_alpha
         self.unet.add_adapter(
             LoraConfig(
-                r=task.rank,
+                r=task.largest_rank,
                 lora_alpha=alpha,
                 lora_dropout=task.lora_dropout,
                 target_modules=list(task.target_modules),
@@ -60,7 +60,7 @@ class LoRALearner:
                 parameter.data = parameter.data.float()
                 parameter.requires_grad_(trains(name))
         self.flat = FlatParameters(self.unet)
-        self.adapters = adapters(self.unet, self.flat.layout, task.scale)
+        self.adapters = adapters(self.unet, self.flat.layout, task.scale, task.ranks)
         self._encoders: tuple[AutoencoderKL, CLIPTextModel, CLIPTokenizer] | None = None
         self._latents: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}  # mean and deviation, [4, h / 8, w / 8]
         self._embeddings: dict[str, Tensor] = {}  # [tokens, width]
