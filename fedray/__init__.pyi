@@ -6,6 +6,7 @@ from .algorithms import Upload as Upload
 from .algorithms import Wrapper as Wrapper
 from .algorithms.attacks import Attack as Attack
 from .algorithms.attacks import Malicious as Malicious
+from .algorithms.ditto import Ditto as Ditto
 from .algorithms.ema import EMA as EMA
 from .algorithms.fedavg import FedAvg as FedAvg
 from .algorithms.folds import Collect as Collect

@@ -82,7 +82,8 @@ class Config:
     algorithm: Annotated[Algorithm, words_of(ALGORITHMS), tyro.conf.arg(aliases=["--rule"])] = FedAvg()
     """The federated method: fedavg; of adapters (which fedavg averages as A and B apart) also ffa (A is frozen), rolora
     (A and B by turns), svd (the best factors of the mean of B A), fedex (what fedavg loses goes into the base) or flora
-    (stacking; the mean of B A goes into the base); ema:DECAY:ALGORITHM; or a class of your own,
+    (stacking; the mean of B A goes into the base); ema:DECAY:ALGORITHM; ditto:LAMBDA:ALGORITHM (each
+    client has a model of its own beside); or a class of your own,
     FILE.py:CLASS:VALUES."""
     fold: Annotated[Fold, words_of(FOLDS)] = Mean()
     """How the uploads of a round become one: mean; against malicious clients median, trimmed:BETA, krum:F,

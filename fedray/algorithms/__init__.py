@@ -105,6 +105,14 @@ class Local(Protocol):
     def run(self, correct: Callable[[torch.Tensor], None]) -> None:
         """Train for `steps` steps: `correct` gets the gradient [d] before each is clipped and made."""
 
+    def apart(
+        self, start: torch.Tensor, correct: Callable[[torch.Tensor, torch.Tensor], None]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Train another model from `start` [d], with a fresh optimizer, and leave what is trained as it is.
+
+        `correct` gets the gradient and the weights before each step. Returns the model, and its mean loss.
+        """
+
     def watch(self, stepped: Callable[[], object]) -> None:
         """Call `stepped` after each step."""
 

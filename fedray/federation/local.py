@@ -131,6 +131,20 @@ class LocalTraining:
                 stepped()
             worker.step()
 
+    def apart(self, start: Tensor, correct: Callable[[Tensor, Tensor], None]) -> tuple[Tensor, Tensor]:
+        """Train another model from `start` [d], with a fresh optimizer; return it, and its mean loss."""
+        flat = self.worker.learner.flat.vector
+        weights, state = flat.detach().clone(), self.optimizer.state.pop(flat, None)
+        other = LocalTraining(self.worker, self.round, self.job)
+        flat.detach().copy_(start)
+        other.run(lambda gradient: correct(gradient, flat.detach()))
+        model = flat.detach().clone()
+        flat.detach().copy_(weights)
+        self.optimizer = self.worker.fresh_optimizer()
+        if state is not None:
+            self.optimizer.state[flat] = state
+        return model, other.loss_sum / other.batches
+
     def _accumulate(self, batches: list[np.ndarray], rng: torch.Generator) -> None:
         """Make the gradient that of the mean loss of some batches."""
         config, learner = self.worker.config, self.worker.learner

@@ -197,5 +197,11 @@ class Idle:
     def run(self, correct: Callable[[torch.Tensor], None]) -> None:
         """Make no step."""
 
+    def apart(
+        self, start: torch.Tensor, correct: Callable[[torch.Tensor, torch.Tensor], None]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Make no step."""
+        return start, torch.zeros(())
+
     def watch(self, stepped: Callable[[], object]) -> None:
         """There is no step to watch."""

@@ -365,6 +365,7 @@ SCRIPTS = (
     "non_iid",
     "robust",
     "compression",
+    "partial",
 )
 
 

@@ -43,13 +43,14 @@ SETTINGS = {
     "rolora, kept optimizers": {"adapters": True, "algorithm": "rolora", "keep_optimizer": True},
     "average of rolora, float16": {"adapters": True, "algorithm": "ema:0.9:rolora", "wire": "float16"},
     "partial": {"layers": 3, "share": "^(0|2)", "keep_optimizer": True},
-    "partial control variates, sparse": {
-        "layers": 3, "keep_local": "^1", "algorithm": f"{CONTROL}:Scaffold", "wire": f"{SPARSE}:Sparse:0.25",
+    "partial control variates, top-k": {
+        "layers": 3, "keep_local": "^1", "algorithm": f"{CONTROL}:Scaffold", "wire": "feedback:topk:0.25",
         "optimizer": "sgd",
     },
     "raflora, unequal ranks, float16": {
         "adapters": True, "ranks": (1, 3, 2), "algorithm": "raflora", "wire": "float16",
     },
+    "ditto, sparse": {"algorithm": "ema:0.9:ditto:0.5", "wire": "feedback:topk:0.25", "keep_optimizer": True},
     "flora, warm": {"adapters": True, "algorithm": "flora:warm=true"},
 }  # fmt: skip
 
