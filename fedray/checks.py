@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fedray.config import Config
 
 PRECISIONS = ("no", "bf16", "fp16")
+WEIGHTS = ("examples", "uniform")
 
 # Names, bounds, and what they must be; None is not asked.
 LIMITS: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
@@ -80,6 +81,7 @@ def check(config: "Config") -> None:
             raise UserError(f"{flag(name)} {pattern!r} is no regular expression: {error}.") from None
     check_name("learning-rate scheduler", config.lr_scheduler, LR_SCHEDULERS)
     check_name("precision", config.mixed_precision, PRECISIONS)
+    check_name("kind of weights", config.weights, WEIGHTS)
     if config.mixed_precision == "fp16" and not config.gpus_per_actor:
         raise UserError("--mixed-precision fp16 needs a GPU (--gpus-per-actor); on a CPU use bf16.")
     config.task.check(config.sampler, config.sampling_steps)
@@ -126,6 +128,8 @@ def _check_fit(config: "Config") -> None:
         raise UserError(
             f"--evaluate-personal: --algorithm {parts['algorithm']} makes no model of a client's own, as ditto does."
         )
+    if not config.keep_optimizer or "plain sgd" in offered:
+        offered |= {"fresh optimizer"}  # which remembers no earlier round
     needs = [(f"--algorithm {parts['algorithm']}", method.needs), (f"--fold {parts['fold']}", config.fold.needs)]
     needs += [(who, link.needs) for who, link in links.items()]
     if config.malicious is not None:

@@ -80,14 +80,17 @@ class Config:
     rounds: int = 10
     """T, communication rounds."""
     algorithm: Annotated[Algorithm, words_of(ALGORITHMS), tyro.conf.arg(aliases=["--rule"])] = FedAvg()
-    """The federated method: fedavg; of adapters (which fedavg averages as A and B apart) also ffa (A is frozen), rolora
-    (A and B by turns), svd (the best factors of the mean of B A), fedex (what fedavg loses goes into the base) or flora
-    (stacking; the mean of B A goes into the base); ema:DECAY:ALGORITHM; ditto:LAMBDA:ALGORITHM (each
-    client has a model of its own beside); or a class of your own,
-    FILE.py:CLASS:VALUES."""
+    """The federated method: fedavg, fedavgm, fedadagrad, fedadam, fedyogi, fedprox, fedprox-adaptive, scaffold or
+    fednova, with values in order or by name, as fedadam:0.01:tau=0.1; of adapters (which fedavg averages as A and B
+    apart) also ffa (A is frozen), rolora (A and B by turns), svd (the best factors of the mean of B A), fedex (what
+    fedavg loses goes into the base), flora (stacking; the mean of B A goes into the base) or raflora (of unequal ranks);
+    ema:DECAY:ALGORITHM; ditto:LAMBDA:ALGORITHM (each client has a model of its own beside); or a class of your own,
+    FILE.py:CLASS:VALUES. See docs/methods.md."""
     fold: Annotated[Fold, words_of(FOLDS)] = Mean()
     """How the uploads of a round become one: mean; against malicious clients median, trimmed:BETA, krum:F,
     multikrum:F[:M] or normbound:NORM; or a class of your own, FILE.py:CLASS:VALUES."""
+    weights: str = "examples"
+    """What a client counts for in means: examples (as many as it trains on) or uniform (all alike)."""
     wire: Annotated[
         tuple[Link, ...],
         word(parse_wire, wire_form, "|".join([*EXACT, *LINKS.classes])),

@@ -1,8 +1,8 @@
 """Short forms: objects that a user names in one word on the command line, in JSON or in Python.
 
 dirichlet:0.1              a class of fedray's, and the values of its fields in order
-fedadam:lr=0.01            or by name
-ema:0.999:fedadam:lr=0.01  a wrapper takes the rest for what it wraps
+fedadam:0.01:tau=0.1       or by name
+ema:0.999:fedadam:0.01     a wrapper takes the rest for what it wraps
 mine.py:FedProx:0.1        a class of the user's own, in a file
 """
 

@@ -1,9 +1,15 @@
 """Whole runs, as tests do them."""
 
+import made
+import numpy as np
+import torch
+
 from fedray.federation.fit import fit as fit_session
 from fedray.federation.fit import prepare
+from fedray.federation.local import Trained, TrainJob, client_update
 from fedray.federation.pool import LocalPool
 from fedray.federation.round import Session, run_round
+from fedray.federation.worker import Shared, Worker
 from fedray.record.provenance import environment
 from fedray.record.run import Run
 
@@ -38,3 +44,19 @@ def whole_round(session, state):
 def sha(out):
     """Return the SHA-256 of a complete run's state: the model, and all that the server keeps beside it."""
     return Run.open(out).result["state_sha256"]
+
+
+def trained_client(config, tensors=None, memory=None):
+    """Train client 0, in a round of its own, on all examples: its row, and what it sends and keeps.
+
+    tensors: what goes down, beside the initial model or in its place;  memory: what it kept.
+    """
+    worker = Worker(config, torch.device("cpu"), "test")
+    examples = len(config.task.dataset().images)
+    flat = worker.learner.flat
+    down = {"model": flat.vector.detach().clone()} | (tensors or {})
+    shared = Shared({name: tensor.numpy() for name, tensor in down.items()}, made.round_of({0: examples}, flat.layout))
+    kept = {f"algorithm/{name}": tensor.numpy() for name, tensor in (memory or {}).items()}
+    row, trained = client_update(worker, shared, TrainJob(0, 0, np.arange(examples), np.array([], int), kept))
+    payload, rows, kept = trained  # what is sent lies in the memory that the next client is trained in
+    return row, Trained({name: array.copy() for name, array in payload.items()}, rows, kept)

@@ -127,3 +127,45 @@ class Adapted(nn.Module):
         self.lora_A = nn.ModuleDict({"default": nn.Linear(columns, rank, bias=False)})
         self.lora_B = nn.ModuleDict({"default": nn.Linear(rank, rows, bias=False)})
         nn.init.zeros_(self.lora_B["default"].weight)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Fits x w to t: the mean over examples of Σ |x w − t|, whose gradient is constant while no sign changes.
+
+    squared: Σ (x w − t)² / 2 instead.
+    """
+
+    name: ClassVar[str] = "linear"
+    x: tuple[tuple[float, ...], ...] = ((1, 0), (0, 2))  # [examples, inputs]
+    t: tuple[tuple[float, ...], ...] = ((4, 6), (8, 12))  # [examples, outputs]
+    w: tuple[tuple[float, ...], ...] = ((2, 4), (3, 5))  # [inputs, outputs], in the beginning
+    squared: bool = False
+
+    def check(self, sampler, steps):
+        pass
+
+    def dataset(self):
+        return Dataset(np.arange(4 * len(self.x), dtype=np.uint8).reshape(-1, 1, 2, 2), np.arange(len(self.x)))
+
+    def build(self, device):
+        return LinearLearner(self, device)
+
+
+class LinearLearner:
+    def __init__(self, task, device):
+        self.task = task
+        self.network = nn.ParameterDict({"w": nn.Parameter(torch.tensor(task.w, dtype=torch.float32))}).to(device)
+        self.flat = FlatParameters(self.network)
+
+    def prepare(self, dataset, indices, mirrored):
+        pass
+
+    def loss(self, batch, rng):
+        x, t = (torch.tensor(table, dtype=torch.float32)[batch["index"]] for table in (self.task.x, self.task.t))
+        error = x @ self.network["w"] - t
+        return (error.square() / 2 if self.task.squared else error.abs()).sum(1).mean()
+
+    def save(self, directory):
+        directory.mkdir()
+        torch.save(self.network.state_dict(), directory / "network.pt")

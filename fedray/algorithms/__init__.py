@@ -7,7 +7,8 @@ knowing what they mean. The defaults of `Algorithm` are federated averaging, so 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol, TypeAlias
@@ -57,7 +58,10 @@ class Round:
 
 @dataclass(eq=False)
 class Upload:
-    """One client's decoded contribution: tensors, their weights in means, and numbers, by name."""
+    """One client's decoded contribution: tensors, their weights in means, and numbers, by name.
+
+    rows: its examples, steps and loss (the mean that it trained on), and the numbers that its algorithm adds.
+    """
 
     client: int
     tensors: Tensors
@@ -96,7 +100,7 @@ class Local(Protocol):
     examples: int
     steps: int  # optimizer steps that it makes in all
     step: int  # how many of them it has made
-    total_learning_rate: float  # Σ of the learning rates of the steps made: K η where they are all η
+    total_learning_rate: float  # ‖η a‖₁, of the weights of all gradients in the change: K η of K plain steps of SGD
 
     @property
     def weights(self) -> torch.Tensor:
@@ -115,6 +119,9 @@ class Local(Protocol):
 
     def watch(self, stepped: Callable[[], object]) -> None:
         """Call `stepped` after each step."""
+
+    def gradient(self) -> torch.Tensor:
+        """Return the gradient [d] of the mean loss on all of the client's examples, at its weights as they are."""
 
 
 class Algorithm:
@@ -249,3 +256,21 @@ class Wrapper(Algorithm):
 
     def diagnose(self, before: Tensors, after: Tensors, folded: Folded, round: Round) -> Rows:
         return self.algorithm.diagnose(before, after, folded, round)
+
+
+def check_ranges(
+    algorithm: Algorithm,
+    above_0: Collection[str] = (),
+    not_negative: Collection[str] = (),
+    below_1: Collection[str] = (),
+) -> None:
+    """Raise `ValueError` unless these fields are above 0, not negative, or at least 0 and below 1, and finite."""
+    ranges = [
+        (above_0, lambda value: 0 < value < math.inf, "above 0"),
+        (not_negative, lambda value: 0 <= value < math.inf, "not negative"),
+        (below_1, lambda value: 0 <= value < 1, "at least 0 and below 1"),
+    ]
+    for names, fits, must in ranges:
+        for name in names:
+            if not fits(value := getattr(algorithm, name)):
+                raise ValueError(f"{name} is {value}; it must be {must}")

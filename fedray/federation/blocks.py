@@ -70,7 +70,7 @@ def _train_and_fold(worker: Worker, inputs: tuple[Shared, Any], job: TrainJob) -
     tensors = filled_in(config.links.decode(trained.payload, round), job.client, round, received)
     check_values(tensors, config.fold.bound)
     weights = {name: round.weight(job.client, name) for name in tensors}
-    numbers = {"examples": row["examples"], "steps": row["steps"], **trained.rows}
+    numbers = {name: row[name] for name in ("examples", "steps", "loss")} | trained.rows
     partial = config.fold.add(partial, Upload(job.client, tensors, weights, numbers), round)
     return row | ({"algorithm": trained.rows} if trained.rows else {}), (partial, trained.memory)
 

@@ -82,6 +82,7 @@ class LocalTraining:
         self.steps = config.steps(self.examples)
         self.step = 0
         self.total_learning_rate = 0.0
+        self._reach = 0.0  # the weights of all gradients in the step: 1 without momentum
         self.loss_sum = torch.zeros((), device=worker.device)
         self.watchers: list[Callable[[], Any]] = []
         self.batches = 0
@@ -126,7 +127,8 @@ class LocalTraining:
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.step += 1
-            self.total_learning_rate += rate
+            self._reach = self.optimizer.param_groups[0].get("momentum", 0.0) * self._reach + 1.0
+            self.total_learning_rate += rate * self._reach
             for stepped in self.watchers:
                 stepped()
             worker.step()
@@ -147,19 +149,32 @@ class LocalTraining:
 
     def _accumulate(self, batches: list[np.ndarray], rng: torch.Generator) -> None:
         """Make the gradient that of the mean loss of some batches."""
-        config, learner = self.worker.config, self.worker.learner
-        learner.flat.gradient.zero_()
+        parts = self.worker.config.gradient_accumulation_steps
+        self.worker.learner.flat.gradient.zero_()
         for indices in batches:
-            mirrored = torch.rand(len(indices), generator=rng) < 0.5 if config.random_flip else None
-            batch = batch_of(self.dataset, indices, mirrored)
-            with precision(config, self.worker.device):
-                loss = learner.loss(batch, rng)
+            loss = self._loss(indices, rng)
             # An operation on a scalar takes as long as one on a tiny client's weights.
-            share = loss if config.gradient_accumulation_steps == 1 else loss / config.gradient_accumulation_steps
-            self.scaler.scale(share).backward()
+            self.scaler.scale(loss if parts == 1 else loss / parts).backward()
             self.loss_sum += loss.detach()
             self.batches += 1
             self.images += len(indices)
+
+    def _loss(self, indices: np.ndarray, rng: torch.Generator) -> Tensor:
+        config = self.worker.config
+        mirrored = torch.rand(len(indices), generator=rng) < 0.5 if config.random_flip else None
+        batch = batch_of(self.dataset, indices, mirrored)
+        with precision(config, self.worker.device):
+            return self.worker.learner.loss(batch, rng)
+
+    def gradient(self) -> Tensor:
+        """Return the gradient [d] of the mean loss on all of the client's examples, at its weights as they are."""
+        job, size, gradient = self.job, self.worker.config.train_batch_size, self.worker.learner.flat.gradient
+        rng = generator(self.worker.config.seed, "gradient", job.round, job.client)
+        gradient.zero_()
+        for start in range(0, self.examples, size):
+            indices = job.indices[start : start + size]
+            (self._loss(indices, rng) * (len(indices) / self.examples)).backward()
+        return gradient.clone()
 
     # The optimizer between rounds
 

@@ -76,7 +76,8 @@ class Plan:
     def round(self, config: Config, number: int) -> Round:
         """Return the round of that number, from 0: its cohort, and the weight of each client."""
         clients = cohort_of(config, number)
-        uniform = any(link.uniform for link in (*config.wire, *(config.wire_down or ())))
+        links = (*config.wire, *(config.wire_down or ()))
+        uniform = config.weights == "uniform" or any(link.uniform for link in links)
         weights = {client: 1 if uniform else len(self.shards[client]) for client in clients}
         count = 1 if config.single else config.clients
         return Round(number, config.seed, tuple(clients), count, weights, self.layout, self.adapters)
@@ -172,7 +173,7 @@ def bytes_planned(config: Config, plan: Plan) -> PlannedBytes:
     sent, _ = wire.encode(left_out(tensors, local.client, round), {}, round, local.client)
     arrived = filled_in(wire.decode(sent, round), local.client, round, received if wire.lossy else None)
     weights = {name: max(1, round.weight(local.client, name)) for name in arrived}
-    rows = {"examples": max(1, local.examples), "steps": local.steps} | rows
+    rows = {"examples": max(1, local.examples), "steps": local.steps, "loss": 0.0} | rows
     partial = fold.start(round)
     for client in round.cohort[: fold.least]:
         partial = fold.add(partial, Upload(client, arrived, weights, rows), round)
@@ -205,3 +206,7 @@ class Idle:
 
     def watch(self, stepped: Callable[[], object]) -> None:
         """There is no step to watch."""
+
+    def gradient(self) -> torch.Tensor:
+        """Return zeros in place of a gradient."""
+        return torch.zeros_like(self.weights)

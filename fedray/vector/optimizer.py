@@ -53,8 +53,10 @@ class Optimizer:
 
     @property
     def offers(self) -> frozenset[str]:
-        """Properties that an algorithm may require: "plain sgd" where a step is w − η g."""
-        return frozenset({"plain sgd"} if self.name in ("sgd", "SGD") and not self.options else ())
+        """Properties that an algorithm may require: "plain sgd" where a step is w − η g; "sgd" also with momentum."""
+        if self.name not in ("sgd", "SGD") or not {key for key, _ in self.options} <= {"momentum"}:
+            return frozenset()
+        return frozenset({"sgd"} if self.options else {"sgd", "plain sgd"})
 
     def make(
         self, vectors: list[torch.nn.Parameter], learning_rate: float, adam: Mapping[str, Any]

@@ -23,7 +23,10 @@ from fedray.vector import sha256_of
 EXAMPLES = Path(__file__).parents[1] / "sockets/examples"
 METHODS = {
     "fedavg": {},
-    "control variates": {"algorithm": f"{EXAMPLES}/control.py:Scaffold", "optimizer": "sgd", "learning_rate": 0.05},
+    "scaffold": {"algorithm": "scaffold", "optimizer": "sgd"},
+    "fednova": {"algorithm": "fednova", "optimizer": "sgd:momentum=0.5", "partition": "dirichlet:0.3"},
+    "average of fedyogi, uniform": {"algorithm": "ema:0.9:fedyogi", "weights": "uniform", "partition": "dirichlet:0.3"},
+    "fedprox-adaptive": {"algorithm": "fedprox-adaptive:0.1:patience=1"},
     "top-k, feedback": {"wire": "feedback:topk:0.25"},
     "ema, kept optimizers": {"algorithm": EMA(0.9), "keep_optimizer": True},
     "median, attackers": {"fold": "median", "wire": "int8", "malicious": "0.3:noise:1"},
@@ -100,9 +103,7 @@ def trained(config, plan, pool, pace, rounds=3):
 
 @pytest.fixture(params=METHODS)
 def case(request, toy_config):
-    config = toy_config(labels=6, failing=(2,), fraction=0.67, learning_rate=0.05, **METHODS[request.param]) if (
-        "learning_rate" not in METHODS[request.param]
-    ) else toy_config(labels=6, failing=(2,), fraction=0.67, **METHODS[request.param])  # fmt: skip
+    config = toy_config(labels=6, failing=(2,), fraction=0.67, learning_rate=0.05, **METHODS[request.param])
     plan = make_plan(config)
     return config, plan, trained(config, plan, LocalPool(config), Pace())
 

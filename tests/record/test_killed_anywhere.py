@@ -51,7 +51,7 @@ def test_killed_before_any_write_and_resumed(toy_config, tmp_path):
     """An average of SCAFFOLD on a wire with error feedback: the server, each client and each link remember."""
     config = toy_config(
         labels=5, fraction=0.6, rounds=3, learning_rate=0.05, evaluate_samples=0, optimizer="sgd",
-        algorithm=f"ema:0.9:{EXAMPLES}/control.py:Scaffold", wire="feedback:topk:0.5",
+        algorithm="ema:0.9:scaffold", wire="feedback:topk:0.5",
     )  # fmt: skip
     train(config, tmp_path / "whole")
     whole = Run.open(tmp_path / "whole")

@@ -1,4 +1,4 @@
-"""Methods of a user's own, each in one file: on any number of actors, killed and resumed, with a client that fails."""
+"""Methods in one file each, fedray's and a user's own: on actors, killed and resumed, with a client that fails."""
 
 import os
 import signal
@@ -21,19 +21,29 @@ from fedray.federation.fit import prepare
 from fedray.record.run import Run
 
 EXAMPLES = Path(__file__).parent / "examples"
-MOMENTUM, PROX, CONTROL = (str(EXAMPLES / name) for name in ("momentum.py", "proximal.py", "control.py"))
-SIGNS, GEOMETRIC = (str(EXAMPLES / name) for name in ("signs.py", "geometric.py"))
+DYN, EXP, SIGNS, GEOMETRIC = (str(EXAMPLES / f"{name}.py") for name in ("dyn", "exp", "signs", "geometric"))
 SETTINGS = {
-    "momentum": {"algorithm": f"{MOMENTUM}:Momentum:0.8"},
-    "proximal": {"algorithm": f"{PROX}:FedProx:mu=0.3"},
-    "control variates": {"algorithm": f"{CONTROL}:Scaffold", "optimizer": "sgd"},
+    # Of a user's own
+    "dyn": {"algorithm": f"{DYN}:FedDyn:0.3"},
+    "exp": {"algorithm": f"{EXP}:FedExP:epsilon=1e-6"},
     "signs": {"wire": f"{SIGNS}:Signs"},
     "geometric median": {"fold": f"{GEOMETRIC}:GeometricMedian"},
-    "momentum, top-k, bfloat16": {"algorithm": f"{MOMENTUM}:Momentum", "wire": "feedback:topk:0.25,bfloat16"},
-    "average of control variates, top-k": {
-        "algorithm": f"ema:0.9:{CONTROL}:Scaffold", "wire": "feedback:topk:0.5", "optimizer": "sgd",
+    "exp, top-k, bfloat16": {"algorithm": f"{EXP}:FedExP", "wire": "feedback:topk:0.25,bfloat16"},
+    "average of dyn, top-k": {"algorithm": f"ema:0.9:{DYN}:FedDyn:0.3", "wire": "feedback:topk:0.5"},
+    # fedray's
+    "fedavgm": {"algorithm": "fedavgm:0.9:0.5"},
+    "fedavgm, median": {"algorithm": "fedavgm", "fold": "median", "malicious": "0.67:labelflip"},
+    "fedadagrad, uniform": {"algorithm": "fedadagrad", "weights": "uniform", "partition": "dirichlet:0.3"},
+    "average of fedadam": {"algorithm": "ema:0.999:fedadam:0.01"},
+    "fedyogi, float16": {"algorithm": "fedyogi:0.05:tau=0.01", "wire": "float16"},
+    "fedprox": {"algorithm": "fedprox:0.3"},
+    "fedprox-adaptive": {"algorithm": "fedprox-adaptive:mu=0.2:patience=1"},
+    "scaffold": {"algorithm": "scaffold", "optimizer": "sgd"},
+    "scaffold, gradients": {"algorithm": "scaffold:1", "optimizer": "sgd"},
+    "average of scaffold, top-k": {
+        "algorithm": "ema:0.9:scaffold", "wire": "feedback:topk:0.5", "optimizer": "sgd",
     },
-    "momentum, median": {"algorithm": f"{MOMENTUM}:Momentum", "fold": "median", "malicious": "0.67:labelflip"},
+    "fednova, unequal": {"algorithm": "fednova", "optimizer": "sgd:momentum=0.5", "partition": "dirichlet:0.3"},
     "trimmed, int8": {"fold": "trimmed:0.34", "wire": "int8", "malicious": "0.34:signflip"},
     "krum, random-k": {"fold": "krum:0", "wire": "randk:0.5", "malicious": "0.34:noise:2", "wire_down": "bfloat16"},
     "multikrum, feedback": {"fold": "multikrum:0:2", "wire": "feedback:randk:0.5:false", "wire_down": "int8"},
@@ -119,43 +129,36 @@ def test_the_same_on_two_actors_and_after_a_stop_on_one(config, tmp_path, pool):
 # What they make, against numbers obtained another way
 
 
-def test_momentum_adds_up_what_a_plain_server_would_forget(toy_config, tmp_path):
-    """Of clients that end where they are told to, the first change is the plain one; β = 0 is averaging, exactly."""
-    plain, none = toy_config(rounds=2), toy_config(rounds=2, algorithm=f"{MOMENTUM}:Momentum:0.0")
-    train(plain, tmp_path / "plain")
-    train(none, tmp_path / "none")
-    assert Run.open(tmp_path / "none").result["loss"] == pytest.approx(Run.open(tmp_path / "plain").result["loss"])
-    states = {}
-    for beta in (0.0, 0.5):
-        config = toy_config(rounds=1, algorithm=f"{MOMENTUM}:Momentum:{beta}")
-        train(config, tmp_path / f"beta-{beta}")
-        states[beta] = Run.open(tmp_path / f"beta-{beta}").state(prepare(config, Run(tmp_path / "x")).layout).tensors
-    assert torch.equal(states[0.0]["model"], states[0.5]["model"])
-
-
-def test_prox_with_mu_zero_is_averaging_bit_for_bit(toy_config, tmp_path):
-    train(toy_config(), tmp_path / "plain")
-    train(toy_config(algorithm=f"{PROX}:FedProx:0"), tmp_path / "prox")
-    assert sha(tmp_path / "prox") == sha(tmp_path / "plain")
-    train(toy_config(algorithm=f"{PROX}:FedProx:1"), tmp_path / "pulled")
-    assert sha(tmp_path / "pulled") != sha(tmp_path / "plain")
-
-
-def test_the_servers_control_is_the_mean_of_the_clients(toy_config, tmp_path):
-    """c = (1/N) Σ c_i (Karimireddy et al. 2020), also where clients fail and are not asked."""
+def test_dyns_servers_state_is_the_mean_of_the_clients(toy_config, tmp_path):
+    """h = (1/N) Σ g_i, also where clients fail, are not asked, and after a stop."""
     config = toy_config(
-        labels=6, failing=(2,), fraction=0.67, rounds=5, optimizer="sgd", learning_rate=0.05,
-        algorithm=f"{CONTROL}:Scaffold",
-    )  # fmt: skip
+        labels=6, failing=(2,), fraction=0.67, rounds=5, learning_rate=0.05, algorithm=f"{DYN}:FedDyn:0.3"
+    )
     train(config, tmp_path / "run", rounds=3)
     train(config, tmp_path / "run", resume=True)
     run = Run.open(tmp_path / "run")
     state = run.state(prepare(config, Run(tmp_path / "x")).layout)
     own = [
-        run.recall(client, run.generation(client, 5)).get("algorithm/control", torch.zeros(16)) for client in range(6)
+        run.recall(client, run.generation(client, 5)).get("algorithm/gradient", torch.zeros(16)) for client in range(6)
     ]
-    assert sum(bool(control.any()) for control in own) >= 4
-    torch.testing.assert_close(state.tensors["control"], torch.stack(own).mean(0), rtol=1e-5, atol=1e-6)
+    assert sum(bool(gradient.any()) for gradient in own) >= 4
+    torch.testing.assert_close(state.tensors["h"], torch.stack(own).mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_exp_steps_as_far_as_its_clients_disagree(toy_config, tmp_path):
+    """Against float64, from what each client makes alone."""
+    config = toy_config(rounds=1, algorithm=f"{EXP}:FedExP:1e-6")
+    train(config, tmp_path / "run")
+    plan = prepare(config, Run(tmp_path / "x"))
+    changes = []
+    for client in range(4):
+        train(replace(config, algorithm="fedavg", only_client=client), tmp_path / f"alone-{client}")
+        alone = Run.open(tmp_path / f"alone-{client}").state(plan.layout).tensors["model"]
+        changes.append((alone - plan.initial).double().numpy())
+    mean = np.mean(changes, axis=0)
+    step = max(1.0, sum(np.sum(np.square(change)) for change in changes) / (2 * 4 * (np.sum(mean**2) + 1e-6)))
+    found = Run.open(tmp_path / "run").state(plan.layout).tensors["model"]
+    np.testing.assert_allclose(found.numpy(), plan.initial.numpy() + step * mean, rtol=1e-5, atol=1e-6)
 
 
 def test_what_is_sent_and_what_is_kept_make_the_change(toy_config, tmp_path):
@@ -203,7 +206,7 @@ def fedray(*arguments, cwd):
 @pytest.mark.slow
 def test_a_run_of_ones_own_methods_from_the_command_line(tmp_path):
     """Trained, killed, resumed, sampled, evaluated and reported on; the file is named again where it has to run."""
-    methods = ["--algorithm", f"{CONTROL}:Scaffold", "--optimizer", "sgd", "--wire", f"{SIGNS}:Signs"]
+    methods = ["--algorithm", f"{DYN}:FedDyn:0.01", "--wire", f"{SIGNS}:Signs"]
     whole = fedray("train", *DIGITS.split(), *methods, "--out", "whole", cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
     command = [sys.executable, "-m", "fedray", "train", *DIGITS.split(), *methods, "--out", "killed"]
@@ -216,8 +219,8 @@ def test_a_run_of_ones_own_methods_from_the_command_line(tmp_path):
     process.wait()
     refused = fedray("train", "--resume", "killed", cwd=tmp_path)
     assert refused.returncode == 2
-    assert f"name the file again (--code {CONTROL})" in refused.stderr
-    assert fedray("train", "--resume", "killed", "--code", CONTROL, SIGNS, cwd=tmp_path).returncode == 0
+    assert f"name the file again (--code {DYN})" in refused.stderr
+    assert fedray("train", "--resume", "killed", "--code", DYN, SIGNS, cwd=tmp_path).returncode == 0
     assert sha(tmp_path / "killed") == sha(tmp_path / "whole")
     for command in (
         "sample whole --num-images 4 --sampling-steps 2 --out s.png",

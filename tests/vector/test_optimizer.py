@@ -67,3 +67,5 @@ def test_wrong_optimizers_are_refused_in_a_sentence(text, message):
 def test_only_plain_sgd_offers_plain_sgd():
     offers = {text: Optimizer.parse(text).offers for text in ("sgd", "SGD", "sgd:momentum=0.9", "adamw")}
     assert [text for text, offered in offers.items() if "plain sgd" in offered] == ["sgd", "SGD"]
+    assert [text for text, offered in offers.items() if "sgd" in offered] == ["sgd", "SGD", "sgd:momentum=0.9"]
+    assert not Optimizer.parse("sgd:momentum=0.9:nesterov=true").offers
