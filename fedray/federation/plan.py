@@ -167,6 +167,7 @@ def bytes_planned(config: Config, plan: Plan) -> PlannedBytes:
     received, memory = wire.arrive(payload, round), dict[str, torch.Tensor]()
     down = method.receive(received, round)
     local = Idle(config, plan, round, method.start(down, memory))
+    method.train(local, down, memory)
     tensors, rows, _ = method.upload(local, down, memory)
     if wire.lossy:
         tensors = tensors | {"model": tensors["model"] - received["model"]}

@@ -1,0 +1,35 @@
+"""docs/methods.md: each of its commands is one, and the bytes beside it are those that the command plans."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from fedray import menus
+from fedray.cli import main
+
+TEXT = (Path(__file__).parents[1] / "docs/methods.md").read_text()
+ROWS = [line for line in TEXT.splitlines() if re.search(r"\| `fedray [^`]*` \|$", line)]
+
+
+def cells(row):
+    return [cell.strip() for cell in row.strip("|").split(" | ")]
+
+
+def command(row):
+    return re.findall(r"`(fedray [^`]*)` \|$", row)[0]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: cells(row)[0])
+def test_commands_plan_the_bytes_beside_them(row, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main([*shlex.split(command(row))[1:], "--dry-run"]) == 0, capsys.readouterr().err
+    (down, up) = re.search(r"([\d,]+) down to a client in a round, ([\d,]+) up", capsys.readouterr().out).groups()
+    assert [down, up] == [cell for cell in cells(row) if re.fullmatch(r"[\d,]{4,}", cell)]
+
+
+def test_every_method_for_whole_models_has_a_row():
+    named = {word for row in ROWS for word in re.findall(r"--algorithm (\S+)", command(row))}
+    named = {name for form in named for name in form.rstrip("`").split(":")}
+    assert {name for name, cls in menus.ALGORITHMS.classes.items() if cls.__module__ != "fedray.algorithms.lora"} <= named
