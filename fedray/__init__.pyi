@@ -9,6 +9,13 @@ from .algorithms.attacks import Malicious as Malicious
 from .algorithms.ditto import Ditto as Ditto
 from .algorithms.ema import EMA as EMA
 from .algorithms.fedavg import FedAvg as FedAvg
+from .algorithms.fedavgm import FedAvgM as FedAvgM
+from .algorithms.fednova import FedNova as FedNova
+from .algorithms.fedopt import FedAdagrad as FedAdagrad
+from .algorithms.fedopt import FedAdam as FedAdam
+from .algorithms.fedopt import FedYogi as FedYogi
+from .algorithms.fedprox import AdaptiveFedProx as AdaptiveFedProx
+from .algorithms.fedprox import FedProx as FedProx
 from .algorithms.folds import Collect as Collect
 from .algorithms.folds import Fold as Fold
 from .algorithms.folds import Mean as Mean
@@ -23,6 +30,7 @@ from .algorithms.robust import Median as Median
 from .algorithms.robust import MultiKrum as MultiKrum
 from .algorithms.robust import NormBound as NormBound
 from .algorithms.robust import Trimmed as Trimmed
+from .algorithms.scaffold import Scaffold as Scaffold
 from .cluster.alone import run_local_only as run_local_only
 from .cluster.driver import run as run
 from .cluster.trials import Experiment as Experiment

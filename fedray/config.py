@@ -83,7 +83,7 @@ class Config:
     """The federated method: fedavg, fedavgm, fedadagrad, fedadam, fedyogi, fedprox, fedprox-adaptive, scaffold or
     fednova, with values in order or by name, as fedadam:0.01:tau=0.1; of adapters (which fedavg averages as A and B
     apart) also ffa (A is frozen), rolora (A and B by turns), svd (the best factors of the mean of B A), fedex (what
-    fedavg loses goes into the base), flora (stacking; the mean of B A goes into the base) or raflora (of unequal ranks);
+    fedavg loses goes into the base), flora (stacking; the mean of B A goes into the base) or raflora (unequal ranks);
     ema:DECAY:ALGORITHM; ditto:LAMBDA:ALGORITHM (each client has a model of its own beside); or a class of your own,
     FILE.py:CLASS:VALUES. See docs/methods.md."""
     fold: Annotated[Fold, words_of(FOLDS)] = Mean()

@@ -356,7 +356,7 @@ def test_killed_and_resumed_it_ends_in_the_same_table(tmp_path):
 
 SCRIPTS = (
     "figure2", "figure3", "chosen", "clients_epochs", "same_steps", "data_amount", "centralised", "non_iid", "robust",
-    "compression", "partial",
+    "compression", "partial", "methods",
 )  # fmt: skip
 
 

@@ -53,8 +53,8 @@ SETTINGS = {
     "rolora, kept optimizers": {"adapters": True, "algorithm": "rolora", "keep_optimizer": True},
     "average of rolora, float16": {"adapters": True, "algorithm": "ema:0.9:rolora", "wire": "float16"},
     "partial": {"layers": 3, "share": "^(0|2)", "keep_optimizer": True},
-    "partial control variates, top-k": {
-        "layers": 3, "keep_local": "^1", "algorithm": f"{CONTROL}:Scaffold", "wire": "feedback:topk:0.25",
+    "partial scaffold, top-k": {
+        "layers": 3, "keep_local": "^1", "algorithm": "scaffold", "wire": "feedback:topk:0.25",
         "optimizer": "sgd",
     },
     "raflora, unequal ranks, float16": {
