@@ -42,7 +42,7 @@ class AdaptiveFedProx(Algorithm):
 
     def init(self, model: torch.Tensor, layout: Layout) -> Tensors:
         before = {"loss": torch.full((1,), math.nan, dtype=torch.float64), "falls": torch.zeros(1, dtype=torch.int64)}
-        return {"model": model, "mu": torch.tensor([self.mu]), **before}
+        return {"model": model, "mu": torch.tensor([float(self.mu)]), **before}
 
     def broadcast(self, server: Tensors, round: Round) -> Tensors:
         return {"model": server["model"], "mu": server["mu"]}
