@@ -46,6 +46,7 @@ from .data.partition import Partition as Partition
 from .data.partition import Quantity as Quantity
 from .data.partition import Shards as Shards
 from .data.sources import image_folder as image_folder
+from .errors import Detached as Detached
 from .errors import RunError as RunError
 from .errors import UserError as UserError
 from .presets import PRESETS as PRESETS

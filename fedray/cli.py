@@ -1,6 +1,7 @@
 """The command line: fedray train, finetune, sample, evaluate, sweep and report."""
 
 import importlib
+import signal
 import sys
 
 import fedray
@@ -22,7 +23,10 @@ Each command has its own --help.
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command and return its exit code: 0, 1 for a run that failed, 2 for a mistake, 130 for Ctrl-C."""
+    """Run a command, and return its exit code.
+
+    0: all was done;  1: a run failed;  2: a mistake of the user's;  130: Ctrl-C;  143: SIGTERM.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     command, *rest = arguments or ["--help"]
     if command == "--version":
@@ -31,20 +35,22 @@ def main(arguments: list[str] | None = None) -> int:
     if command in ("-h", "--help"):
         print(USAGE, end="")
         return 0
+    from fedray.commands.interrupts import interruptible
     from fedray.errors import RunError, UserError, check_name
 
-    try:
-        check_name("command", command, COMMANDS)
-        importlib.import_module(f"fedray.commands.{command}").main(rest)
-    except UserError as error:
-        print(f"fedray: {error}", file=sys.stderr)
-        return 2
-    except RunError as error:
-        print(f"fedray: {error}", *getattr(error, "__notes__", []), sep="\n", file=sys.stderr)
-        return 1
-    except OSError as error:  # a full disk, a directory that may not be written
-        print(f"fedray: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    with interruptible() as caught:
+        try:
+            check_name("command", command, COMMANDS)
+            importlib.import_module(f"fedray.commands.{command}").main(rest)
+        except UserError as error:
+            print(f"fedray: {error}", file=sys.stderr)
+            return 2
+        except RunError as error:
+            print(f"fedray: {error}", *getattr(error, "__notes__", []), sep="\n", file=sys.stderr)
+            return 1
+        except OSError as error:  # a full disk, a directory that may not be written
+            print(f"fedray: {error}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            return 128 + (caught[0] if caught else signal.SIGINT)
     return 0

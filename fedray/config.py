@@ -52,7 +52,7 @@ FORMAT = 2  # of config.json: 1 knew `rule` and `codec`
 # Where a run is computed. It does not change the result, but for threads and for GPUs, whose float sums differ:
 # `check_resumable` holds a run to those.
 PLACEMENT = ("actors", "cpus_per_actor", "gpus_per_actor", "address", "client_timeout", "client_retries", "min_clients",
-             "inception_weights")  # fmt: skip
+             "inception_weights", "checkpoint_every")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +173,8 @@ class Config:
     """Keep every generated image as a PNG file, not only the grid of the first 64."""
     eval_batch_size: int = 64
     """Images in a sampling batch."""
+    checkpoint_every: int = 1
+    """Save the state every so many rounds, and after the last; rows are written, and shown, once it is saved."""
     checkpoints_total_limit: int = 1
     """How many of the last checkpoints are kept."""
     features: Annotated[str | None, word(name_or_none, str, "NAME")] = None
@@ -266,6 +268,10 @@ class Config:
         """Tell whether to sample and score the model after this number of rounds."""
         due = rounds == self.rounds or (self.evaluate_every is not None and rounds % self.evaluate_every == 0)
         return due and self.evaluate_samples > 0
+
+    def saves(self, rounds: int) -> bool:
+        """Tell whether to write a checkpoint after this number of rounds."""
+        return rounds == self.rounds or rounds % self.checkpoint_every == 0
 
     @property
     def partial(self) -> bool:

@@ -12,6 +12,10 @@ class RunError(RuntimeError):
     """A run that cannot go on (a dead actor, no usable client). What was saved stays; exit code 1."""
 
 
+class Detached(KeyboardInterrupt):
+    """Who follows a run on a Ray cluster was interrupted; the run goes on there."""
+
+
 def reason(error: Exception) -> str:
     """Return the first line of another library's error, as a part of our sentence."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")

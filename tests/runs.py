@@ -1,5 +1,7 @@
 """Whole runs, as tests do them."""
 
+from pathlib import Path
+
 import made
 import numpy as np
 import torch
@@ -39,6 +41,54 @@ def whole_round(session, state):
             next(training)
         except StopIteration as done:
             return done.value
+
+
+def curves(out):
+    """Return what TensorBoard shows of a run, as {(name, step): [values]}, and check it as TensorBoard does."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = {}
+    for path in sorted((Path(out) / "tensorboard").iterdir()):
+        assert "tfevents" in path.name
+        contents = path.read_bytes()
+        while contents:  # TFRecord: length, its checksum, data, its checksum
+            length = int.from_bytes(contents[:8], "little")
+            data, rest = contents[12 : 12 + length], contents[12 + length :]
+            sums = [int.from_bytes(four, "little") for four in (contents[8:12], rest[:4])]
+            assert sums == [masked(crc32c(contents[:8])), masked(crc32c(data))]
+            event, contents = Event.FromString(data), rest[4:]
+            for value in event.summary.value:
+                found.setdefault((value.tag, event.step), []).append(value.simple_value)
+    return found
+
+
+def crc32c(data):
+    """Return the checksum of RFC 3720, bit by bit."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ 0x82F63B78 * (crc & 1)
+    return crc ^ 0xFFFFFFFF
+
+
+def masked(crc):
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) % 2**32
+
+
+def assert_curves_equal_rows(out):
+    """Assert that TensorBoard shows each row's numbers, once."""
+    found, rows = curves(out), Run.open(out).rows
+    for name, of in {
+        "loss": lambda row: row["loss"],
+        "bytes": lambda row: row["bytes_down"] + row["bytes_up"],
+        "seconds": lambda row: row["seconds"]["round"],
+    }.items():
+        assert {step for tag, step in found if tag == name} == {row["round"] for row in rows}
+        for row in rows:
+            assert found[name, row["round"]] == [np.float32(of(row))]
+    scores = {(name, row["round"]): row["scores"][name]["value"] for row in rows for name in row["scores"]}
+    assert {key: found[key] for key in scores} == {key: [np.float32(value)] for key, value in scores.items()}
 
 
 def sha(out):

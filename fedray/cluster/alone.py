@@ -49,9 +49,13 @@ def run_local_only(
         if (run.directory / "config.json").exists():
             check_resumable(run, replace(config, only_client=client, min_clients=1))
             run.check_data(data)
-    waiting = iter([client for client, run in enumerate(runs) if run.result is None])
+    waiting = iter([client for client, run in enumerate(runs) if not run.complete_after(config.rounds)])
     done = dict.fromkeys(range(config.clients), 0.0)
     taking, stopped = threading.Lock(), threading.Event()
+
+    def stop(phase: str, done: float, total: float) -> None:
+        if stopped.is_set():
+            raise KeyboardInterrupt
 
     def train(pool: Pool) -> None:
         while not stopped.is_set():
@@ -62,13 +66,11 @@ def run_local_only(
             alone, directory = replace(config, only_client=client, min_clients=1), runs[client].directory
             begun = (directory / "config.json").exists()
             try:
-                session = Session(alone, prepare(alone, Run(directory), begun, dataset), pool, Run(directory))
+                session = Session(alone, prepare(alone, Run(directory), begun, dataset), pool, Run(directory), stop)
                 for row in fit(session, provenance, begun):
                     on_row(row)
                     done[client] = row["round"] / config.rounds
                     show("clients alone", sum(done.values()), config.clients)
-                    if stopped.is_set():
-                        return
             except BaseException:
                 stopped.set()
                 raise

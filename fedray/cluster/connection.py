@@ -2,9 +2,10 @@
 
 import os
 import secrets
+import signal
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
@@ -18,18 +19,20 @@ CONNECT_TIMEOUT = 10.0  # seconds for a cluster to answer at its address
 
 
 @contextmanager
-def connected(address: str | None) -> Iterator[None]:
+def connected(address: str | None) -> Iterator[bool]:
     """Connect to Ray for the time of the block: to the cluster at `address` (or RAY_ADDRESS), else to a private one.
 
-    If this process is connected already, that connection is used and left open.
+    Yields whether it is private, and so ends with the block. If this process is connected already, that connection is
+    used and left open.
 
     Raises:
         UserError: there is no cluster at the address.
     """
     if ray.is_initialized():
-        yield
+        yield False
         return
     address = address or os.environ.get("RAY_ADDRESS") or "local"
+    stops = signal.getsignal(signal.SIGTERM)  # Ray sets its own handler
     quiet: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "ERROR"}
     if address == "local":
         # Ray listens on every interface of the machine and asks for a token, unless told otherwise: one that only
@@ -48,8 +51,11 @@ def connected(address: str | None) -> Iterator[None]:
                 f"--address {address}: no Ray cluster could be joined there ({reason}). Start one with "
                 f"`ray start --head`, or leave --address out for a private one."
             ) from None
+    if callable(stops):
+        with suppress(ValueError):  # of a thread other than the main one
+            signal.signal(signal.SIGTERM, stops)
     try:
-        yield
+        yield address == "local"
     finally:
         ray.shutdown()
 

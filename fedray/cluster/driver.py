@@ -18,10 +18,10 @@ from fedray.cluster.messages import Message, pack, unpack
 from fedray.cluster.pool import POLL, RayPool
 from fedray.config import Config
 from fedray.data.dataset import Dataset, Source
-from fedray.errors import RunError, UserError
+from fedray.errors import Detached, RunError, UserError
 from fedray.federation.evaluation import Metric, Show, silent
 from fedray.federation.fit import fit, prepare
-from fedray.federation.plan import Plan, make_plan
+from fedray.federation.plan import Plan, disk_needed, make_plan
 from fedray.federation.pool import LocalPool
 from fedray.federation.round import Session
 from fedray.record.provenance import environment
@@ -127,13 +127,14 @@ def run(
     Raises:
         UserError: the request cannot be carried out; nothing was written, unless the clients then do not fit on a GPU.
         RunError: the run could not continue; resume it.
+        Detached: it was interrupted, and the run goes on on the cluster that it had joined.
     """
     config.check()
     out = Path(out).absolute()
     provenance = environment()
     if resume:
         check_resumable(Run.open(out), config)
-        if Run(out).result is not None:
+        if Run(out).complete_after(config.rounds):
             return Run.open(out)
     else:
         check_outside_images(out, config)
@@ -147,9 +148,9 @@ def run(
     else:
         plan = make_plan(config, dataset)  # mistakes are told, and images decoded, before Ray starts
         plan.check(config)
-        Run(out).check_disk(config, plan.layout)
-        with connected(config.address):
-            _drive(Request.of(config, out, resume, provenance, metrics or {}, plan), on_row, show)
+        Run(out).check_disk(disk_needed(config, plan))
+        with connected(config.address) as private:
+            _drive(Request.of(config, out, resume, provenance, metrics or {}, plan), private, on_row, show)
     return Run.open(out)
 
 
@@ -163,7 +164,7 @@ def check_outside_images(out: Path, config: Config) -> None:
         )
 
 
-def _drive(request: Request, on_row: Callable[[Row], None], show: Show) -> None:
+def _drive(request: Request, private: bool, on_row: Callable[[Row], None], show: Show) -> None:
     """Start the run's driver actor, or attach to it, and pass on what it reports until the run is over."""
     count_actors(request.config)
     out, name = request.out, f"driver:{request.out}"
@@ -173,6 +174,8 @@ def _drive(request: Request, on_row: Callable[[Row], None], show: Show) -> None:
             f"a run with the directory {out} is still going on this cluster; attach to it with --resume, or choose "
             f"another --out."
         )
+    if driver is not None and Run.open(out).saved["config"]["rounds"] != request.config.rounds:
+        raise UserError(f"the run at {out} is still going on this cluster; ask for other --rounds when it is over.")
     started = None  # of a driver that was there already, another process knows
     if driver is None:
         send_own_code()
@@ -181,6 +184,16 @@ def _drive(request: Request, on_row: Callable[[Row], None], show: Show) -> None:
         # On this node, since the run directory is; two threads, to answer while it runs.
         driver = ray.remote(max_concurrency=2, scheduling_strategy=here, **detached)(DriverActor).remote()
         started = driver.run.remote(request)
+    try:
+        _follow(driver, started, out, on_row, show)
+    except KeyboardInterrupt:
+        if private:
+            raise
+        raise Detached(f"the run in {out} goes on on its Ray cluster; resuming it there attaches to it") from None
+
+
+def _follow(driver: Any, started: Any, out: Path, on_row: Callable[[Row], None], show: Show) -> None:
+    """Pass on what a driver actor reports until the run is over; `started` is its call, where we have made it."""
     seen, finished, error = 0, False, None
     while not finished:
         try:

@@ -47,6 +47,10 @@ class RayPool:
     def workers(self) -> int:
         return len(self.actors)
 
+    @property
+    def nodes(self) -> frozenset[str]:
+        return frozenset(node["NodeID"] for node in ray.nodes() if node["Alive"])
+
     @classmethod
     def start(cls, config: Config, dataset: Dataset | None = None) -> "RayPool":
         """Start the actors, and do not wait for them. They open `dataset` where their node has it.

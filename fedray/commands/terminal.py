@@ -58,6 +58,11 @@ def progress(
         def on_row(row: Row) -> None:
             failed = [client for client in row["clients"] if client["outcome"] != "ok"]
             who = f"client {row['cohort'][0]}  " if alone else ""
+            ledger = row["ledger"]
+            cost = [
+                f"\n  {ledger['retried']} of {ledger['asked']} clients done again, {ledger['actors_lost']} processes "
+                f"lost; {ledger['seconds_lost']:.1f} s in vain"
+            ] * (ledger["seconds_lost"] > 0)
             again = [
                 f"\n  client{'s' if len(lost['clients']) > 1 else ''} {', '.join(map(str, lost['clients'][:5]))}"
                 f"{' …' if len(lost['clients']) > 5 else ''} lost: {lost['reason']}"
@@ -67,6 +72,7 @@ def progress(
                 f"{who}round {row['round']}/{rounds}  loss {row['loss']:.4f}  {row['seconds']['round']:.1f} s  "
                 f"{(row['bytes_down'] + row['bytes_up']) / 1e6:.1f} MB",
                 *again,
+                *cost,
                 *(f"\n  client {client['client']} left out: {client['outcome']}" for client in failed),
                 *(f"\n  {name} {score['value']:.4g} (n = {score['n']})" for name, score in row["scores"].items()),
                 highlight=False,

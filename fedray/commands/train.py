@@ -1,6 +1,7 @@
 """fedray train and fedray finetune: a federated run, or one run per client."""
 
 import argparse
+import shlex
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from rich.table import Table
 from fedray.commands.settings import Settings, T, ask, command_of, preset_help, presets_of
 from fedray.commands.terminal import print_table, program, progress
 from fedray.config import Config
-from fedray.errors import RunError, UserError, check_name
+from fedray.errors import Detached, RunError, UserError, check_name
 from fedray.forms import files_named
 from fedray.presets import PRESETS
 from fedray.record.run import Run
@@ -105,17 +106,31 @@ def _main(arguments: list[str], flags: type[Train], command: str, first_preset: 
         print(f"table     {out / 'summary.csv'}")
         print(f"runs      {out}")
         return
+    resuming = _resuming(command, out, config, arguments)
     with progress(config.rounds) as (on_row, show):
         try:
             finished = run(config, out, resume=asked.resume is not None, on_row=on_row, show=show, dataset=dataset)
+        except Detached:
+            print(f"\nThe run goes on on the cluster. Follow it with: {resuming}", file=sys.stderr)
+            raise
         except (KeyboardInterrupt, RunError):
             if (out / "config.json").exists():
-                print(f"\nContinue this run with: {program()} {command} --resume {out}", file=sys.stderr)
+                print(f"\nContinue this run with: {resuming}", file=sys.stderr)
             raise
     print_table({str(out): finished.directory})
     if config.evaluate_samples:
         print(f"samples   {out / 'samples.png'}")
     print(f"run       {out}\nnext      {program()} sample {out} --num-images 100 --seed 1")
+
+
+def _resuming(command: str, out: Path, config: Config, arguments: list[str]) -> str:
+    """Spell the command that continues a run, with what its directory alone does not say."""
+    words = [program(), command, "--resume", str(out)]
+    if config.address not in (None, "local"):
+        words += ["--address", config.address]
+    for file in sorted(files_named(arguments)):
+        words += ["--code", str(file)]
+    return shlex.join(words)
 
 
 def _print_plan(config: Config) -> None:

@@ -4,6 +4,7 @@ A block is accepted whole: its partial, its rows and its memories count together
 grouped changes no bit, so sizes follow measured durations and are nobody's setting.
 """
 
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -137,10 +138,16 @@ class Queue:
         self.alone: deque[int] = deque()  # to be done again
         self.accepted: set[int] = set()
         self.deaths: Counter[int] = Counter()
-        self.losses: list[Row] = []  # for the record
+        self.losses: list[Row] = []  # for the record: what was done in vain, and whether its process was lost
+        self.began: dict[int, float] = {}  # when a client's last block was taken
 
     def take(self, pace: Pace, steps: Callable[[int], int], workers: int) -> list[int]:
         """Take the clients of the next block; none where none is left."""
+        taken = self._take(pace, steps, workers)
+        self.began.update(dict.fromkeys(taken, time.perf_counter()))
+        return taken
+
+    def _take(self, pace: Pace, steps: Callable[[int], int], workers: int) -> list[int]:
         if self.todo:
             return pace.take(self.todo, steps, workers)
         while self.alone:
@@ -165,7 +172,8 @@ class Queue:
             except Lost as error:
                 lost = str(error)
         if lost:
-            self.losses.append({"clients": list(jobs), "reason": lost})
+            began = min((self.began[client] for client in jobs), default=time.perf_counter())
+            self._lose(list(jobs), lost, time.perf_counter() - began, actor=True)
             self.deaths.update(list(jobs))
             if len(reply.job.jobs) == 1 and jobs and self.deaths[min(jobs)] >= self.DEATHS:
                 why = f"its process was lost {self.DEATHS} times; at last: {lost}"
@@ -177,11 +185,14 @@ class Queue:
         again = [row for row in failures if self.failures[row["client"]] < self.retries]
         for row in again:
             self.failures[row["client"]] += 1
-            self.losses.append({"clients": [row["client"]], "reason": row["error"]})
+            self._lose([row["client"]], row["error"], row["seconds"])
             self.alone.append(row["client"])
         rows = [row for row in block.rows if row not in again]
         self.accepted |= {row["client"] for row in rows}
         return block._replace(rows=rows)
+
+    def _lose(self, clients: list[int], reason: str, seconds: float, actor: bool = False) -> None:
+        self.losses.append({"clients": clients, "reason": reason, "seconds": seconds, "actor": actor})
 
 
 def failed(jobs: Iterable[TrainJob], row: Row) -> list[Row]:

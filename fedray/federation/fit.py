@@ -3,7 +3,9 @@
 import math
 import shutil
 import time
+import traceback
 from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 from fedray import vector
 from fedray.config import Config
 from fedray.data.dataset import Dataset
+from fedray.errors import RunError, reason
 from fedray.federation.evaluation import (
     GRID,
     Comparison,
@@ -24,7 +27,8 @@ from fedray.federation.evaluation import (
     sample,
 )
 from fedray.federation.personal import by_clients
-from fedray.federation.plan import Plan, make_plan
+from fedray.federation.plan import Plan, disk_needed, make_plan
+from fedray.federation.pool import failure
 from fedray.federation.round import Session, run_round, validate_round
 from fedray.federation.sampling import Sampling
 from fedray.federation.worker import Worker, model, sampled
@@ -35,6 +39,8 @@ from fedray.record.checkpoint import State
 from fedray.record.resume import check_resumable
 from fedray.record.run import Row, Run
 from fedray.record.saver import Saver
+from fedray.record.trackers import Trackers
+from fedray.record.trackers.tensorboard import TensorBoard
 from fedray.scores.nearest import LOOKED_AT
 from fedray.scores.reference import Reference
 
@@ -65,7 +71,7 @@ def prepare(
         run.check_data(plan.data)
     else:
         run.check_vacant()
-    run.check_disk(config, plan.layout)
+    run.check_disk(disk_needed(config, plan))
     return plan
 
 
@@ -79,66 +85,78 @@ def fit(session: Session, provenance: dict[str, Any], resume: bool = False) -> I
         RunError: the run cannot go on; what was saved stays, and it can be resumed.
     """
     config, plan, run = session.config, session.plan, session.run
-    from tensorboardX import SummaryWriter
-
     scoring = Scoring.of(config) if config.evaluate_samples else None
     against = open_reference(scoring, plan.dataset, session.pool, session.show) if scoring else None
     if not resume:
         look_at_a_sample(session)
         run.create(config, plan.data, provenance)
-    with run.locked(), SummaryWriter(str(run.directory / "tensorboard"), flush_secs=1) as board, Saver(run) as saver:
+    else:
+        run.extend(config.rounds)
+    with run.locked(), _disk(run), Saver(run) as saver:
         _draw_partition(run.directory, plan)
         state, row = run.state(plan.layout), None
         if state is None:
             state = State(0, config.method.init(plan.initial, plan.layout))
-        if resume:
-            row = run.recover(state.round)
-            if row is not None:
-                run.prune(state.round, row["cohort"], config.checkpoints_total_limit)
+        if resume and (found := run.recover(state.round)):
+            run.prune(state.round, found, config.checkpoints_total_limit)
+            *before, row = found
+            saver.recovered(before)
+        trackers = Trackers(run, [TensorBoard(run.directory / "tensorboard")])
         if state.round == 0 and prompts_of(config, plan.dataset):
             draw_prompts(session, state)
         while row is not None or state.round < config.rounds:
             if row is None:
-                state, row = yield from _beside(run_round(session, state), saver, board)
+                state, row = yield from _beside(run_round(session, state), saver, trackers)
                 if plan.held_out.sizes.any() and config.validates(state.round):
                     row["held_out"] = validate_round(session, state, row)
-                saver.begin(state, row, plan.layout, config.checkpoints_total_limit)
+                if config.saves(state.round):
+                    saver.begin(state, row, plan.layout, config.checkpoints_total_limit)
             if config.validates(state.round) and prompts_of(config, plan.dataset):
                 draw_prompts(session, state)
             if config.evaluates(state.round):
                 evaluate_round(session, state, row, against)
-            saver.row = row
+            saver.rows.append(row)
             row = None
-        yield from _shown(saver, board)
+        yield from _shown(saver, trackers)
         if run.result is None:
             _finish(session, state)
+        trackers.add()
+
+
+@contextmanager
+def _disk(run: Run) -> Iterator[None]:
+    """Raise `RunError` where a file cannot be read or written: a full disk, for instance."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or run.directory
+        raise RunError(f"{where}: {error.strerror or error}; the run's complete rounds are kept.") from error
 
 
 def _beside(
-    training: Generator[None, None, tuple[State, Row]], saver: Saver, board: Any
+    training: Generator[None, None, tuple[State, Row]], saver: Saver, trackers: Trackers
 ) -> Generator[Row, None, tuple[State, Row]]:
-    """Train a round; the row of the one before is shown as soon as its checkpoint is durable.
+    """Train a round; the rows before it are shown as soon as their checkpoint is durable.
 
     A small checkpoint is waited for: the first block may take as long as a round.
     """
     if saver.durable(PATIENCE):
-        yield from _shown(saver, board)
+        yield from _shown(saver, trackers)
     while True:
         try:
             next(training)
         except StopIteration as done:
-            yield from _shown(saver, board)
+            yield from _shown(saver, trackers)
             return done.value
         if saver.durable():
-            yield from _shown(saver, board)
+            yield from _shown(saver, trackers)
 
 
-def _shown(saver: Saver, board: Any) -> Iterator[Row]:
-    """Wait for the checkpoint that is being written, and yield its row; nothing where there is none."""
-    row = saver.finish()
-    if row is not None:
-        _plot(board, row)
-        yield row
+def _shown(saver: Saver, trackers: Trackers) -> Iterator[Row]:
+    """Wait for the checkpoint that is being written, and yield its rows; nothing where there is none."""
+    rows = saver.finish()
+    trackers.add(*rows)
+    yield from rows
 
 
 def _draw_partition(directory: Path, plan: Plan) -> None:
@@ -196,23 +214,17 @@ def draw_prompts(session: Session, state: State) -> None:
     pictures.draw_prompts(session.run.directory, images, prompts, state.round, final=state.round == config.rounds)
 
 
-def _plot(board: Any, row: Row) -> None:
-    """Add a round's numbers to TensorBoard."""
-    held_out = {f"held_out/{name}": value for name, value in row["held_out"].items() if name != "clients"}
-    scalars = {"loss": row["loss"], "seconds": row["seconds"]["round"], "bytes": row["bytes_down"] + row["bytes_up"]}
-    scores = {name: score["value"] for name, score in row["scores"].items()}
-    for name, value in (scalars | held_out | scores).items():
-        if value is not None:
-            board.add_scalar(name, value, row["round"])
-
-
 def _finish(session: Session, state: State) -> None:
     """Write the model for diffusers, then the result: when result.json is there, all is there."""
     config, plan, run = session.config, session.plan, session.run
     worker, delivered = Worker(config, torch.device("cpu"), "here"), sampled(state.tensors)
     worker.load(delivered["model"], delivered.get("base"))
     shutil.rmtree(run.directory / "model", ignore_errors=True)  # what a killed process had written of it
-    worker.learner.save(run.directory / "model")
+    try:
+        worker.learner.save(run.directory / "model")
+    except Exception as error:  # libraries raise many kinds where a disk is full
+        sentence = f"{run.directory / 'model'} cannot be written: {reason(error)}; the run's complete rounds are kept."
+        raise failure(sentence, "", traceback.format_exc()) from error
     rows = run.rows
     totals: dict[str, Any] = {
         name: sum(row[name] for row in rows)

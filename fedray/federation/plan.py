@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from fedray.algorithms import Round, Upload
+from fedray.algorithms import Round, Rows, Tensors, Upload
 from fedray.config import Config
 from fedray.data.dataset import Dataset
 from fedray.data.partition import Shards, hold_out
@@ -23,7 +24,7 @@ from fedray.scores import networks
 from fedray.seeds import generator
 from fedray.vector import Layout
 from fedray.vector.adapters import Adapters
-from fedray.wire import counted
+from fedray.wire import Payload, counted
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +37,7 @@ class Plan:
     test: Shards
     layout: Layout  # of what clients share
     initial: torch.Tensor  # [d], the weights it starts from
+    own: int  # how many weights each client keeps to itself
     only_client: int | None
     fingerprint: dict[str, str]  # of what else the task learns from
     features: str | None  # names the network that scores are measured on, and its weights
@@ -116,6 +118,7 @@ def make_plan(config: Config, dataset: Dataset | None = None) -> Plan:
         test=test,
         layout=flat.layout if shared is None else shared.layout,
         initial=initial.clone() if shared is None else shared.take(initial),
+        own=0 if shared is None else flat.layout.size - shared.layout.size,
         only_client=config.only_client,
         fingerprint=getattr(config.task, "fingerprint", lambda dataset: {})(dataset),
         features=scored,
@@ -154,13 +157,62 @@ class PlannedBytes(NamedTuple):
     up: int
 
 
+def disk_needed(config: Config, plan: Plan) -> dict[str, int]:
+    """Return about how many bytes a run keeps on its disk, by what they are; pictures and rows are not counted."""
+    vector = 4 * (plan.layout.size + plan.own)
+    state = sum(tensor.nbytes for tensor in config.method.init(plan.initial, plan.layout).values())
+    # Until a checkpoint is written, the memories of all rounds since the one before stay.
+    clients = 1 if config.only_client is not None else config.clients
+    memories = clients + (config.checkpoint_every + 1) * config.cohort_size
+    kept = 4 * plan.own + (2 * vector if config.keep_optimizer else 0)  # by Adam
+    # It is an estimate: a method of the user's own may need a client that trains.
+    with suppress(Exception):
+        kept += sum(tensor.nbytes for tensor in _first_message(config, plan).memory.values())
+    evaluations = sum(map(config.evaluates, range(1, config.rounds + 1)))
+    image = int(np.prod(plan.dataset.images.shape[1:]))
+    return {
+        "checkpoints": state * (config.checkpoints_total_limit + 1),
+        "clients' memories": kept * memories,
+        "samples": config.evaluate_samples * evaluations * image if config.keep_samples else 0,
+        "model": vector,
+    }
+
+
 def bytes_planned(config: Config, plan: Plan) -> PlannedBytes:
     """Return the bytes of messages, from a round of one client that trains nothing.
 
     Where the size of a message depends on what is in it, those of training are others.
     """
-    round = plan.round(config, 0)
-    method, wire, fold = config.method, config.links, config.fold
+    first, method, fold = _first_message(config, plan), config.method, config.fold
+    round, local, wire = first.round, first.local, config.links
+    arrived = wire.decode(first.sent, round)
+    arrived = filled_in(arrived, local.client, round, first.received if wire.lossy else None)
+    weights = {name: max(1, round.weight(local.client, name)) for name in arrived}
+    rows = {"examples": max(1, local.examples), "steps": local.steps, "loss": 0.0} | first.rows
+    partial = fold.start(round)
+    for client in round.cohort[: fold.least]:
+        partial = fold.add(partial, Upload(client, arrived, weights, rows), round)
+    after = method.aggregate(first.server, wire.finish(fold.result(partial, round), first.broadcast, round), round)
+    later = wire.send(method.broadcast(after, plan.round(config, 1)), round)
+    return PlannedBytes(*(counted(payload, method.uncounted) for payload in (first.payload, later, first.sent)))
+
+
+class _Message(NamedTuple):
+    """The first round's messages to a client that trains nothing, and from it."""
+
+    round: Round
+    server: Tensors
+    broadcast: Tensors
+    payload: Payload  # down
+    received: Tensors
+    local: "Idle"
+    rows: Rows
+    sent: Payload  # up
+    memory: Tensors  # what the client keeps, but for its optimizer and its own part of the model
+
+
+def _first_message(config: Config, plan: Plan) -> _Message:
+    round, method, wire = plan.round(config, 0), config.method, config.links
     server = method.init(plan.initial, plan.layout)
     broadcast = method.broadcast(server, round)
     payload = wire.send(broadcast, round)
@@ -168,21 +220,12 @@ def bytes_planned(config: Config, plan: Plan) -> PlannedBytes:
     down = method.receive(received, round)
     local = Idle(config, plan, round, method.start(down, memory))
     method.train(local, down, memory)
-    tensors, rows, _ = method.upload(local, down, memory)
+    tensors, rows, kept = method.upload(local, down, memory)
     if wire.lossy:
         tensors = tensors | {"model": tensors["model"] - received["model"]}
-    sent, _ = wire.encode(left_out(tensors, local.client, round), {}, round, local.client)
-    arrived = filled_in(wire.decode(sent, round), local.client, round, received if wire.lossy else None)
-    weights = {name: max(1, round.weight(local.client, name)) for name in arrived}
-    rows = {"examples": max(1, local.examples), "steps": local.steps, "loss": 0.0} | rows
-    partial = fold.start(round)
-    for client in round.cohort[: fold.least]:
-        partial = fold.add(partial, Upload(client, arrived, weights, rows), round)
-    after = method.aggregate(server, wire.finish(fold.result(partial, round), broadcast, round), round)
-    later = wire.send(method.broadcast(after, plan.round(config, 1)), round)
-    return PlannedBytes(
-        counted(payload, method.uncounted), counted(later, method.uncounted), counted(sent, method.uncounted)
-    )
+    sent, kept_by_links = wire.encode(left_out(tensors, local.client, round), {}, round, local.client)
+    kept = {**kept, **kept_by_links}
+    return _Message(round, server, broadcast, payload, received, local, rows, sent, kept)
 
 
 class Idle:

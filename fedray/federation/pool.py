@@ -52,6 +52,10 @@ class Pool(Protocol):
     def workers(self) -> int:
         """How many jobs it does at a time."""
 
+    @property
+    def nodes(self) -> frozenset[str]:
+        """The machines of its cluster that are alive, by their names there."""
+
     def apart(self) -> Sequence["Pool"]:
         """Return as many pools as can work in parallel."""
 
@@ -63,6 +67,7 @@ class LocalPool:
     """A pool that does jobs sequentially in this process, without Ray."""
 
     workers = 1
+    nodes = frozenset[str]()
 
     def __init__(self, config: Config, dataset: Dataset | None = None) -> None:
         if config.gpus_per_actor and not torch.cuda.is_available():

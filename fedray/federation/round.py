@@ -5,6 +5,7 @@ weighted by examples as the new w. The algorithm, the fold and the wire can chan
 where clients run.
 """
 
+import math
 import time
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -54,6 +55,7 @@ def run_round(session: Session, state: State) -> Generator[None, None, tuple[Sta
     round = session.plan.round(config, state.round)
     started, queue, ledger = time.perf_counter(), Queue(round, config.client_retries), Ledger(round)
     broadcast = method.broadcast(server, round)
+    nodes = session.pool.nodes
     try:
         down = wire.send(broadcast, round)
     except OverflowError as error:
@@ -77,7 +79,9 @@ def run_round(session: Session, state: State) -> Generator[None, None, tuple[Sta
         found = method.diagnose(server, after, folded, round)
     if config.malicious is not None:
         found["malicious"] = len(session.plan.malicious.intersection(folded.survivors))
-    row = ledger.row(found) | {"lost": queue.losses}
+    row = ledger.row(found, queue.losses)
+    if row["ledger"]["actors_lost"]:
+        row["ledger"]["nodes_lost"] = len(nodes - session.pool.nodes)
     row["seconds"]["round"] = time.perf_counter() - started
     return State(round.number + 1, after), row
 
@@ -149,8 +153,12 @@ class Ledger:
             f"Client {client}: {reason}.", reason, trace,
         )  # fmt: skip
 
-    def row(self, aggregation: Mapping[str, float]) -> Row:
-        """Return the round's row. Means are weighted by examples."""
+    def row(self, aggregation: Mapping[str, float], losses: list[Row]) -> Row:
+        """Return the round's row. Means are weighted by examples.
+
+        Args:
+            losses: of `Queue`: what was done in vain, to be done again.
+        """
         self.rows.sort(key=lambda row: row["client"])
         took_part = [row for row in self.rows if row["outcome"] == "ok"]
         examples = sum(row["examples"] for row in took_part)
@@ -170,6 +178,20 @@ class Ledger:
             "scores": {},
             "evaluation": {},
             "clients": self.rows,
+            "time": time.time(),
+            "lost": losses,
+            "ledger": {
+                "asked": len(self.rows),
+                "folded": len(took_part),
+                "retried": len({client for loss in losses for client in loss["clients"]}),
+                "failed": len(self.failures),
+                "actors_lost": sum(loss["actor"] for loss in losses),
+                "nodes_lost": 0,
+                "seconds_lost": math.fsum(
+                    [loss["seconds"] for loss in losses]
+                    + [row["seconds"] for row in self.rows if row["outcome"] != "ok"]
+                ),
+            },
         }
 
 

@@ -1,11 +1,12 @@
-"""The state of a run between rounds, on disk: named tensors in one safetensors file, and the row of its round."""
+"""The state of a run between rounds, on disk: named tensors in one safetensors file, and rows of rounds."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 
@@ -13,7 +14,7 @@ from fedray.errors import UserError
 from fedray.lazy import torch
 from fedray.vector import Layout, load, load_checked, save
 
-KEYS = ("round", "layout", "row", "ema")  # of the metadata
+KEYS = ("round", "layout", "rows", "row", "ema")  # of the metadata
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,10 +28,10 @@ class State:
     tensors: dict[str, torch.Tensor]
 
 
-def save_state(path: Path, state: State, layout: Layout, row: Mapping[str, object]) -> None:
-    """Write a state and the row of its round: complete or not at all."""
+def save_state(path: Path, state: State, layout: Layout, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a state and the rows of its round and of those before it that have none: complete or not at all."""
     shapes = dict(zip(layout.names, layout.shapes, strict=True))
-    metadata = {"round": str(state.round), "layout": json.dumps(shapes), "row": json.dumps(row)}
+    metadata = {"round": str(state.round), "layout": json.dumps(shapes), "rows": json.dumps(list(rows))}
     save(path, state.tensors, metadata)
 
 
@@ -52,10 +53,11 @@ def load_state(path: Path, layout: Layout) -> State:
     return State(number, tensors)
 
 
-def load_row(path: Path) -> dict[str, object]:
-    """Read the row of a checkpoint's round."""
+def load_rows(path: Path) -> list[dict[str, Any]]:
+    """Read the rows of a checkpoint."""
     with safe_open(path, framework="pt") as file:
-        return json.loads(file.metadata()["row"])
+        metadata = file.metadata()
+    return json.loads(metadata["rows"]) if "rows" in metadata else [json.loads(metadata["row"])]
 
 
 def _check_layout(path: Path, shapes: Mapping[str, tuple[int, ...]], layout: Layout) -> None:

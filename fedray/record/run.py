@@ -1,7 +1,7 @@
 """A run's directory: its configuration, a row per round, and everything that a resumed run needs.
 
 config.json     the configuration, versions and git commit
-rounds.jsonl    a row per complete round
+rounds.jsonl    a row per complete round, up to the last checkpoint
 result.json     the final model's SHA-256, totals and scores
 partition.csv   which client holds what; drawn as partition.png
 tensorboard/    the numbers of the rows, as event files
@@ -21,22 +21,23 @@ import os
 import shutil
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from fedray.config import FORMAT, Config
-from fedray.errors import UserError
+from fedray.errors import RunError, UserError
 from fedray.files import as_json, is_content, read_json, remove_leftovers, write
 from fedray.lazy import torch
 from fedray.record.card import model_card
-from fedray.record.checkpoint import State, load_row, load_state, save_state
+from fedray.record.checkpoint import State, load_rows, load_state, save_state
 from fedray.record.upgrade import upgrade
 from fedray.vector import Layout, load_checked, save
 
 Row = dict[str, Any]  # a line of rounds.jsonl
 
+SPARE = 1_000_000  # bytes beside a checkpoint's tensors: rows, pictures
 PATIENCE = 10.0  # seconds to wait for another process that writes a run
 
 # Of a sweep: how its record's name ends; and, in the directory of a run that is not complete, a line that says why.
@@ -95,6 +96,10 @@ class Run:
         except json.JSONDecodeError as error:
             raise UserError(f"{path} is damaged at line {error.lineno}: {error.msg}.") from None
 
+    def complete_after(self, rounds: int) -> bool:
+        """Tell whether the run is complete, with that many rounds."""
+        return self.result is not None and self.result["rounds"] == rounds
+
     @property
     def result(self) -> Row | None:
         """Totals and scores; None while the run is not complete."""
@@ -150,50 +155,55 @@ class Run:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the directory: two processes must not write the same run. One that was just killed may need a moment."""
-        deadline = time.monotonic() + PATIENCE
-        with open(self.directory / "config.json") as file:
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > deadline:
-                        raise UserError(f"{self.directory} is being written by another process; wait for it.") from None
-                time.sleep(0.1)
+        deadline, path = time.monotonic() + PATIENCE, self.directory / "config.json"
+        while (file := _lock(path)) is None:
+            if time.monotonic() > deadline:
+                raise UserError(f"{self.directory} is being written by another process; wait for it.")
+            time.sleep(0.1)
+        with file:
             remove_leftovers(self.directory)
             yield
 
-    def complete(self, state: State, row: Row, layout: Layout, limit: int) -> None:
-        """Save a complete round: it counts the moment its checkpoint is renamed. Keep the last `limit` checkpoints.
+    def complete(self, state: State, rows: Iterable[Row], layout: Layout, limit: int) -> None:
+        """Save complete rounds: they count the moment the checkpoint of the last is renamed. Keep `limit` checkpoints.
 
-        The row travels in the checkpoint, so that a run killed before `append` still has it.
+        The rows travel in the checkpoint, so that a run killed before `append` still has them.
+
+        Raises:
+            RunError: the disk has too little space left.
         """
         directory = self.directory / "checkpoints"
         directory.mkdir(exist_ok=True)
-        save_state(directory / f"round-{state.round:06d}.safetensors", state, layout, row)
-        self.prune(state.round, row["cohort"], limit)
+        need = sum(tensor.nbytes for tensor in state.tensors.values()) + SPARE
+        if need > (free := shutil.disk_usage(directory).free):
+            raise RunError(
+                f"the checkpoint of round {state.round} needs {size(need)} on the disk of {self.directory}, and "
+                f"{size(free)} are free; the run keeps its last checkpoint."
+            )
+        save_state(directory / f"round-{state.round:06d}.safetensors", state, layout, rows)
+        self.prune(state.round, rows, limit)
 
-    def prune(self, rounds: int, cohort: Iterable[int], limit: int) -> None:
-        """Remove all but the last `limit` checkpoints, and memories that the last of them does not need."""
+    def prune(self, rounds: int, rows: Iterable[Row], limit: int) -> None:
+        """Remove all but the last `limit` checkpoints, and memories of the rows' clients that it does not need."""
         for path in sorted(self.directory.glob("checkpoints/round-*.safetensors"))[:-limit]:
             path.unlink()
-        for client in cohort:
+        for client in {client for row in rows for client in row["cohort"]}:
             last = self.generation(client, rounds)
             for path in self._memory(client).glob("*.safetensors"):
                 if last is not None and int(path.stem) < last:
                     path.unlink()
 
-    def append(self, row: Row) -> None:
-        """Add a round's row to rounds.jsonl."""
+    def append(self, rows: Iterable[Row]) -> None:
+        """Add rows to rounds.jsonl."""
         with open(self.directory / "rounds.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
             file.flush()
-            os.fsync(file.fileno())  # the next checkpoint replaces the one that holds this row
+            os.fsync(file.fileno())  # the next checkpoint replaces the one that holds these rows
 
-    def recover(self, rounds: int) -> Row | None:
+    def recover(self, rounds: int) -> list[Row]:
         """Make rows and client memories those of the last checkpoint, `rounds` complete rounds.
 
-        Returns the row of that round if it is not in rounds.jsonl yet.
+        Returns the rows up to that round that are not in rounds.jsonl yet.
         """
         path = self.directory / "rounds.jsonl"
         if path.exists():
@@ -204,11 +214,21 @@ class Run:
             if int(memory.stem) > rounds:
                 memory.unlink()
         checkpoint, written = self.checkpoint(), [row["round"] for row in self.rows]
-        if written != list(range(1, rounds + 1))[: len(written)] or len(written) < rounds - 1:
+        left = [row for row in load_rows(checkpoint) if row["round"] > len(written)] if checkpoint else []
+        if [*written, *(row["round"] for row in left)] != list(range(1, rounds + 1)):
             raise UserError(f"{path} does not have a row for each of the {rounds} complete rounds: it is damaged.")
-        if checkpoint is None or len(written) == rounds:
-            return None
-        return load_row(checkpoint)
+        return left
+
+    def extend(self, rounds: int) -> None:
+        """Have a run, complete or not, end after that many rounds."""
+        with self.locked():
+            saved = read_json(self.directory / "config.json")
+            if saved["config"]["rounds"] == rounds:
+                return
+            # In this order: one that is killed between is a run without its result, which resuming writes again.
+            (self.directory / "result.json").unlink(missing_ok=True)
+            saved["config"]["rounds"] = rounds
+            write(self.directory / "config.json", as_json(saved))
 
     def remember(self, client: int, generation: int, memory: Mapping[str, torch.Tensor]) -> None:
         """Save a client's memory as of `generation` complete rounds."""
@@ -227,16 +247,16 @@ class Run:
             return {}
         return load_checked(self._memory(client) / f"{generation:06d}.safetensors")[0]
 
-    def check_disk(self, config: Config, layout: Layout) -> None:
-        """Raise `UserError` if kept optimizers (two vectors a client) would not fit on the disk."""
-        # The cohort's three times: two rounds' memories are written before those of the one before are removed.
-        need = 2 * 4 * layout.size * (config.clients + 2 * config.cohort_size) if config.keep_optimizer else 0
-        held = sum(path.stat().st_size for path in self.directory.glob("clients/*/*"))  # by a run that is resumed
+    def check_disk(self, needed: Mapping[str, int]) -> None:
+        """Raise `UserError` if what the run writes, in bytes by what it is, would not fit on the disk."""
+        places = ("checkpoints/*", "clients/*/*", "samples/*/*")  # of a run that is resumed
+        held = sum(path.stat().st_size for place in places for path in self.directory.glob(place))
         free = shutil.disk_usage(next(p for p in self.directory.absolute().parents if p.exists())).free
-        if need > free + held:
+        if sum(needed.values()) > free + held:
+            parts = ", ".join(f"{what} {size(bytes)}" for what, bytes in needed.items() if bytes)
             raise UserError(
-                f"--keep-optimizer needs {need / 1e9:.1f} GB on the disk of {self.directory} for "
-                f"{config.clients} clients, and {free / 1e9:.1f} GB are free."
+                f"the run needs about {size(sum(needed.values()))} on the disk of {self.directory} ({parts}), and "
+                f"{size(free)} are free; choose an --out on another disk."
             )
 
     def write_card(self, config: Config, result: Row) -> None:
@@ -249,3 +269,20 @@ class Run:
 
     def _memory(self, client: int) -> Path:
         return self.directory / "clients" / f"{client:06d}"
+
+
+def size(bytes: float) -> str:
+    """Write a number of bytes in words."""
+    scale, unit = next((each for each in ((1e9, "GB"), (1e6, "MB")) if bytes >= each[0]), (1e3, "kB"))
+    return f"{bytes / scale:.1f} {unit}"
+
+
+def _lock(path: Path) -> IO[str] | None:
+    """Lock a file; None where another process has it, or has just put another in its place."""
+    file = open(path)  # noqa: SIM115
+    with suppress(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
+    file.close()
+    return None

@@ -12,36 +12,45 @@ from fedray.vector import Layout
 
 
 class Saver:
-    """Writes one checkpoint at a time. The order is: memories, checkpoint, row; a row is final once that is durable."""
+    """Writes one checkpoint at a time. The order is: memories, checkpoint, rows; a row is final once that is durable.
+
+    Rows of rounds that have no checkpoint of their own wait for the next.
+    """
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.row: Row | None = None  # of the round whose checkpoint is being written, when nothing will change it
+        self.rows: list[Row] = []  # since the last durable checkpoint, when nothing will change them
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
 
     def begin(self, state: State, row: Row, layout: Layout, limit: int) -> None:
-        """Begin to write the checkpoint of a complete round, with its row as it is now."""
-        self._writing = self._thread.submit(self.run.complete, state, copy.deepcopy(row), layout, limit)
+        """Begin to write the checkpoint of a complete round, with its row as it is now, and those that wait for it."""
+        rows = copy.deepcopy([*self.rows, row])
+        self._writing = self._thread.submit(self.run.complete, state, rows, layout, limit)
+
+    def recovered(self, rows: list[Row]) -> None:
+        """Take up rows of a checkpoint that is durable; the last of its rows is yet to come."""
+        self.rows = rows
+        self._writing = Future()
+        self._writing.set_result(None)
 
     def durable(self, wait: float = 0.0) -> bool:
-        """Tell whether a row waits that may be shown, after at most `wait` seconds."""
-        if self.row is None:
+        """Tell whether rows wait that may be shown, after at most `wait` seconds."""
+        if self._writing is None or not self.rows:
             return False
-        return self._writing is None or bool(futures.wait([self._writing], wait).done)
+        return bool(futures.wait([self._writing], wait).done)
 
-    def finish(self) -> Row | None:
-        """Wait until the checkpoint is durable; write its row, and return it; None where none is being written."""
-        row, writing = self.row, self._writing
-        if row is None:
-            return None
+    def finish(self) -> list[Row]:
+        """Wait until the checkpoint is durable; write its rows, and return them; none where none is being written."""
+        if self._writing is None or not self.rows:
+            return []
         began = time.perf_counter()
-        self.row = self._writing = None
-        if writing is not None:
-            writing.result()
-            row["seconds"]["save"] = time.perf_counter() - began
-        self.run.append(row)
-        return row
+        rows, writing = self.rows, self._writing
+        self.rows, self._writing = [], None
+        writing.result()
+        rows[-1]["seconds"]["save"] = time.perf_counter() - began
+        self.run.append(rows)
+        return rows
 
     def __enter__(self) -> "Saver":
         return self
@@ -49,5 +58,5 @@ class Saver:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         """However the run ends: a round that is complete has its checkpoint and its row."""
         self._thread.shutdown()
-        if error is not None and self.durable():
+        if error is not None and self.durable() and self._writing is not None and not self._writing.exception():
             self.finish()

@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,12 @@ def unfinished(directory: Path, done: int = 0, rounds: int | None = None) -> str
             why = (directory / name).read_text(errors="replace").strip().rstrip(".")
             return f"the trial {directory} {what}{after}: {why}."
     return f"the run {directory} is not complete: it stands{after}."
+
+
+def left_out(directory: Path, clients: Sequence[Mapping[str, Any]], rounds: int) -> str:
+    """Say that clients failed, from one of each round in which any did."""
+    why = f"client {clients[0].get('client')}: {clients[0]['outcome']}".rstrip(".")
+    return f"in the run {directory} clients were left out of {len(clients)} of {rounds} rounds ({why})."
 
 
 def not_begun(record: Path, begun: set[str]) -> list[str]:

@@ -13,7 +13,7 @@ from fedray.errors import UserError, reason
 from fedray.files import write as write_text
 from fedray.record.run import FAILED, RECORD, STOPPED, Row, Run
 from fedray.record.upgrade import RENAMED, upgrade
-from fedray.reports.problems import mixed, not_begun, unfinished
+from fedray.reports.problems import left_out, mixed, not_begun, unfinished
 from fedray.tasks.named import OURS, task_class
 
 TABLE = "results.parquet"
@@ -34,7 +34,7 @@ ROUND = {
     "bytes_up": int, "training_seconds": float,
 }  # fmt: skip
 TOTALS = ("total.sequential_steps", "total.images", "total.bytes", "total.training_seconds")
-GROUPS = ("seconds", "held_out", "aggregation")  # prefixes of a round's numbers that have names of their own
+GROUPS = ("seconds", "held_out", "aggregation", "ledger")  # prefixes of a round's numbers that have names of their own
 SETTING = "setting"  # a column that reports add: what varies, in words
 
 
@@ -61,7 +61,8 @@ def load(*places: str | Path) -> Results:
     `rounds` has a row per run and complete round, in order. Columns: directory, run (the directory's name), sha256
     (of the configuration), complete; the fields of `Config`, the task's as task.FIELD; round, loss (mean training
     loss), steps (of all clients), sequential_steps (of the slowest), images, bytes_down and bytes_up (all clients'),
-    training_seconds (of the slowest client); where a run has them, seconds.NAME, held_out.NAME, aggregation.NAME and
+    training_seconds (of the slowest client); where a run has them, seconds.NAME, held_out.NAME, aggregation.NAME,
+    ledger.NAME (clients asked, folded, retried, failed; actors_lost, nodes_lost, and seconds_lost by all of that) and
     scores by their names, with NAME.n and NAME.std; and total.NAME, sums from the first round on (total.bytes: down
     and up). Whole numbers are Int64, other numbers float64, the rest boolean or string; lists are JSON text.
 
@@ -239,15 +240,20 @@ def _run(directory: Path, config: dict[str, Any], problems: list[str]) -> _Run:
     text = path.read_text(errors="replace") if path.exists() else ""
     lines = text.removesuffix("\n").split("\n") if text else []
     rows: list[Row] = []
+    failed: list[Row] = []  # the first client of each round that was left out
     for number, line in enumerate(lines, 1):
         try:
-            row = _round(json.loads(line))
+            saved = json.loads(line)
+            row = _round(saved)
             if row["round"] != number:
                 raise ValueError
+            failed += [client for client in saved.get("clients", ()) if client.get("outcome", "ok") != "ok"][:1]
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
             problems.append(f"{path} is damaged at line {number}; the rounds before it are read.")
             break
         rows.append(settings | row)
+    if failed:
+        problems.append(left_out(directory, failed, len(rows)))
     finished = (directory / "result.json").exists()
     if not finished:
         problems.append(unfinished(directory, len(rows), rounds))

@@ -2,7 +2,9 @@
 
 import json
 import threading
+import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from fedray.data.partition import Dirichlet, Partition, Shards
 from fedray.errors import RunError, UserError
 from fedray.federation import fit as whole_run
 from fedray.federation.local import TrainJob, client_update
-from fedray.federation.plan import make_plan
+from fedray.federation.plan import disk_needed, make_plan
 from fedray.federation.pool import LocalPool
 from fedray.federation.round import Session
 from fedray.federation.worker import Shared, Worker
@@ -31,6 +33,8 @@ from fedray.record.checkpoint import State
 from fedray.record.pictures import grid
 from fedray.record.run import Run
 from fedray.wire.float16 import Float16
+
+EXAMPLES = Path(__file__).parents[1] / "sockets/examples"
 
 
 def stored_model(out, rounds):
@@ -231,7 +235,7 @@ def test_a_resumed_run_keeps_its_settings_but_not_its_placement(toy_config, tmp_
     config = toy_config()
     train(config, tmp_path / "run", rounds=1)
     for changes, message in [
-        ({"rounds": 5}, "--rounds is 5 now, but was 3"),
+        ({"seed": 5}, "--seed is 5 now, but was 0"),
         ({"learning_rate": 1.0}, "--learning-rate is 1.0 now"),
         ({"partition": Dirichlet(1.0)}, "--partition is dirichlet:1 now, but was by-label"),
         ({"cpus_per_actor": 2.0}, "computes with 2 threads"),
@@ -297,9 +301,23 @@ def test_kept_optimizers_that_do_not_fit_the_disk_are_refused(toy_config, tmp_pa
 
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(UserError, match="--keep-optimizer needs 0.0 GB"):
+    # 16 float32 numbers: two checkpoints, a model; two such vectors for 4 clients and twice a cohort of 4.
+    message = r"needs about 1.7 kB on the disk of .*\(checkpoints 0.1 kB, clients' memories 1.5 kB, model 0.1 kB\)"
+    with pytest.raises(UserError, match=message):
         train(toy_config(keep_optimizer=True), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1728))
+    with pytest.raises(RunError, match="checkpoint of round 1 needs 1.0 MB .* and 1.7 kB are free"):
+        train(toy_config(keep_optimizer=True), tmp_path / "run")
+    assert not list((tmp_path / "run/checkpoints").iterdir())
+
+
+def test_memories_of_methods_and_links_are_expected_on_the_disk(toy_config):
+    config = toy_config(optimizer="sgd", algorithm=f"{EXAMPLES}/control.py:Scaffold", wire="feedback:topk:0.5")
+    # A control variate and a residual for 4 clients and twice the cohort, 16 float32 numbers each.
+    assert disk_needed(config, make_plan(config))["clients' memories"] == 2 * 64 * (4 + 2 * 4)
+    kept = toy_config(keep_samples=True, evaluate_every=2, evaluate_samples=5)
+    assert disk_needed(kept, make_plan(kept))["samples"] == 2 * 5 * 4  # after rounds 2 and 3, of 1 x 2 x 2 pixels
 
 
 def test_configurations_survive_json():
@@ -361,7 +379,7 @@ def test_a_round_done_again_is_the_same_round(toy_config, tmp_path):
         again, _ = whole_round(session, before)
         assert torch.equal(again.tensors["model"], state.tensors["model"])
         assert [run.generation(client, state.round) for client in range(4)] == [state.round] * 4
-        run.complete(state, row, plan.layout, 1)
+        run.complete(state, [row], plan.layout, 1)
     assert load_file(tmp_path / "run/clients/000000/000002.safetensors")["optimizer/step"] == 2 * 2 * 3
 
 
@@ -426,8 +444,14 @@ def test_a_client_that_fails_is_done_again_as_often_as_asked(toy_config, tmp_pat
     train(toy_config(rounds=1, keep_optimizer=True), tmp_path / "quiet")
     flaky(monkeypatch, times)
     (row,) = train(toy_config(rounds=1, keep_optimizer=True, client_retries=2), tmp_path / "run")
-    reasons = [{"clients": [0], "reason": "RuntimeError: the network was away"}] * min(times, 2)
-    assert row["lost"] == reasons
+    lost = [(loss["clients"], loss["reason"], loss["actor"]) for loss in row["lost"]]
+    assert lost == [([0], "RuntimeError: the network was away", False)] * min(times, 2)
+    vain = [loss["seconds"] for loss in row["lost"]] + [row["clients"][0]["seconds"]] * (times == 3)
+    assert min(vain) > 0
+    assert row["ledger"] == {
+        "asked": 4, "folded": 3 + (times < 3), "retried": 1, "failed": int(times == 3), "actors_lost": 0,
+        "nodes_lost": 0,        "seconds_lost": pytest.approx(sum(vain)),
+    }  # fmt: skip
     assert row["clients"][0]["outcome"] == ("ok" if times < 3 else "RuntimeError: the network was away")
     assert (sha(tmp_path / "run") == sha(tmp_path / "quiet")) == (times < 3)
 
@@ -528,3 +552,36 @@ def test_what_a_sum_cannot_hold_is_that_clients_failure(toy_config, tmp_path, wh
         assert outcomes[1] == "ok" if reach is None else reach in outcomes[1]
     seen = [run.recall(client, run.generation(client, 2)).get("algorithm/seen") for client in range(4)]
     assert [None if each is None else each.item() for each in seen] == [2, 2 if reach is None else None, 2, 2]
+
+
+def test_the_ledger_says_what_was_lost(toy_config, tmp_path):
+    """Two blocks of round 2 are lost with their processes, and with a node."""
+    config = toy_config(evaluate_samples=0)
+    train(config, tmp_path / "quiet")
+
+    class Losing(LocalPool):
+        nodes = frozenset({"a", "b"})
+        lost = ()
+
+        def map(self, work, shared, jobs, progress):
+            for reply in super().map(work, shared, jobs, progress):
+                first = reply.job.jobs[0].client
+                gone = shared.about.number == 1 and first not in self.lost and len(self.lost) < 2
+                if gone:
+                    self.lost = (*self.lost, first)
+                    time.sleep(0.2)
+                    self.nodes = frozenset({"a"})
+                yield replace(reply, lost="it fell over") if gone else reply
+
+    rows = train(config, tmp_path / "run", pool=Losing(config))
+    assert sha(tmp_path / "run") == sha(tmp_path / "quiet")
+    lost = {name: [row["ledger"][name] for row in rows] for name in rows[0]["ledger"]}
+    again = {client for loss in rows[1]["lost"] for client in loss["clients"]}
+    assert len(again) >= 2
+    seconds = lost.pop("seconds_lost")
+    assert lost == {
+        "asked": [4, 4, 4], "folded": [4, 4, 4], "failed": [0, 0, 0], "retried": [0, len(again), 0],
+        "actors_lost": [0, 2, 0], "nodes_lost": [0, 1, 0],
+    }  # fmt: skip
+    assert seconds[0] == seconds[2] == 0
+    assert seconds[1] >= 2 * 0.2

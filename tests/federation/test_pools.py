@@ -150,6 +150,11 @@ def test_kills_hangs_and_deaths_cost_no_client_but_their_own(ray_pool, toy_confi
         assert outcomes[1] == "its process was lost 3 times; at last: its process ended (killed, or out of memory)"
         assert outcomes[2].startswith("its process was lost 3 times; at last: it has not answered for 3 s")
         assert {client for loss in row["lost"] for client in loss["clients"]} >= {1, 2}
+        ledger, actors = row["ledger"], [loss for loss in row["lost"] if loss["actor"]]
+        assert (ledger["asked"], ledger["folded"], ledger["failed"], ledger["nodes_lost"]) == (8, 6, 2, 0)
+        assert ledger["actors_lost"] == len(actors) >= 6  # three for each
+        assert ledger["retried"] == len({client for loss in actors for client in loss["clients"]})
+        assert ledger["seconds_lost"] >= 9  # three processes hang for 3 s
 
 
 @pytest.mark.slow

@@ -107,6 +107,22 @@ def test_any_place_finds_a_run_once(out, tmp_path):
     )
 
 
+def test_clients_that_were_left_out_are_told(tmp_path, toy_config):
+    config = toy_config(failing=(1,), rounds=2, client_retries=1)
+    fedray.run(config, tmp_path / "run")
+    rounds, problems = load(tmp_path)
+    assert problems == [
+        f"in the run {tmp_path / 'run'} clients were left out of 2 of 2 rounds (client 1: ValueError: this client's "
+        f"camera is broken)."
+    ]
+    for name, count in {"asked": 4, "folded": 3, "retried": 1, "failed": 1, "actors_lost": 0, "nodes_lost": 0}.items():
+        assert rounds[f"ledger.{name}"].tolist() == [count] * 2
+    seconds = [
+        sum(loss["seconds"] for loss in row["lost"]) + row["clients"][1]["seconds"] for row in rows_of(tmp_path / "run")
+    ]
+    assert rounds["ledger.seconds_lost"].tolist() == pytest.approx(seconds)
+
+
 def test_mixed_runs_share_a_frame(tmp_path, toy_config):
     made.run(tmp_path / "ddpm", made.config(seed=3))
     made.run(tmp_path / "lora", replace(fedray.PRESETS["digits-lora"], rounds=2))

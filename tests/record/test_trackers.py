@@ -1,0 +1,111 @@
+"""What trackers show is what the rows say; and what befalls them does not befall the run."""
+
+import os
+
+import numpy as np
+import pytest
+from runs import assert_curves_equal_rows, crc32c, curves, fit, sha, train
+
+from fedray.federation.pool import LocalPool
+from fedray.record.run import Run
+from fedray.record.trackers import Trackers
+
+
+def test_the_checksum_is_that_of_the_standard():
+    """RFC 3720, B.4."""
+    assert crc32c(bytes(32)) == 0x8A9136AA
+    assert crc32c(bytes(range(32))) == 0x46DD794E
+
+
+def test_curves_equal_rows_when_a_run_is_stopped_and_resumed(toy_config, tmp_path):
+    config = toy_config(rounds=5, held_out_share=0.25, evaluate_every=2)
+    for number in range(1, 3):
+        train(config, tmp_path, resume=number > 1, rounds=2)
+        assert_curves_equal_rows(tmp_path)
+        (path,) = (tmp_path / "tensorboard").iterdir()
+        with open(path, "ab") as file:  # killed while it was written
+            file.write(b"\x4b\0\0\0\0")
+    train(config, tmp_path, resume=True)
+    assert_curves_equal_rows(tmp_path)
+    found, rows = curves(tmp_path), Run.open(tmp_path).rows
+    for row in rows:
+        assert found["held_out/global", row["round"]] == [np.float32(row["held_out"]["global"])]
+    assert {step for _, step in found} == {1, 2, 3, 4, 5}
+
+
+def test_a_run_goes_on_while_tensorboard_cannot_be_written(toy_config, tmp_path):
+    config = toy_config(rounds=5)
+    train(config, tmp_path / "quiet")
+    place = tmp_path / "run/tensorboard"
+
+    def in_the_way():
+        for row in fit(config, LocalPool(config), tmp_path / "run"):
+            if row["round"] == 2:  # a file in its place
+                place.rename(tmp_path / "aside")
+                place.write_text("")
+            if row["round"] == 4:
+                place.unlink()
+
+    with pytest.warns(UserWarning, match="TensorBoard shows no new rounds for now") as warned:
+        in_the_way()
+    assert len(warned) == 1
+    assert sha(tmp_path / "run") == sha(tmp_path / "quiet")
+    assert_curves_equal_rows(tmp_path / "run")
+
+
+def test_an_event_that_is_written_in_part_is_written_again(toy_config, tmp_path, monkeypatch):
+    """As on a full disk: so many bytes fit, and then none."""
+    import fedray.record.trackers.tensorboard as module
+
+    class Full:
+        def __init__(self, path, mode, buffering):
+            self.file = open(path, mode, buffering)  # noqa: SIM115
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.file.close()
+
+        def write(self, data):
+            return self.file.write(data[:7])
+
+    def filling():
+        config = toy_config()
+        for row in fit(config, LocalPool(config), tmp_path):
+            if row["round"] == 1:
+                monkeypatch.setattr(module, "open", Full, raising=False)
+
+    with pytest.warns(UserWarning, match="could not be written in full"):
+        filling()
+    assert_curves_equal_rows(tmp_path)
+
+
+def test_a_tracker_of_another_kind(toy_config, tmp_path):
+    """One that fails at every second call still has every row in the end, once."""
+
+    class Flaky:
+        shown, calls = (), 0
+
+        def fail(self):
+            self.calls += 1
+            if self.calls % 2:
+                raise ConnectionError(f"away at call {self.calls}")
+
+        def restart(self, rows):
+            self.fail()
+            self.shown = [row["round"] for row in rows]
+
+        def add(self, row):
+            self.fail()
+            self.shown.append(row["round"])
+
+    run, flaky = Run(tmp_path), Flaky()
+    with pytest.warns(UserWarning, match="Flaky shows no new rounds for now: away at call 1"):
+        trackers = Trackers(run, [flaky])
+    for number in range(1, 7):
+        run.append([{"round": number}])
+        trackers.add({"round": number})  # warns no more
+    trackers.add()
+    assert flaky.shown == [1, 2, 3, 4, 5, 6]
+    assert os.listdir(tmp_path) == ["rounds.jsonl"]
