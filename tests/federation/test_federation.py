@@ -4,7 +4,6 @@ import json
 import threading
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,8 +32,6 @@ from fedray.record.checkpoint import State
 from fedray.record.pictures import grid
 from fedray.record.run import Run
 from fedray.wire.float16 import Float16
-
-EXAMPLES = Path(__file__).parents[1] / "sockets/examples"
 
 
 def stored_model(out, rounds):
@@ -313,7 +310,7 @@ def test_kept_optimizers_that_do_not_fit_the_disk_are_refused(toy_config, tmp_pa
 
 
 def test_memories_of_methods_and_links_are_expected_on_the_disk(toy_config):
-    config = toy_config(optimizer="sgd", algorithm=f"{EXAMPLES}/control.py:Scaffold", wire="feedback:topk:0.5")
+    config = toy_config(optimizer="sgd", algorithm="scaffold", wire="feedback:topk:0.5")
     # A control variate and a residual for 4 clients and twice the cohort, 16 float32 numbers each.
     assert disk_needed(config, make_plan(config))["clients' memories"] == 2 * 64 * (4 + 2 * 4)
     kept = toy_config(keep_samples=True, evaluate_every=2, evaluate_samples=5)

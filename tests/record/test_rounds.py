@@ -7,7 +7,6 @@ import threading
 import time
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from runs import assert_curves_equal_rows, sha, train
@@ -16,9 +15,8 @@ import fedray
 from fedray.errors import UserError
 from fedray.record.run import Run
 
-EXAMPLES = Path(__file__).parents[1] / "sockets/examples"
 STATEFUL = {
-    "optimizer": "sgd", "learning_rate": 0.05, "algorithm": f"ema:0.9:{EXAMPLES}/control.py:Scaffold",
+    "optimizer": "sgd", "learning_rate": 0.05, "algorithm": "ema:0.9:scaffold",
     "wire": "feedback:topk:0.5", "fraction": 0.5,
 }  # fmt: skip
 
