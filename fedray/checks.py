@@ -21,8 +21,9 @@ WEIGHTS = ("examples", "uniform")
 LIMITS: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     ((
         "clients", "rounds", "local_epochs", "local_steps", "train_batch_size", "eval_batch_size", "learning_rate",
-        "max_grad_norm", "cpus_per_actor", "client_timeout", "gradient_accumulation_steps", "validation_rounds",
-        "checkpoint_every", "checkpoints_total_limit", "min_clients", "evaluate_every", "ema_inv_gamma", "ema_power",
+        "max_grad_norm", "cpus_per_actor", "client_timeout", "start_timeout", "gradient_accumulation_steps",
+        "validation_rounds", "checkpoint_every", "checkpoints_total_limit", "min_clients", "evaluate_every",
+        "ema_inv_gamma", "ema_power",
     ), lambda value: 0 < value < math.inf, "be above 0"),
     ((
         "evaluate_samples", "gpus_per_actor", "adam_weight_decay", "adam_epsilon", "actors", "lr_warmup_steps",
@@ -53,6 +54,12 @@ def check(config: "Config") -> None:
         raise UserError(f"--fraction {config.fraction}: it must be above 0 and at most 1.")
     if config.gpus_per_actor > 1 and config.gpus_per_actor != int(config.gpus_per_actor):
         raise UserError(f"--gpus-per-actor {config.gpus_per_actor}: above 1 it must be a whole number.")
+    if 0 < config.gpus_per_actor < 1 and abs(config.gpus_per_actor * round(1 / config.gpus_per_actor) - 1) > 0.02:
+        several = math.floor(1 / config.gpus_per_actor)
+        raise UserError(
+            f"--gpus-per-actor {config.gpus_per_actor}: actors that share a GPU have equal parts of it, or Ray may let "
+            f"some wait for ever; give {1 / (several + 1):.3g} or {1 / several:.3g}."
+        )
     if config.kid_subset_size < 2:
         raise UserError(f"--kid-subset-size {config.kid_subset_size}: it must be at least 2.")
     if config.evaluate_samples == 1 and config.features:

@@ -51,8 +51,8 @@ FORMAT = 2  # of config.json: 1 knew `rule` and `codec`
 
 # Where a run is computed. It does not change the result, but for threads and for GPUs, whose float sums differ:
 # `check_resumable` holds a run to those.
-PLACEMENT = ("actors", "cpus_per_actor", "gpus_per_actor", "address", "client_timeout", "client_retries", "min_clients",
-             "inception_weights", "checkpoint_every")  # fmt: skip
+PLACEMENT = ("actors", "cpus_per_actor", "gpus_per_actor", "address", "client_timeout", "start_timeout",
+             "client_retries", "min_clients", "inception_weights", "checkpoint_every")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,11 +191,13 @@ class Config:
     cpus_per_actor: float = 1.0
     """CPUs of an actor; it computes with as many threads (at least one)."""
     gpus_per_actor: float = 0.0
-    """GPUs of an actor, for example 0.25; 0 computes on CPUs."""
+    """GPUs of an actor: a whole number, or 1/n for n actors on each GPU (0.5, 0.333, 0.25 …); 0 computes on CPUs."""
     address: str | None = None
     """A running Ray cluster to join (auto, or HOST:PORT); None starts a private one, unless RAY_ADDRESS is set."""
     client_timeout: float = 86_400.0
     """Seconds without an answer after which a client is done again by another process, three times in all."""
+    start_timeout: float = 180.0
+    """Seconds for an actor to start: each imports torch, and a cold disk serves them sequentially."""
     client_retries: int = 0
     """How often a client that fails (an error, weights that are not finite) is done again before it is left out."""
     min_clients: int = 1

@@ -12,9 +12,11 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from fedray.cluster.actors import START_TIMEOUT, count_actors, explain, hide_gpus, make_options
+from fedray.cluster.actors import hide_gpus, make_options
 from fedray.cluster.connection import NAMESPACE, connected, send_own_code
+from fedray.cluster.ends import last_line
 from fedray.cluster.messages import Message, pack, unpack
+from fedray.cluster.nodes import count_actors
 from fedray.cluster.pool import POLL, RayPool
 from fedray.config import Config
 from fedray.data.dataset import Dataset, Source
@@ -168,7 +170,7 @@ def _drive(request: Request, private: bool, on_row: Callable[[Row], None], show:
     """Start the run's driver actor, or attach to it, and pass on what it reports until the run is over."""
     count_actors(request.config)
     out, name = request.out, f"driver:{request.out}"
-    driver = _find_driver(name)
+    driver = _find_driver(name, request.config.start_timeout)
     if driver is not None and not request.resume:
         raise UserError(
             f"a run with the directory {out} is still going on this cluster; attach to it with --resume, or choose "
@@ -197,11 +199,11 @@ def _follow(driver: Any, started: Any, out: Path, on_row: Callable[[Row], None],
     seen, finished, error = 0, False, None
     while not finished:
         try:
-            rows, phase, finished, error = ray.get(driver.poll.remote(seen), timeout=START_TIMEOUT)
+            rows, phase, finished, error = ray.get(driver.poll.remote(seen), timeout=request.config.start_timeout)
         except GetTimeoutError:
             raise RunError(f"the driver actor of {out} does not answer; resume the run.") from None
         except RayActorError as died:
-            raise RunError(f"the driver actor of {out} died: {explain(died)}; resume the run.") from None
+            raise RunError(f"the driver actor of {out} died: {last_line(died)}; resume the run.") from None
         for row in rows:
             on_row(row)
         seen += len(rows)
@@ -226,27 +228,27 @@ def _check_begun(started: Any, driver: Any, out: Path) -> None:
     except RayError as error:
         ray.kill(driver)
         raise RunError(
-            f"the driver actor of {out} could not begin: {explain(error)}. Classes of your own must be in a file that "
+            f"the driver actor of {out} could not begin: {last_line(error)}. Classes of your own must be in a file that "
             f"its process can import, or in the script that calls fedray.run."
         ) from None
 
 
-def _find_driver(name: str) -> Any:
+def _find_driver(name: str, timeout: float) -> Any:
     """Find the driver actor of that name, if its run still goes on; remove one whose run is over."""
     try:
         driver = ray.get_actor(name, NAMESPACE)
-        finished = ray.get(driver.poll.remote(0), timeout=START_TIMEOUT)[2]
+        finished = ray.get(driver.poll.remote(0), timeout=timeout)[2]
     except (ValueError, RayActorError):
         return None
     if finished:
         ray.kill(driver)
-        _wait_until_gone(name)
+        _wait_until_gone(name, timeout)
     return None if finished else driver
 
 
-def _wait_until_gone(name: str) -> None:
+def _wait_until_gone(name: str, timeout: float) -> None:
     """Wait until Ray has removed a killed actor's name. Raises `RunError` if it does not."""
-    deadline = time.monotonic() + START_TIMEOUT
+    deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         try:
             ray.get_actor(name, NAMESPACE)

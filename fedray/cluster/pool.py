@@ -1,46 +1,53 @@
 """A pool of client actors, and the pool that a configuration asks for."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
+from itertools import count
 from typing import Any
 
 import numpy as np
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 
-from fedray.cluster.actors import (
-    ENDED,
-    START_TIMEOUT,
-    ClientActor,
-    count_actors,
-    describe,
-    describe_need,
-    explain,
-    make_options,
-)
+from fedray.cluster.actors import ClientActor, make_options
+from fedray.cluster.calls import Actor, Call
 from fedray.cluster.connection import connected, send_own_code
+from fedray.cluster.ends import explain
 from fedray.cluster.messages import unpack
+from fedray.cluster.nodes import Share, alive, count_actors, describe, free, room
 from fedray.config import Config
 from fedray.data.dataset import Dataset
 from fedray.errors import RunError
-from fedray.federation.pool import LocalPool, Lost, Pool, Progress, Reply
-from fedray.federation.worker import Done, Shared, Work
+from fedray.federation.causes import BLAMELESS, Cause, Lost
+from fedray.federation.pool import LocalPool, Pool, Progress, Reply
+from fedray.federation.worker import Shared, Work
+from fedray.record.run import Row
 
 TRANSFER_TIMEOUT = 600.0  # seconds for one payload to reach the driver
 IN_A_ROW = 8  # actors that may end without a result between them, before it is not a client that ends them
-POLL = 0.5  # seconds between looks at the progress of running jobs
+POLL = 0.5  # seconds between looks at the nodes, and at the progress of running jobs
 
 
 class RayPool:
-    """A pool of client actors, each doing one job at a time. An actor that dies, or hangs, is replaced."""
+    """A pool of client actors, each doing one job at a time.
 
-    def __init__(self, actors: list["_Actor"], make: Callable[[int], Any], config: Config) -> None:
-        self.actors = actors
-        self.make = make  # an actor, by its number
+    An actor that dies, hangs or breaks is replaced. There are as many as were asked for, or as fit: more when a node
+    joins, fewer when one has gone, and fewer with more memory each once there was too little.
+    """
+
+    def __init__(self, config: Config, dataset: Dataset | None, most: int, fixed: bool) -> None:
         self.config = config
+        self.dataset = dataset
+        self.most = most  # actors
+        self.fixed = fixed  # each actor's share
+        self.share = Share.of(config)
+        self.actors: list[Actor] = []
+        self._class = ray.remote(concurrency_groups={"progress": 1})(ClientActor)
+        self._losses: list[Row] = []
+        self._deaths = 0  # of actors since the last result
         self._sent: dict[str, tuple[np.ndarray, Any]] = {}  # arrays that have been put, and where they are, by name
 
     @property
@@ -58,96 +65,168 @@ class RayPool:
         Raises:
             UserError: the actors do not fit.
         """
-        make, count = maker(config, dataset), count_actors(config)
-        return cls([_Actor(index, make(index)) for index in range(count)], make, config)
+        send_own_code()
+        found = count_actors(config)
+        most = min(config.actors or config.cohort_size, config.cohort_size)
+        pool = cls(config, dataset, most, fixed=ray.util.get_current_placement_group() is not None)
+        pool._add(found)
+        return pool
 
     def renew(self, config: Config, dataset: Dataset | None = None) -> None:
         """Make the actors those of another run that asks for the same share of the machine: they keep their imports."""
-        self.make, self.config = maker(config, dataset), config
+        send_own_code()
+        self.config, self.dataset = config, dataset
         try:
             for actor in self.actors:
-                _started(actor.ready, actor)
-                _fetch(actor.handle.renew.remote(config, *_data(dataset)), f"the next run (actor {actor.index})")
+                actor.start(config.start_timeout)
+                again = actor.handle.renew.remote(self._settings, *_data(dataset))
+                _fetch(again, f"the next run ({actor})", actor)
         except Lost as error:
             raise RunError(f"an actor cannot go on to the next run: {error}.") from None
 
     def apart(self) -> list["RayPool"]:
-        return [RayPool([actor], self.make, self.config) for actor in self.actors]
+        pools = [RayPool(self.config, self.dataset, 1, fixed=True) for _ in self.actors]
+        for pool, actor in zip(pools, self.actors, strict=True):
+            pool.actors = [actor]
+        return pools
 
     def map(self, work: Work, shared: Shared, jobs: Iterable[Any], progress: Progress) -> Iterator[Reply]:
         about = ray.put(shared.about)
         names, arrays = tuple(shared.arrays), [self._put(name, array) for name, array in shared.arrays.items()]
-        queue, deaths, looked, timeout = enumerate(jobs), 0, time.monotonic(), self.config.client_timeout
+        queue, looked, timeout = enumerate(jobs), time.monotonic(), self.config.client_timeout
+        self._fit()
         self._look(5.0)
         begin = sum(actor.done.steps for actor in self.actors)
         idle = [actor for actor in self.actors if actor.started]
-        starting = {actor.ready: actor for actor in self.actors if not actor.started}
-        running: dict[Any, _Call] = {}
+        running: dict[Any, Call] = {}
         while True:
             while idle and (item := next(queue, None)) is not None:
                 (index, job), actor = item, idle.pop()
                 row, payload = actor.handle.do.remote(work, job, about, names, *arrays)
-                running[row] = _Call(index, job, payload, actor, time.monotonic() + timeout, actor.done.clients)
+                running[row] = Call(index, job, payload, actor, time.monotonic() + timeout, actor.done.clients)
+            starting = {actor.ready: actor for actor in self.actors if not actor.started}
             if not running and (idle or not starting):
                 return
             waited = [*running, *starting]
             ray.wait(waited, timeout=POLL, fetch_local=False)
             ready, _ = ray.wait(waited, num_returns=len(waited), timeout=0, fetch_local=False)
-            overdue = []
+            for ref in [ref for ref in ready if ref in starting]:
+                try:
+                    idle.append(starting[ref].start())
+                except Lost as lost:
+                    self._replace(starting[ref], lost)
+            overdue = set()
             if time.monotonic() > looked + POLL:
                 looked = time.monotonic()
                 self._look(0.2)
                 progress(sum(actor.done.steps for actor in self.actors) - begin)
-                self._give_up_late(starting, ready)
-                overdue = [ref for ref, call in running.items() if ref not in ready and call.overdue(timeout)]
-            for ref in [*ready, *overdue]:
-                if ref in starting:
-                    actor = starting.pop(ref)
-                    try:
-                        idle.append(_started(ref, actor))
-                    except Lost as error:
-                        if not any(other.started for other in self.actors) and str(error) != ENDED:
-                            raise RunError(f"a client actor could not start: {error}.") from None
-                        deaths = self._replace(actor, starting, deaths, f"{error}, while it started")
-                    continue
-                call, row, lost = running.pop(ref), {}, ""
+                self._fit()
+                overdue = {ref for ref, call in running.items() if ref not in ready and call.overdue(timeout)}
+            for ref in [ref for ref in [*ready, *overdue] if ref in running]:
+                call = running.pop(ref)
+                reply = Reply(call.index, call.job, {}, partial(_open, call.payload, str(call.job), call.actor))
                 try:
                     if ref in overdue:
-                        raise Lost(f"it has not answered for {timeout:.0f} s (--client-timeout)")
-                    row = _fetch(ref, str(call.job))
-                    deaths = 0
+                        raise Lost(f"it has not answered for {timeout:.0f} s (--client-timeout)", Cause.DEADLINE)
+                    row = _fetch(ref, str(call.job), call.actor)
+                    if row.get("cause") == Cause.BROKEN:
+                        raise Lost(row["error"], Cause.BROKEN)
+                except Lost as lost:
+                    self._replace(call.actor, lost, str(call.job))
+                    yield replace(reply, lost=str(lost), cause=lost.cause)
+                else:
+                    self._deaths = 0
                     idle.append(call.actor)
-                except Lost as error:
-                    lost = str(error)
-                    deaths = self._replace(call.actor, starting, deaths, f"{call.job}: {lost}")
-                yield Reply(call.index, call.job, row, partial(_open, call.payload, str(call.job)), lost)
+                    yield replace(reply, row=row)
 
-    def _replace(self, actor: "_Actor", starting: dict[Any, "_Actor"], deaths: int, why: str) -> int:
-        """Replace an actor; return how many died since the last result. Raises `RunError` if these are too many."""
-        if deaths == max(IN_A_ROW, 3 * len(self.actors)):  # a node takes all of its actors with it
-            raise RunError(f"client actors end again and again. {why}.")
-        actor.replace(self.make(actor.index))
-        starting[actor.ready] = actor
-        return deaths + 1
+    def make_room(self) -> bool:
+        beside = min(len(self.actors), max(map(self.share.fit, alive().values()), default=0))
+        larger = self.share.larger(beside)
+        if self.fixed or larger == self.share:
+            return False
+        self._note(Cause.MEMORY, f"from now on each actor has {larger.times(1)}, so that fewer share the memory")
+        self.share = larger
+        self.close()
+        self.actors.clear()
+        self._add(min(self.most, room(larger, alive())))
+        return True
+
+    def losses(self) -> list[Row]:
+        losses, self._losses = self._losses, []
+        return losses
+
+    def _note(self, cause: Cause, reason: str) -> None:
+        self._losses.append({"clients": [], "cause": cause, "reason": reason, "seconds": 0.0, "actor": False})
+
+    @property
+    def _settings(self) -> Config:
+        return replace(self.config, gpus_per_actor=self.share.gpus)
+
+    def _make(self, index: int) -> Any:
+        """Make a client actor, by its number."""
+        return self._class.options(**make_options(*self.share)).remote(self._settings, index, *_data(self.dataset))
+
+    def _add(self, number: int) -> None:
+        """Add so many actors, under numbers that are free."""
+        for _ in range(number):
+            index = next(index for index in count() if index not in {actor.index for actor in self.actors})
+            self.actors.append(Actor(index, self._make(index)))
+
+    def _drop(self, actor: Actor, cause: Cause, reason: str) -> None:
+        """Go on without an actor."""
+        ray.kill(actor.handle)
+        self.actors.remove(actor)
+        self._note(cause, f"{actor} {reason}; {len(self.actors)} are left")
+
+    def _replace(self, actor: Actor, lost: Lost, job: str = "") -> None:
+        """Replace an actor that was lost with its job, or while it started; drop it where no node has room for it.
+
+        Raises:
+            RunError: no actor can start, or they end again and again.
+        """
+        if lost.cause == Cause.START and not any(other.started for other in self.actors):
+            raise RunError(f"a client actor could not start: {lost}.")
+        self._deaths += lost.cause not in BLAMELESS
+        if self._deaths > max(IN_A_ROW, 3 * len(self.actors)):
+            raise RunError(f"client actors end again and again. {job or actor}: {lost}.")
+        if not job:
+            self._note(lost.cause, f"{actor} was lost while it started: {lost}")
+        if 1 < len(self.actors) > room(self.share, alive()):
+            self._drop(actor, lost.cause, "is not made again, as no node has room for it")
+        else:
+            actor.replace(self._make(actor.index))
+
+    def _fit(self) -> None:
+        """Have as many actors as there is room for: more where a node has joined, fewer where one has gone.
+
+        Raises:
+            RunError: none could start in time.
+        """
+        waiting = [actor for actor in self.actors if not actor.started]
+        slots, timeout = room(self.share, alive()), self.config.start_timeout
+        for actor in [actor for actor in waiting if len(self.actors) > slots and not actor.has_its_share]:
+            if 1 < len(self.actors) > slots:
+                self._drop(actor, Cause.NODE, "is not made again, as no node has room for it")
+        late = [actor for actor in self.actors if not actor.started and time.monotonic() > actor.began + timeout]
+        if late:
+            begun = sum(actor.has_its_share for actor in late)
+            why = (
+                f"{begun} of {len(late)} have their share of a node and are still starting, {len(late) - begun} wait "
+                f"for one with {self.share.times(1)}; free now: {describe(free())}"
+            )
+            if len(late) == len(self.actors):
+                raise RunError(f"no client actor could start in {timeout:g} s (--start-timeout): {why}.")
+            for actor in late:
+                self._drop(actor, Cause.START, f"did not start in {timeout:g} s (--start-timeout): {why}")
+        missing = min(self.most, slots) - len(self.actors)
+        if missing > 0 and not waiting:
+            self._add(min(missing, room(self.share, free())))
 
     def _look(self, timeout: float) -> None:
         """Take note of what actors have done, of those that answer in time: one that is stopped delays nobody."""
         asked = {actor.ask(): actor for actor in self.actors if actor.started}
         for ref in ray.wait(list(asked), num_returns=len(asked), timeout=timeout)[0] if asked else ():
             asked[ref].hear()
-
-    def _give_up_late(self, starting: dict[Any, "_Actor"], ready: list[Any]) -> None:
-        """Go on without actors that do not start: their node may be gone. Raises `RunError` if none is left."""
-        for ref, actor in list(starting.items()):
-            if ref not in ready and time.monotonic() > actor.began + START_TIMEOUT:
-                del starting[ref]
-                ray.kill(actor.handle)
-                self.actors.remove(actor)
-        if not self.actors:
-            raise RunError(
-                f"no client actor could start in {START_TIMEOUT:.0f} s. One needs {describe_need(self.config, 1)}; "
-                f"free now: {describe(ray.available_resources())}."
-            )
 
     def _put(self, name: str, array: np.ndarray) -> Any:
         """Put an array into the object store, unless it is the last one of that name that was."""
@@ -162,90 +241,23 @@ class RayPool:
             ray.kill(actor.handle)
 
 
-class _Actor:
-    """A client actor, the one that replaced it, and so on; and what it was last seen to have done."""
-
-    def __init__(self, index: int, handle: Any) -> None:
-        self.index = index
-        self.handle = handle
-        self.ready = handle.__ray_ready__.remote()
-        self.began = time.monotonic()
-        self.started = False
-        self.done = Done(0, 0)
-        self.before = Done(0, 0)  # what those that it replaced had done
-        self._asked: Any = None
-
-    def replace(self, handle: Any) -> None:
-        ray.kill(self.handle)
-        self.handle, self.ready, self._asked = handle, handle.__ray_ready__.remote(), None
-        self.before, self.began, self.started = self.done, time.monotonic(), False
-
-    def ask(self) -> Any:
-        """Ask what it has done, unless an answer is still due."""
-        self._asked = self._asked or self.handle.progress.remote()
-        return self._asked
-
-    def hear(self) -> None:
-        """Take note of its answer."""
-        with suppress(RayError):  # one that died: its job will tell
-            done = ray.get(self._asked)
-            self.done = Done(self.before.steps + done.steps, self.before.clients + done.clients)
-        self._asked = None
-
-
-@dataclass
-class _Call:
-    """A job that an actor is doing."""
-
-    index: int
-    job: Any
-    payload: Any
-    actor: _Actor
-    deadline: float  # for the next client
-    clients: int  # that the actor had done when it was looked at
-
-    def overdue(self, timeout: float) -> bool:
-        """Tell whether the deadline has passed; it is set anew when another client is done."""
-        if self.actor.done.clients > self.clients:
-            self.clients, self.deadline = self.actor.done.clients, time.monotonic() + timeout
-        return time.monotonic() > self.deadline
-
-
-def maker(config: Config, dataset: Dataset | None) -> Callable[[int], Any]:
-    """Return a function that makes a client actor of a run, by its number."""
-    send_own_code()
-    share = make_options(config.cpus_per_actor, config.gpus_per_actor)
-    client = ray.remote(concurrency_groups={"progress": 1}, **share)(ClientActor)
-    return lambda index: client.remote(config, index, *_data(dataset))
-
-
 def _data(dataset: Dataset | None) -> tuple[Any, Any]:
     return (None, None) if dataset is None else (dataset.source, dataset.sha256)
 
 
-def _started(ref: Any, actor: _Actor) -> _Actor:
-    """Return an actor that is ready. Raises `Lost` if it was killed meanwhile, or cannot be made."""
-    try:
-        ray.get(ref, timeout=START_TIMEOUT)
-    except RayError as error:
-        raise Lost(explain(error)) from None
-    actor.started = True
-    return actor
-
-
-def _fetch(ref: Any, what: str) -> Any:
-    """Bring a result to this process. Raises `Lost` if the process that made it died, or it does not come."""
+def _fetch(ref: Any, what: str, actor: Actor) -> Any:
+    """Bring a result to this process. Raises `Lost` if the actor that made it died, or it does not come."""
     try:
         return ray.get(ref, timeout=TRANSFER_TIMEOUT)
     except GetTimeoutError:
-        raise Lost(f"the result of {what} did not arrive in {TRANSFER_TIMEOUT:.0f} s") from None
+        raise Lost(f"the result of {what} did not arrive in {TRANSFER_TIMEOUT:.0f} s", Cause.DEADLINE) from None
     except RayError as error:
-        raise Lost(explain(error)) from None
+        raise explain(error, *actor.place) from None
 
 
-def _open(ref: Any, what: str) -> Any:
+def _open(ref: Any, what: str, actor: Actor) -> Any:
     """Bring a job's payload to this process."""
-    return unpack(_fetch(ref, what))
+    return unpack(_fetch(ref, what, actor))
 
 
 @contextmanager

@@ -4,6 +4,7 @@ We discard Tune's own experiment state. The run directories, found by config has
 """
 
 import logging
+import math
 import os
 import tempfile
 import time
@@ -23,7 +24,7 @@ from ray import tune
 from ray.tune.error import TuneError
 from ray.tune.schedulers import ASHAScheduler
 
-from fedray.cluster.actors import START_TIMEOUT, count_slots, describe, keep_to_fraction
+from fedray.cluster.actors import keep_to_fraction
 from fedray.cluster.connection import connected, send_own_code
 from fedray.cluster.directories import (
     Sweep,
@@ -37,6 +38,7 @@ from fedray.cluster.directories import (
     settled,
 )
 from fedray.cluster.driver import check_outside_images
+from fedray.cluster.nodes import Share, alive, count_slots, describe, free
 from fedray.cluster.pool import open_pool
 from fedray.cluster.trials import Experiment, expand, images_planned, settings_of
 from fedray.config import Config
@@ -130,7 +132,7 @@ def _with_actors(trial: Trial, trials: int) -> Config:
         raise UserError(f"the trial {trial.directory.name}: {error}") from None
     if config.actors is None:
         share = min(config.cohort_size, slots // trials)
-        several = len([node for node in ray.nodes() if node["Alive"]]) > 1
+        several = len(alive()) > 1
         # The trial's own process stays on this node; an actor can be on any.
         return replace(config, actors=max(1, share) if several else share if share > 1 else 0)
     return replace(config, actors=min(config.actors, config.cohort_size))
@@ -139,7 +141,8 @@ def _with_actors(trial: Trial, trials: int) -> Config:
 def bundles(config: Config) -> list[dict[str, float]]:
     """List what a trial needs: the driver's bundle (on this node, where the runs are), then one per actor."""
     here = {f"node:{ray.util.get_node_ip_address()}": 0.001}
-    actor = {"CPU": config.cpus_per_actor, "GPU": config.gpus_per_actor}
+    share = Share.of(config)
+    actor = {"CPU": share.cpus, "GPU": share.gpus}
     return [here, *[actor] * config.actors] if config.actors else [here | actor]
 
 
@@ -234,13 +237,15 @@ class _Watch(tune.Callback):
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         if any(trial.status == "RUNNING" for trial in trials):
             self.moved = time.monotonic()
-        elif time.monotonic() > self.moved + START_TIMEOUT:
-            waiting = next(trial for trial in trials if not trial.is_finished())
-            need = bundles(self.trials[waiting.config["trial"]].config)
+            return
+        waiting = [self.trials[trial.config["trial"]].config for trial in trials if not trial.is_finished()]
+        timeout = max((config.start_timeout for config in waiting), default=math.inf)
+        if time.monotonic() > self.moved + timeout:
+            need = bundles(waiting[0])
             total = {name: sum(bundle.get(name, 0) for bundle in need) for name in ("CPU", "GPU")}
             raise RunError(
-                f"no trial could start in {START_TIMEOUT:.0f} s. One needs {describe(total)}; free now: "
-                f"{describe(ray.available_resources())}."
+                f"no trial could start in {timeout:g} s (--start-timeout). One needs {describe({'': total})}; free "
+                f"now: {describe(free())}."
             )
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

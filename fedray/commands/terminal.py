@@ -66,6 +66,8 @@ def progress(
             again = [
                 f"\n  client{'s' if len(lost['clients']) > 1 else ''} {', '.join(map(str, lost['clients'][:5]))}"
                 f"{' …' if len(lost['clients']) > 5 else ''} lost: {lost['reason']}"
+                if lost["clients"]
+                else f"\n  {lost['reason']}"
                 for lost in row.get("lost", ())
             ]
             bar.console.print(

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 
 from fedray.algorithms import Round, Tensors, Upload
+from fedray.federation.causes import COUNTED, Cause, Lost
 from fedray.federation.local import TrainJob, client_update
-from fedray.federation.pool import Lost, Reply
+from fedray.federation.pool import Reply
 from fedray.federation.ranks import filled_in
 from fedray.federation.worker import Shared, Worker, do
 from fedray.record.run import Row
@@ -125,7 +126,8 @@ class Pace:
 class Queue:
     """The clients of a round: those to be done, and those whose block was accepted. Each is accepted once.
 
-    A client whose block was lost is done again, alone: one that ends its process would take others with it.
+    A client whose block was lost is done again, alone: one that ends its process would take others with it. One that
+    is out of memory even so waits for the others; then `after` has it done again if the pool could make room.
     """
 
     DEATHS = 3  # of processes that did a client, after which it is left out
@@ -136,10 +138,15 @@ class Queue:
         self.failures: Counter[int] = Counter()
         self.todo = deque(round.cohort)
         self.alone: deque[int] = deque()  # to be done again
+        self.cramped: dict[int, Row] = {}  # out of memory though alone; the rows of clients that are left out
         self.accepted: set[int] = set()
         self.deaths: Counter[int] = Counter()
         self.losses: list[Row] = []  # for the record: what was done in vain, and whether its process was lost
         self.began: dict[int, float] = {}  # when a client's last block was taken
+
+    @property
+    def empty(self) -> bool:
+        return not (self.todo or self.alone or self.cramped)
 
     def take(self, pace: Pace, steps: Callable[[int], int], workers: int) -> list[int]:
         """Take the clients of the next block; none where none is left."""
@@ -165,34 +172,64 @@ class Queue:
         jobs = {job.client: job for job in reply.job.jobs if job.client not in self.accepted}
         if any(job.round != self.round.number for job in reply.job.jobs):
             return None  # of a round that is over
-        whole, block, lost = len(jobs) == len(reply.job.jobs), None, reply.lost
+        whole, block = len(jobs) == len(reply.job.jobs), None
+        lost = Lost(reply.lost, reply.cause) if reply.lost else None
         if whole and not lost:
             try:
                 block = reply.fetch() if reply.ok else Block(failed(jobs.values(), reply.row), nothing, {})
             except Lost as error:
-                lost = str(error)
+                lost = error
         if lost:
             began = min((self.began[client] for client in jobs), default=time.perf_counter())
-            self._lose(list(jobs), lost, time.perf_counter() - began, actor=True)
-            self.deaths.update(list(jobs))
-            if len(reply.job.jobs) == 1 and jobs and self.deaths[min(jobs)] >= self.DEATHS:
-                why = f"its process was lost {self.DEATHS} times; at last: {lost}"
-                block = Block(failed(jobs.values(), {"error": why, "actor": "", "seconds": 0.0}), nothing, {})
+            self._note(list(jobs), lost.cause, str(lost), time.perf_counter() - began, actor=True)
+            self.deaths.update(list(jobs) if lost.cause in COUNTED else ())
+            block = self._give_up(jobs, lost, nothing) if len(reply.job.jobs) == 1 else None
         if block is None:
-            self.alone.extend(jobs)
+            self.alone.extend(client for client in jobs if client not in self.cramped)
             return None
-        failures = [row for row in block.rows if "error" in row and not lost]
-        again = [row for row in failures if self.failures[row["client"]] < self.retries]
-        for row in again:
-            self.failures[row["client"]] += 1
-            self._lose([row["client"]], row["error"], row["seconds"])
-            self.alone.append(row["client"])
-        rows = [row for row in block.rows if row not in again]
+        rows = block.rows if lost else [row for row in block.rows if not self._again(row, len(block.rows) == 1)]
         self.accepted |= {row["client"] for row in rows}
         return block._replace(rows=rows)
 
-    def _lose(self, clients: list[int], reason: str, seconds: float, actor: bool = False) -> None:
-        self.losses.append({"clients": clients, "reason": reason, "seconds": seconds, "actor": actor})
+    def after(self, room: bool, nothing: Any) -> Block:
+        """Have clients that were out of memory done again, if the pool has made room for them; else leave them out."""
+        cramped = {client: row for client, row in self.cramped.items() if client not in self.accepted}
+        self.cramped.clear()
+        if room:
+            self.alone.extend(cramped)
+            return Block([], nothing, {})
+        self.accepted |= cramped.keys()
+        return Block(list(cramped.values()), nothing, {})
+
+    def _give_up(self, jobs: dict[int, TrainJob], lost: Lost, nothing: Any) -> Block | None:
+        """Return the failure of a client that was alone when its process was lost, if that was once too often."""
+        for client, job in jobs.items():
+            row = {"error": str(lost), "cause": lost.cause, "actor": "", "node": "", "seconds": 0.0}
+            if lost.cause == Cause.MEMORY:
+                self.cramped[client] = failed([job], row)[0]
+            if self.deaths[client] >= self.DEATHS:
+                row["error"] = f"its process was lost {self.DEATHS} times; at last: {lost}"
+                return Block(failed([job], row), nothing, {})
+        return None
+
+    def _again(self, row: Row, alone: bool) -> bool:
+        """Tell whether a client that failed is to be done again, and take note of it."""
+        if "error" not in row:
+            return False
+        client, cause = row["client"], row["cause"]
+        if cause == Cause.MEMORY and alone:
+            self.cramped[client] = row
+        elif cause == Cause.MEMORY or self.failures[client] < self.retries:
+            self.failures[client] += cause != Cause.MEMORY
+            self.alone.append(client)
+        else:
+            return False
+        self._note([client], cause, row["error"], row["seconds"])
+        return True
+
+    def _note(self, clients: list[int], cause: Cause, reason: str, seconds: float, actor: bool = False) -> None:
+        loss = {"clients": clients, "cause": cause, "reason": reason, "seconds": seconds, "actor": actor}
+        self.losses.append(loss)
 
 
 def failed(jobs: Iterable[TrainJob], row: Row) -> list[Row]:

@@ -10,16 +10,13 @@ import torch
 from fedray.config import Config
 from fedray.data.dataset import Dataset
 from fedray.errors import RunError, UserError
+from fedray.federation.causes import Cause, Lost
 from fedray.federation.worker import Work, Worker, do
+from fedray.record.run import Row
 
 Progress = Callable[[int], None]  # how many steps of this map are done
 
-
 ATTEMPTS = 3
-
-
-class Lost(Exception):
-    """A payload that is lost, with the process that made it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +28,7 @@ class Reply:
     row: dict[str, Any]  # small: what the record keeps
     fetch: Callable[[], Any]  # the payload, moved only when asked for
     lost: str = ""  # why, where the job was lost with the process that did it: to be done again
+    cause: Cause = Cause.ACTOR  # of the loss
 
     @property
     def ok(self) -> bool:
@@ -62,6 +60,15 @@ class Pool(Protocol):
     def map(self, work: Work, shared: Any, jobs: Iterable[Any], progress: Progress) -> Iterator[Reply]:
         """Yield one reply per job, in any order; jobs are drawn as workers become free."""
 
+    def make_room(self) -> bool:
+        """Do fewer jobs at a time from now on, each with more memory; return False where that is not possible.
+
+        Not while jobs are mapped.
+        """
+
+    def losses(self) -> list[Row]:
+        """Return what its processes suffered since it was last asked, beside the jobs that were lost."""
+
 
 class LocalPool:
     """A pool that does jobs sequentially in this process, without Ray."""
@@ -86,34 +93,56 @@ class LocalPool:
             row, payload = do(self.worker, work, shared, job)
             yield Reply(index, job, row, partial(_same, payload))
 
+    def make_room(self) -> bool:
+        return False
+
+    def losses(self) -> list[Row]:
+        return []
+
 
 def _same(payload: Any) -> Any:
     return payload
 
 
 def in_order(pool: Pool, work: Work, shared: Any, jobs: Iterable[Any], progress: Progress) -> Iterator[Reply]:
-    """Yield a reply for each job, in their order, each as soon as all before it are there; lost ones are done again.
+    """Yield a reply for each job, in their order, each as soon as all before it are there.
+
+    Lost ones are done again; so are those that were out of memory, for as long as the pool can make room.
 
     Raises:
         RunError: a job was lost `ATTEMPTS` times.
     """
-    todo, early, due, reason = dict(enumerate(jobs)), dict[int, Reply](), 0, ""
-    for _ in range(ATTEMPTS):
-        asked = list(todo.items())
+    todo, early, due, reason, attempts = dict(enumerate(jobs)), dict[int, Reply](), 0, "", 0
+
+    def in_turn() -> Iterator[Reply]:
+        nonlocal due
+        while due in early:
+            yield early.pop(due)
+            due += 1
+
+    while todo and attempts < ATTEMPTS:
+        asked, cramped, crowded = list(todo.items()), list[Reply](), False
         for reply in pool.map(work, shared, [job for _, job in asked], progress):
             try:
                 payload = reply.fetch() if reply.ok and not reply.lost else None
             except Lost as error:
-                reply = replace(reply, lost=str(error))
-            if reply.lost:
-                reason = reply.lost
-                continue
+                reply = replace(reply, lost=str(error), cause=error.cause)
             index, _ = asked[reply.index]
-            del todo[index]
-            early[index] = replace(reply, index=index, fetch=partial(_same, payload))
-            while due in early:
-                yield early.pop(due)
-                due += 1
-        if not todo:
-            return
-    raise RunError(f"{next(iter(todo.values()))} was lost {ATTEMPTS} times; at last: {reason}.")
+            if reply.lost:
+                reason, crowded = reply.lost, crowded or reply.cause == Cause.MEMORY
+            elif reply.row.get("cause") == Cause.MEMORY:
+                cramped.append(replace(reply, index=index))
+            elif todo.pop(index, None) is not None:
+                early[index] = replace(reply, index=index, fetch=partial(_same, payload))
+            yield from in_turn()
+        attempts += 1
+        if cramped or crowded:
+            if pool.make_room():
+                attempts = 0
+            else:
+                for reply in cramped:
+                    del todo[reply.index]
+                    early[reply.index] = reply
+                yield from in_turn()
+    if todo:
+        raise RunError(f"{next(iter(todo.values()))} was lost {ATTEMPTS} times; at last: {reason}.")

@@ -79,7 +79,7 @@ def run_round(session: Session, state: State) -> Generator[None, None, tuple[Sta
         found = method.diagnose(server, after, folded, round)
     if config.malicious is not None:
         found["malicious"] = len(session.plan.malicious.intersection(folded.survivors))
-    row = ledger.row(found, queue.losses)
+    row = ledger.row(found, queue.losses + session.pool.losses())
     if row["ledger"]["actors_lost"]:
         row["ledger"]["nodes_lost"] = len(nodes - session.pool.nodes)
     row["seconds"]["round"] = time.perf_counter() - started
@@ -110,13 +110,15 @@ def train(session: Session, queue: Queue, down: Payload) -> Iterator[Block]:
             yield TrainBlock(tuple(map(job, clients)))
 
     progress(0)
-    while queue.todo or queue.alone:
+    while not queue.empty:
         before = sum(map(steps, queue.accepted))
         for reply in pool.map(train_block, shared, blocks(), progress):
             block = queue.receive(reply, config.fold.start(round))
             if block is not None:
                 pace.learn(block)
                 yield block
+        if queue.cramped:
+            yield queue.after(pool.make_room(), config.fold.start(round))
 
 
 class Ledger:
@@ -127,15 +129,21 @@ class Ledger:
         self.bytes_down = 0  # to each client
         self.folding = 0.0  # seconds
         self.rows: list[Row] = []
+        self.nodes: dict[str, dict[str, Any]] = {}  # by id: its actors, its clients, and how long these took
         self.failures: list[tuple[int, str, str]] = []  # client, reason, trace
 
     def add(self, rows: list[Row]) -> None:
         """Record the clients of a block."""
         for row in rows:
-            trace = row.pop("trace", "")
+            trace, node = row.pop("trace", ""), row.pop("node", "")
             row["outcome"] = row.pop("error", "ok")
             row["bytes_down"] = self.bytes_down
             self.rows.append(row)
+            if node:
+                there = self.nodes.setdefault(node, {"actors": set(), "clients": 0, "seconds": 0.0})
+                there["actors"].add(row["actor"])
+                there["clients"] += 1
+                there["seconds"] += row["seconds"]
             if row["outcome"] != "ok":
                 self.failures.append((row["client"], row["outcome"], trace))
 
@@ -173,6 +181,7 @@ class Ledger:
             "bytes_down": sum(row["bytes_down"] for row in self.rows),
             "bytes_up": sum(row["bytes_up"] for row in took_part),
             "seconds": {"fold": self.folding},
+            "nodes": {name: there | {"actors": len(there["actors"])} for name, there in self.nodes.items()},
             "aggregation": dict(aggregation),
             "held_out": {},
             "scores": {},

@@ -14,6 +14,7 @@ from torch import Tensor
 from fedray.config import Config
 from fedray.data.dataset import Dataset, Source
 from fedray.errors import UserError
+from fedray.federation.causes import Cause
 from fedray.record.run import Row
 from fedray.scores import networks
 from fedray.seeds import number
@@ -55,6 +56,7 @@ class Worker:
         self.sha256 = sha256  # of the images that the run is about
         self._base: Tensor | None = None
         self._unshared: Tensor | None = None  # the part that clients keep to themselves, as it is drawn
+        self.node = ""  # where it is, for the record
         self.done = Done(0, 0)
         self.on_step: Callable[[int], None] = lambda steps: None
 
@@ -176,11 +178,19 @@ def do(worker: Worker, work: Work, shared: Any, job: Any) -> tuple[Row, Any]:
         with threads(worker.config.threads), ordered(), _seeded(device, worker.config.seed, "global", *job.key):
             row, payload = work(worker, shared, job)
     except Exception as error:
-        trace = traceback.format_exc()
+        trace, cause = traceback.format_exc(), cause_of(error)
         if isinstance(error, torch.OutOfMemoryError):
             error = UserError(too_large(worker.config, job))
-        row, payload = {"error": cut(f"{type(error).__name__}: {error}"), "trace": trace}, None
-    return row | {"actor": worker.name, "seconds": time.perf_counter() - started}, payload
+        row, payload = {"error": cut(f"{type(error).__name__}: {error}"), "trace": trace, "cause": cause}, None
+    return row | {"actor": worker.name, "node": worker.node, "seconds": time.perf_counter() - started}, payload
+
+
+def cause_of(error: Exception) -> Cause:
+    """Return why a job failed, by its exception."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+        return Cause.MEMORY
+    # After a fault of its GPU a process is of no more use: each of its calls fails.
+    return Cause.BROKEN if "CUDA error" in str(error) else Cause.CLIENT
 
 
 def cut(text: str) -> str:

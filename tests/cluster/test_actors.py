@@ -15,7 +15,7 @@ from runs import fit
 
 import fedray
 from fedray.cli import main
-from fedray.cluster.actors import count_actors
+from fedray.cluster.nodes import count_actors
 from fedray.cluster.pool import RayPool
 from fedray.errors import RunError, UserError
 from fedray.federation.evaluation import sample

@@ -1,0 +1,83 @@
+"""What the pool knows of its client actors and of the jobs that these are doing."""
+
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray._private.state import actors as known_to_ray
+from ray.exceptions import RayError
+
+from fedray.cluster.actors import Place
+from fedray.cluster.ends import explain
+from fedray.federation.worker import Done
+
+
+class Actor:
+    """A client actor, the one that replaced it, and so on; and what it was last seen to have done."""
+
+    def __init__(self, index: int, handle: Any) -> None:
+        self.index = index
+        self.handle = handle
+        self.ready = handle.place.remote()
+        self.began = time.monotonic()
+        self.place = Place("", "")
+        self.done = Done(0, 0)
+        self.before = Done(0, 0)  # what those that it replaced had done
+        self._asked: Any = None
+
+    def __str__(self) -> str:
+        return f"actor {self.index}"
+
+    @property
+    def started(self) -> bool:
+        return bool(self.place.node)
+
+    def start(self, timeout: float | None = None) -> "Actor":
+        """Take note of where it is, once it is ready. Raises `Lost` if it was killed meanwhile, or cannot be made."""
+        try:
+            self.place = ray.get(self.ready, timeout=timeout)
+        except RayError as error:
+            raise explain(error) from None
+        return self
+
+    @property
+    def has_its_share(self) -> bool:
+        """Whether it has been given its share of a node, be it that its process is not ready."""
+        return self.started or bool(known_to_ray(self.handle._actor_id.hex()).get("Pid"))
+
+    def replace(self, handle: Any) -> None:
+        ray.kill(self.handle)
+        self.handle, self.ready, self._asked = handle, handle.place.remote(), None
+        self.before, self.began, self.place = self.done, time.monotonic(), Place("", "")
+
+    def ask(self) -> Any:
+        """Ask what it has done, unless an answer is still due."""
+        self._asked = self._asked or self.handle.progress.remote()
+        return self._asked
+
+    def hear(self) -> None:
+        """Take note of its answer."""
+        with suppress(RayError):  # one that died: its job will tell
+            done = ray.get(self._asked)
+            self.done = Done(self.before.steps + done.steps, self.before.clients + done.clients)
+        self._asked = None
+
+
+@dataclass
+class Call:
+    """A job that an actor is doing."""
+
+    index: int
+    job: Any
+    payload: Any
+    actor: Actor
+    deadline: float  # for the next client
+    clients: int  # that the actor had done when it was looked at
+
+    def overdue(self, timeout: float) -> bool:
+        """Tell whether the deadline has passed; it is set anew when another client is done."""
+        if self.actor.done.clients > self.clients:
+            self.clients, self.deadline = self.actor.done.clients, time.monotonic() + timeout
+        return time.monotonic() > self.deadline

@@ -1,0 +1,53 @@
+"""Why an actor ended: the cause, a sentence, and the end of its log."""
+
+from pathlib import Path
+
+import ray
+from ray.exceptions import ActorDiedError, OutOfMemoryError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from fedray.federation.causes import Cause, Lost
+
+ENDED = "its process ended (killed, or out of memory)"
+LINES, LETTERS = 4, 400  # of a log
+LOG_TIMEOUT = 10.0  # seconds for another node to read one
+
+
+def explain(error: RayError, node: str = "", log: str = "") -> Lost:
+    """Tell what an error of Ray's means for the work of an actor, on that node and with that file of its stderr."""
+    said, where = str(error), f" {node[:12]}" if node else ""
+    if isinstance(error, OutOfMemoryError):
+        return Lost(f"Ray ended its process, since the memory of its node{where} was full", Cause.MEMORY)
+    if getattr(error, "preempted", False):
+        return Lost(f"its node{where} was taken away", Cause.PREEMPTION)
+    if isinstance(error, ActorDiedError) and "its node has died" in said:
+        return Lost(f"its node{where} died", Cause.NODE)
+    if isinstance(error, ActorDiedError) and "creation" not in said:
+        last = tail(node, log) if log else ""
+        return Lost(ENDED + (f"; the end of its log: {last}" if last else ""), Cause.ACTOR)
+    return Lost(last_line(error), Cause.START if "creation" in said else Cause.ACTOR)
+
+
+def last_line(error: RayError) -> str:
+    """Pick the line of a Ray error that gives its cause."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1].rstrip(".") if lines else type(error).__name__
+
+
+def tail(node: str, log: str) -> str:
+    """Return the last lines of a log, "" where its node does not give them."""
+    try:
+        if node == ray.get_runtime_context().get_node_id():
+            return read_tail(log)
+        there = NodeAffinitySchedulingStrategy(node, soft=False)
+        read = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(read_tail)
+        return ray.get(read.remote(log), timeout=LOG_TIMEOUT)
+    except (OSError, RayError):
+        return ""
+
+
+def read_tail(log: str) -> str:
+    """Return the last lines of a file, without Ray's marks and the places in a traceback."""
+    noise = (":job_id:", ":actor_name:", ":task_name:", "File ", "Extension modules:")
+    lines = [line.strip() for line in Path(log).read_text(errors="replace")[-10_000:].splitlines()]
+    return " / ".join([line for line in lines if line and not line.startswith(noise)][-LINES:])[-LETTERS:]

@@ -1,0 +1,98 @@
+"""Nodes of the cluster, and how many client actors fit into each."""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import ray
+from ray._private.state import available_resources_per_node  # ray.available_resources() adds nodes up
+
+from fedray.config import Config
+from fedray.errors import UserError
+
+Resources = Mapping[str, float]
+
+
+class Share(NamedTuple):
+    """What an actor reserves of its node."""
+
+    cpus: float
+    gpus: float  # 1/n for n actors on one GPU: others may wait for ever on several nodes (ray-project/ray 52133)
+
+    @classmethod
+    def of(cls, config: Config) -> "Share":
+        gpus = config.gpus_per_actor
+        return cls(config.cpus_per_actor, 1 / round(1 / gpus) if 0 < gpus < 1 else gpus)
+
+    def fit(self, have: Resources) -> int:
+        """Count the actors that fit into what a node has."""
+        fitting = [math.floor(have.get("CPU", 0) / self.cpus + 1e-9)]
+        if self.gpus:  # Ray rounds a share down to ten-thousandths
+            fitting.append(math.floor(have.get("GPU", 0) / self.gpus + 0.01))
+        return min(fitting)
+
+    def larger(self, most: int) -> "Share":
+        """Return the share of which half as many fit, where `most` of this one fit into the largest node."""
+        if self.gpus:
+            on_a_gpu = round(1 / self.gpus)
+            return self if on_a_gpu < 2 else Share(self.cpus, 1 / (on_a_gpu // 2))
+        return self if most < 2 else Share(self.cpus * 2, self.gpus)
+
+    def times(self, count: int) -> str:
+        """Describe what that many actors need."""
+        return f"{count * self.cpus:g} CPUs" + (f" and {count * self.gpus:g} GPUs" if self.gpus else "")
+
+
+def alive() -> dict[str, Resources]:
+    """Return what each node has, by its id, of those that live."""
+    return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+
+
+def free() -> dict[str, Resources]:
+    """Return what nobody holds of each node, by its id."""
+    return available_resources_per_node()
+
+
+def room(share: Share, nodes: Mapping[str, Resources]) -> int:
+    """Count the actors that fit: into each node by itself, since an actor is on one."""
+    return sum(map(share.fit, nodes.values()))
+
+
+def count_actors(config: Config) -> int:
+    """Count the client actors of a run: as many as asked for, else as many as fit; never more than the cohort.
+
+    Raises:
+        UserError: the cluster has no GPU, or is too small.
+    """
+    slots = count_slots(config)
+    return min(config.actors or slots, config.cohort_size)
+
+
+def count_slots(config: Config) -> int:
+    """Count the client actors that fit into the cluster.
+
+    Raises:
+        UserError: fewer fit than asked for, or none.
+    """
+    nodes, share = alive(), Share.of(config)
+    if share.gpus and not any(have.get("GPU") for have in nodes.values()):
+        raise UserError(f"--gpus-per-actor {config.gpus_per_actor:g}: this machine (or cluster) has no GPU.")
+    slots, wanted = room(share, nodes), config.actors or 1
+    if wanted > slots:
+        raise UserError(
+            f"--actors {wanted} needs {share.times(wanted)}, and there are {describe(nodes)}: at most {slots} "
+            f"fit. Ask for fewer, or lower --cpus-per-actor or --gpus-per-actor."
+        )
+    return slots
+
+
+def describe(nodes: Mapping[str, Resources]) -> str:
+    """Describe the CPUs and GPUs of nodes in words."""
+
+    def said(name: str) -> str:
+        each = [have.get(name, 0) for have in nodes.values()]
+        return f"{sum(each):g} {name}s" + (
+            f" ({max(each):g} on one node)" if 0 < max(each, default=0) < sum(each) else ""
+        )
+
+    return f"{said('CPU')} and {said('GPU')}"
