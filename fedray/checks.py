@@ -54,7 +54,7 @@ def check(config: "Config") -> None:
         raise UserError(f"--fraction {config.fraction}: it must be above 0 and at most 1.")
     if config.gpus_per_actor > 1 and config.gpus_per_actor != int(config.gpus_per_actor):
         raise UserError(f"--gpus-per-actor {config.gpus_per_actor}: above 1 it must be a whole number.")
-    if 0 < config.gpus_per_actor < 1 and abs(config.gpus_per_actor * round(1 / config.gpus_per_actor) - 1) > 0.02:
+    if 0 < config.gpus_per_actor < 1 and abs(config.gpus_per_actor * round(1 / config.gpus_per_actor) - 1) > 0.03:
         several = math.floor(1 / config.gpus_per_actor)
         raise UserError(
             f"--gpus-per-actor {config.gpus_per_actor}: actors that share a GPU have equal parts of it, or Ray may let "

@@ -1,5 +1,6 @@
 """Whole runs, as tests do them."""
 
+import os
 from pathlib import Path
 
 import made
@@ -14,6 +15,8 @@ from fedray.federation.round import Session, run_round
 from fedray.federation.worker import Shared, Worker
 from fedray.record.provenance import environment
 from fedray.record.run import Run
+
+CHAOS = bool(os.environ.get("FEDRAY_CHAOS"))  # of `make chaos`: more seeds
 
 
 def fit(config, pool, out, resume=False, metrics=None, dataset=None):

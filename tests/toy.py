@@ -1,6 +1,7 @@
 """A task of a few numbers, for tests of the federation: client k can be told to fail, to return NaN …"""
 
 import os
+import sys
 import time
 from dataclasses import dataclass
 from typing import ClassVar
@@ -27,7 +28,10 @@ class Toy:
     failing: tuple[int, ...] = ()
     infinite: tuple[int, ...] = ()
     slow: tuple[int, ...] = ()
+    pause: float = 0.5  # seconds of a slow one's batch
     hungry: tuple[int, ...] = ()
+    crowded: tuple[int, ...] = ()  # out of memory in an actor that has less than two CPUs
+    breaking: tuple[int, ...] = ()  # the first to be trained in a process breaks it, for all that come after
     deadly: tuple[int, ...] = ()
     hanging: tuple[int, ...] = ()
 
@@ -50,6 +54,7 @@ class ToyLearner:
         else:
             self.network = nn.Sequential(*(nn.Linear(task.size, 1, bias=False) for _ in range(task.layers))).to(device)
         self.flat = FlatParameters(self.network)
+        self.broken = False
 
     def prepare(self, dataset, indices, mirrored):
         pass
@@ -61,11 +66,17 @@ class ToyLearner:
         if labels & set(self.task.hungry):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80.00 GiB.")
         if labels & set(self.task.deadly):
+            print("the camera is on fire", file=sys.stderr, flush=True)
             os._exit(1)
         if labels & set(self.task.hanging):
             time.sleep(1000)
         if labels & set(self.task.slow):
-            time.sleep(0.5)
+            time.sleep(self.task.pause)
+        if labels & set(self.task.crowded) and assigned("CPU") < 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80.00 GiB.")
+        if self.broken or labels & set(self.task.breaking):
+            self.broken = True
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
         target = batch["labels"].float().mean() + 0.1 * torch.randn((), generator=rng)
         loss = sum((weight - target).square().mean() for weight in self.weights())
         return loss * float("inf") if labels & set(self.task.infinite) else loss
@@ -169,3 +180,10 @@ class LinearLearner:
     def save(self, directory):
         directory.mkdir()
         torch.save(self.network.state_dict(), directory / "network.pt")
+
+
+def assigned(resource):
+    """Return how much of a resource the actor that we are in has."""
+    import ray
+
+    return ray.get_runtime_context().get_assigned_resources().get(resource, 0)

@@ -187,19 +187,20 @@ def _drive(request: Request, private: bool, on_row: Callable[[Row], None], show:
         driver = ray.remote(max_concurrency=2, scheduling_strategy=here, **detached)(DriverActor).remote()
         started = driver.run.remote(request)
     try:
-        _follow(driver, started, out, on_row, show)
+        _follow(request, driver, started, on_row, show)
     except KeyboardInterrupt:
         if private:
             raise
         raise Detached(f"the run in {out} goes on on its Ray cluster; resuming it there attaches to it") from None
 
 
-def _follow(driver: Any, started: Any, out: Path, on_row: Callable[[Row], None], show: Show) -> None:
+def _follow(request: Request, driver: Any, started: Any, on_row: Callable[[Row], None], show: Show) -> None:
     """Pass on what a driver actor reports until the run is over; `started` is its call, where we have made it."""
-    seen, finished, error = 0, False, None
+    out, seen, finished, error = request.out, 0, False, None
     while not finished:
         try:
-            rows, phase, finished, error = ray.get(driver.poll.remote(seen), timeout=request.config.start_timeout)
+            report = driver.poll.remote(seen)
+            rows, phase, finished, error = ray.get(report, timeout=request.config.start_timeout)
         except GetTimeoutError:
             raise RunError(f"the driver actor of {out} does not answer; resume the run.") from None
         except RayActorError as died:
@@ -228,8 +229,8 @@ def _check_begun(started: Any, driver: Any, out: Path) -> None:
     except RayError as error:
         ray.kill(driver)
         raise RunError(
-            f"the driver actor of {out} could not begin: {last_line(error)}. Classes of your own must be in a file that "
-            f"its process can import, or in the script that calls fedray.run."
+            f"the driver actor of {out} could not begin: {last_line(error)}. Classes of your own must be in a file "
+            f"that its process can import, or in the script that calls fedray.run."
         ) from None
 
 

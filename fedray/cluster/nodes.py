@@ -91,8 +91,7 @@ def describe(nodes: Mapping[str, Resources]) -> str:
 
     def said(name: str) -> str:
         each = [have.get(name, 0) for have in nodes.values()]
-        return f"{sum(each):g} {name}s" + (
-            f" ({max(each):g} on one node)" if 0 < max(each, default=0) < sum(each) else ""
-        )
+        largest = f" ({max(each):g} on the largest node)" if 0 < max(each, default=0) < sum(each) else ""
+        return f"{sum(each):g} {name}s{largest}"
 
     return f"{said('CPU')} and {said('GPU')}"

@@ -6,7 +6,7 @@ from enum import StrEnum
 class Cause(StrEnum):
     """A cause, as it stands in the record."""
 
-    CLIENT = "client's own"  # an exception, or weights that are not finite: --client-retries
+    CLIENT = "client"  # an exception, or weights that are not finite: --client-retries
     ACTOR = "actor died"
     BROKEN = "actor broken"  # it lives, and each job after this one would fail
     DEADLINE = "too slow"

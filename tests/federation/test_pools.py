@@ -10,6 +10,7 @@ import torch
 from runs import fit, sha, train
 
 from fedray.errors import RunError, UserError
+from fedray.federation.causes import Cause
 from fedray.federation.local import TrainJob, client_update
 from fedray.federation.pool import LocalPool, Reply, in_order
 from fedray.federation.worker import Shared
@@ -57,6 +58,33 @@ def test_what_is_lost_again_and_again_is_a_named_error():
 
     with pytest.raises(RunError, match="a was lost 3 times; at last: gone"):
         list(in_order(Losing([0, 1]), None, None, "ab", None))
+
+
+class Crowded:
+    """A pool on which `b` and `c` are out of memory, as a row or with their process, until it made room so often."""
+
+    workers = 2
+
+    def __init__(self, times, most):
+        self.times, self.most, self.made = times, most, 0
+
+    def map(self, work, shared, jobs, progress):
+        for index, job in enumerate(jobs):
+            full = job in "bc" and self.made < self.times
+            row = {"error": "out of memory", "cause": Cause.MEMORY} if full and job == "b" else {}
+            yield Reply(index, job, row, lambda job=job: job.upper(), "full" * (full and job == "c"), Cause.MEMORY)
+
+    def make_room(self):
+        self.made += 1
+        return self.made <= self.most
+
+
+@pytest.mark.parametrize("times", [1, 2, 5])
+def test_what_is_out_of_memory_is_done_again_as_long_as_there_is_room_to_make(times):
+    found = [reply.fetch() for reply in in_order(Crowded(times, times), None, None, "abcd", None)]
+    assert found == list("ABCD")
+    replies = in_order(Crowded(times, times - 1), None, None, "abd", None)
+    assert [reply.row.get("error") for reply in replies] == [None, "out of memory", None]
 
 
 def test_a_gpu_that_is_not_there(toy_config):

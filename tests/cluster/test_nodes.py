@@ -1,0 +1,77 @@
+"""How many actors fit into nodes, and what each has of them; without Ray."""
+
+from dataclasses import replace
+
+import pytest
+
+from fedray.cluster import nodes
+from fedray.cluster.nodes import Share, count_actors
+from fedray.errors import UserError
+
+
+def these(monkeypatch, *each, dead=()):
+    """Have a cluster of these nodes, given as (CPUs, GPUs)."""
+    listed = [(True, cpus, gpus) for cpus, gpus in each] + [(False, cpus, gpus) for cpus, gpus in dead]
+    rows = [
+        {"NodeID": str(index), "Alive": lives, "Resources": {"CPU": cpus} | ({"GPU": gpus} if gpus else {})}
+        for index, (lives, cpus, gpus) in enumerate(listed)
+    ]
+    monkeypatch.setattr(nodes.ray, "nodes", lambda: rows)
+
+
+def test_an_actor_is_on_one_node(toy_config, monkeypatch):
+    config = toy_config(actors=None, cpus_per_actor=2.6)
+    these(monkeypatch, (8, 0), (2, 0), (2, 0))
+    assert count_actors(config) == 3
+    with pytest.raises(
+        UserError, match=r"--actors 4 needs 10.4 CPUs, and there are 12 CPUs \(8 on the largest node\) .* at most 3 fit"
+    ):
+        count_actors(replace(config, actors=4))
+    these(monkeypatch, (2, 0), (2, 0), (2, 0))
+    with pytest.raises(UserError, match="at most 0 fit"):
+        count_actors(config)
+
+
+def test_dead_nodes_do_not_count(toy_config, monkeypatch):
+    these(monkeypatch, (2, 0), dead=[(8, 4)])
+    assert count_actors(toy_config(actors=None, labels=100)) == 2
+    with pytest.raises(UserError, match="no GPU"):
+        count_actors(toy_config(actors=None, gpus_per_actor=1.0))
+
+
+@pytest.mark.parametrize(
+    ("gpus", "cpus", "fit"),
+    [
+        (1.0, 0.1, 4), (2.0, 0.1, 1), (0.5, 0.1, 8), (0.25, 0.1, 16), (0.333, 0.1, 12), (0.33, 0.1, 12),
+        (1 / 3, 0.1, 12), (0.17, 0.1, 24), (0.25, 2, 6),
+    ],
+)  # fmt: skip
+def test_actors_that_share_gpus(toy_config, monkeypatch, gpus, cpus, fit):
+    these(monkeypatch, (8, 3), (4, 1))
+    config = toy_config(actors=None, gpus_per_actor=gpus, cpus_per_actor=cpus, labels=100)
+    config.check()
+    assert count_actors(config) == fit
+
+
+@pytest.mark.parametrize(("gpus", "better"), [(0.3, "0.25 or 0.333"), (0.7, "0.5 or 1"), (0.15, "0.143 or 0.167")])
+def test_other_fractions_are_refused(toy_config, gpus, better):
+    with pytest.raises(UserError, match=f"--gpus-per-actor {gpus}: .* may let some wait for ever; give {better}"):
+        toy_config(gpus_per_actor=gpus).check()
+
+
+@pytest.mark.parametrize(
+    ("share", "most", "larger"),
+    [
+        (Share(1, 0), 8, Share(2, 0)),
+        (Share(1, 0), 1, None),
+        (Share(2, 0.25), 4, Share(2, 0.5)),
+        (Share(2, 1 / 3), 1, Share(2, 1)),  # an actor alone has a third of the GPU's memory, too
+        (Share(2, 1), 4, None),
+        (Share(2, 4), 1, None),
+    ],
+)
+def test_a_larger_share_is_of_half_as_many(share, most, larger):
+    assert share.larger(most) == (larger or share)
+    if larger:
+        node = {"CPU": 16, "GPU": 1}
+        assert larger.fit(node) <= share.fit(node) / 2
