@@ -29,6 +29,7 @@ class Toy:
     infinite: tuple[int, ...] = ()
     slow: tuple[int, ...] = ()
     pause: float = 0.5  # seconds of a slow one's batch
+    gate: str = ""  # if given, they are slow for as long as this file exists
     hungry: tuple[int, ...] = ()
     crowded: tuple[int, ...] = ()  # out of memory in an actor that has less than two CPUs
     breaking: tuple[int, ...] = ()  # the first to be trained in a process breaks it, for all that come after
@@ -70,7 +71,7 @@ class ToyLearner:
             os._exit(1)
         if labels & set(self.task.hanging):
             time.sleep(1000)
-        if labels & set(self.task.slow):
+        if labels & set(self.task.slow) and (not self.task.gate or os.path.exists(self.task.gate)):
             time.sleep(self.task.pause)
         if labels & set(self.task.crowded) and assigned("CPU") < 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80.00 GiB.")

@@ -27,7 +27,7 @@ from fedray.federation.worker import Shared, Work
 from fedray.record.run import Row
 
 TRANSFER_TIMEOUT = 600.0  # seconds for one payload to reach the driver
-IN_A_ROW = 8  # actors that may end without a result between them, before it is not a client that ends them
+IN_A_ROW = 24  # actors that may end without a result between them: eight clients end three each, then are left out
 POLL = 0.5  # seconds between looks at the nodes, and at the progress of running jobs
 
 

@@ -48,11 +48,16 @@ class Block(NamedTuple):
 
 
 def train_block(worker: Worker, shared: Shared, block: TrainBlock) -> tuple[Row, Block]:
-    """Train clients and fold what they send. One that fails has a row that says why, and changes nothing else."""
+    """Train clients and fold what they send. One that fails has a row that says why, and changes nothing else.
+
+    If one breaks this process, the block has failed.
+    """
     fold, round = worker.config.fold, shared.about
     done = Block([], fold.start(round), {})
     for job in block.jobs:
         row, changed = do(worker, _train_and_fold, (shared, done.partial), job)
+        if row.get("cause") == Cause.BROKEN:
+            return row, None
         if "error" not in row:
             partial, memory = changed
             done = done._replace(partial=partial)
