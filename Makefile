@@ -6,7 +6,7 @@ DEMO ?=
 SIDE_BY_SIDE := -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: demo demo-lora test test-fast check help
+.PHONY: demo demo-lora test test-fast check chaos soak help
 
 .venv/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -27,6 +27,12 @@ test: .venv/installed  ## all tests but those that need a GPU
 
 test-fast: .venv/installed  ## the tests that take seconds
 	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not gpu and not slow"
+
+chaos: .venv/installed  ## kills and simulated clusters with ten times as many seeds (an hour)
+	@FEDRAY_CHAOS=1 $(BIN)/python -m pytest -m chaos
+
+soak: .venv/installed  ## a run of ten minutes with kills: nothing grows
+	@FEDRAY_SOAK=1 $(BIN)/python -m pytest tests/cluster/test_soak.py
 
 check: .venv/installed  ## style (ruff) and types (mypy)
 	@$(BIN)/python -m ruff check .

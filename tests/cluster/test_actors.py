@@ -1,7 +1,6 @@
 """The same bits wherever a run is placed, by the command line as users type it."""
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -98,31 +97,6 @@ def test_errors_of_the_driver_reach_the_caller(ray, toy_config, tmp_path):
     with pytest.raises(UserError, match="only 32 examples"):
         fedray.run(toy_config(clients=40, actors=2), tmp_path / "more")
     assert not (tmp_path / "more").exists()
-
-
-@pytest.mark.slow
-def test_a_process_killed_from_outside_costs_nothing_but_time(ray, toy_config, tmp_path):
-    """SIGKILL of a client's process after every round: all clients, the undisturbed bits, and the row says so."""
-    slow = {"slow": (0, 1, 2, 3), "local_epochs": 1, "rounds": 3}
-    whole = fedray.run(toy_config(**slow), tmp_path / "whole").result["state_sha256"]
-
-    def kill(row):
-        out = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True).stdout
-        pids = re.findall(r"^\s*(\d+)\s+\d+\s+ray::ClientActor", out, flags=re.MULTILINE)
-        ours = [int(pid) for pid in pids if _descends_from(int(pid), os.getpid())]
-        if row["round"] < 3:
-            os.kill(ours[0], signal.SIGKILL)
-
-    run = fedray.run(toy_config(**slow, actors=2), tmp_path / "run", on_row=kill)
-    assert run.result["state_sha256"] == whole
-    assert {client["outcome"] for row in run.rows for client in row["clients"]} == {"ok"}
-    assert any("its process ended" in loss["reason"] for row in run.rows for loss in row["lost"])
-
-
-def _descends_from(pid, ancestor):
-    import psutil
-
-    return ancestor in [parent.pid for parent in psutil.Process(pid).parents()]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
