@@ -76,15 +76,17 @@ def test_stopped_here_and_resumed_in_an_actor(ray, run, tmp_path):
     assert sha(tmp_path / "run") == sha(run)
 
 
-def test_a_batch_that_an_actors_share_does_not_hold(ray, tmp_path, capsys):
+def test_a_batch_that_an_actors_share_does_not_hold(ray, tmp_path):
     """A fiftieth of the GPU, some 1.7 GB: a batch of 16 takes a third of it, one of 1,797 would take 4.8 GB."""
     flags = "--clients 1 --rounds 1 --local-steps 2 --learning-rate 1e-4 --evaluate-samples 0 --no-use-ema"
     flags += " --no-keep-optimizer --block-out-channels 256 256 --actors 1 --gpus-per-actor 0.02"
     assert main(["train", *flags.split(), "--train-batch-size", "16", "--out", str(tmp_path / "fits")]) == 0
-    assert main(["train", *flags.split(), "--train-batch-size", "1797", "--out", str(tmp_path / "run")]) == 2
-    said = capsys.readouterr().err
-    assert "client 0 in round 1 needs more GPU memory than it may have (--gpus-per-actor 0.02): lower" in said
-    assert "Traceback" not in said
+    assert not Run.open(tmp_path / "fits").rows[0]["lost"]
+    assert main(["train", *flags.split(), "--train-batch-size", "1797", "--out", str(tmp_path / "run")]) == 0
+    first, *_, last = Run.open(tmp_path / "run").rows[0]["lost"]
+    assert first["cause"] == last["cause"] == "out of memory"
+    assert "client 0 in round 1 needs more GPU memory than it may have (--gpus-per-actor 0.02)" in first["reason"]
+    assert last["reason"].startswith("from now on each actor has 1 CPUs and 0.0")
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])

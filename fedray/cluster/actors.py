@@ -8,12 +8,11 @@ import ray
 import torch
 
 from fedray.cluster.messages import Message, pack
+from fedray.cluster.nodes import SHORT
 from fedray.config import Config
 from fedray.data.dataset import Source
 from fedray.federation.worker import Done, Shared, Work, Worker, do
 from fedray.record.run import Row
-
-SHORT = 12  # characters of a node's id that the record has
 
 
 class Place(NamedTuple):
@@ -21,14 +20,6 @@ class Place(NamedTuple):
 
     node: str
     log: str  # the file of its stderr, if that is known
-
-    @classmethod
-    def here(cls) -> "Place":
-        try:
-            log = os.readlink("/proc/self/fd/2")  # Ray leads it there
-        except OSError:
-            log = ""
-        return cls(ray.get_runtime_context().get_node_id(), log)
 
 
 class ClientActor:
@@ -46,7 +37,11 @@ class ClientActor:
         self.worker.node = ray.get_runtime_context().get_node_id()[:SHORT]
 
     def place(self) -> Place:
-        return Place.here()
+        try:
+            log = os.readlink("/proc/self/fd/2")  # Ray leads it there
+        except OSError:
+            log = ""
+        return Place(ray.get_runtime_context().get_node_id(), log)
 
     @ray.method(num_returns=2)
     def do(self, work: Work, job: Any, about: Any, names: tuple[str, ...], *arrays: np.ndarray) -> tuple[Row, Message]:

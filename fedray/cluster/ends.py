@@ -1,11 +1,12 @@
 """Why an actor ended: the cause, a sentence, and the end of its log."""
 
-from pathlib import Path
+import os
 
 import ray
 from ray.exceptions import ActorDiedError, OutOfMemoryError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from fedray.cluster.nodes import SHORT, alive
 from fedray.federation.causes import Cause, Lost
 
 ENDED = "its process ended (killed, or out of memory)"
@@ -15,12 +16,12 @@ LOG_TIMEOUT = 10.0  # seconds for another node to read one
 
 def explain(error: RayError, node: str = "", log: str = "") -> Lost:
     """Tell what an error of Ray's means for the work of an actor, on that node and with that file of its stderr."""
-    said, where = str(error), f" {node[:12]}" if node else ""
+    said, where = str(error), f" {node[:SHORT]}" if node else ""
     if isinstance(error, OutOfMemoryError):
         return Lost(f"Ray ended its process, since the memory of its node{where} was full", Cause.MEMORY)
     if getattr(error, "preempted", False):
         return Lost(f"its node{where} was taken away", Cause.PREEMPTION)
-    if isinstance(error, ActorDiedError) and "its node has died" in said:
+    if "its node has died" in said or (node and node not in alive()):  # an actor, or what it had sent
         return Lost(f"its node{where} died", Cause.NODE)
     if isinstance(error, ActorDiedError) and "creation" not in said:
         last = tail(node, log) if log else ""
@@ -49,5 +50,7 @@ def tail(node: str, log: str) -> str:
 def read_tail(log: str) -> str:
     """Return the last lines of a file, without Ray's marks and the places in a traceback."""
     noise = (":job_id:", ":actor_name:", ":task_name:", "File ", "Extension modules:")
-    lines = [line.strip() for line in Path(log).read_text(errors="replace")[-10_000:].splitlines()]
+    with open(log, "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - 10_000))
+        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
     return " / ".join([line for line in lines if line and not line.startswith(noise)][-LINES:])[-LETTERS:]

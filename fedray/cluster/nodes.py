@@ -12,6 +12,8 @@ from fedray.errors import UserError
 
 Resources = Mapping[str, float]
 
+SHORT = 12  # characters of a node's id that the record has
+
 
 class Share(NamedTuple):
     """What an actor reserves of its node."""

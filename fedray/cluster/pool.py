@@ -176,7 +176,7 @@ class RayPool:
         """Go on without an actor."""
         ray.kill(actor.handle)
         self.actors.remove(actor)
-        self._note(cause, f"{actor} {reason}; {len(self.actors)} are left")
+        self._note(cause, f"{actor} {reason}; the run goes on with {len(self.actors)}")
 
     def _replace(self, actor: Actor, lost: Lost, job: str = "") -> None:
         """Replace an actor that was lost with its job, or while it started; drop it where no node has room for it.

@@ -47,7 +47,7 @@ class Block(NamedTuple):
     memories: dict[int, Payload]
 
 
-def train_block(worker: Worker, shared: Shared, block: TrainBlock) -> tuple[Row, Block]:
+def train_block(worker: Worker, shared: Shared, block: TrainBlock) -> tuple[Row, Block | None]:
     """Train clients and fold what they send. One that fails has a row that says why, and changes nothing else.
 
     If one breaks this process, the block has failed.

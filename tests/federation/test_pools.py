@@ -219,7 +219,7 @@ def test_actors_that_do_not_start_are_told_and_come_when_there_is_room(ray_pool,
             ray.kill(other)
     (told,) = [loss for row in rows for loss in row["lost"]]
     assert "did not start in 8 s (--start-timeout): 0 of 1 have their share of a node and are still" in told["reason"]
-    assert "1 wait for one with 1 CPUs; free now: 0 CPUs and 0 GPUs; 1 are left" in told["reason"]
+    assert "1 wait for one with 1 CPUs; free now: 0 CPUs and 0 GPUs; the run goes on with 1" in told["reason"]
     assert [sum(there["actors"] for there in rows[index]["nodes"].values()) for index in (0, -1)] == [1, 2]
 
 
