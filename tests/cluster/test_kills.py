@@ -47,12 +47,13 @@ RUNS = {
 @pytest.mark.skipif(not CHAOS, reason="takes minutes: make chaos")
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("name", "seed"), [*(("digits", seed) for seed in range(9)), ("lora", 9)])
-def test_all_processes_of_a_run_are_killed_at_random_moments(tmp_path, name, seed):
+def test_all_processes_of_a_run_are_killed_at_random_moments(photos, tmp_path, name, seed):
     """Three times, while it starts, trains or saves; then it is resumed, and ends."""
     rng, out = random.Random(seed), tmp_path / "run"
-    assert main([*RUNS[name].split(), "--actors", "0", "--out", str(tmp_path / "quiet")]) == 0
+    command = RUNS[name].split() + ["--train-data-dir", str(photos)] * (name == "lora")
+    assert main([*command, "--actors", "0", "--out", str(tmp_path / "quiet")]) == 0
     for _ in range(3):
-        process = begin_or_resume(RUNS[name], out)
+        process = begin_or_resume(command, out)
         rows, patience = len(Run(out).rows), time.monotonic() + rng.uniform(0, 60)
         while len(Run(out).rows) == rows and time.monotonic() < patience:
             time.sleep(0.1)
@@ -61,7 +62,7 @@ def test_all_processes_of_a_run_are_killed_at_random_moments(tmp_path, name, see
             with suppress(psutil.NoSuchProcess):
                 each.kill()
         process.wait()
-    assert begin_or_resume(RUNS[name], out).wait(600) == 0
+    assert begin_or_resume(command, out).wait(600) == 0
     whole, quiet = Run.open(out), Run.open(tmp_path / "quiet")
     assert whole.result["state_sha256"] == quiet.result["state_sha256"]
     assert whole.result["scores"] == quiet.result["scores"]
@@ -73,6 +74,6 @@ def test_all_processes_of_a_run_are_killed_at_random_moments(tmp_path, name, see
 def begin_or_resume(command, out):
     """Start a run, on a Ray of its own, or resume it if it was begun."""
     begun = (out / "config.json").exists()
-    resume = [command.split()[0], "--resume", str(out)]
-    arguments = resume if begun else [*command.split(), "--actors", "2", "--cpus-per-actor", "0.5", "--out", str(out)]
+    resume = [command[0], "--resume", str(out)]
+    arguments = resume if begun else [*command, "--actors", "2", "--cpus-per-actor", "0.5", "--out", str(out)]
     return subprocess.Popen([sys.executable, "-m", "fedray", *arguments])
