@@ -32,7 +32,7 @@ chaos: .venv/installed  ## kills and simulated clusters with ten times as many s
 	@FEDRAY_CHAOS=1 $(BIN)/python -m pytest -m chaos
 
 soak: .venv/installed  ## a run of ten minutes with kills: nothing grows
-	@FEDRAY_SOAK=1 $(BIN)/python -m pytest tests/cluster/test_soak.py
+	@FEDRAY_SOAK=1 $(BIN)/python -m pytest -s tests/cluster/test_soak.py
 
 check: .venv/installed  ## style (ruff) and types (mypy)
 	@$(BIN)/python -m ruff check .

@@ -64,7 +64,9 @@ def test_nothing_grows_in_a_long_run_with_kills(ray, toy_config, tmp_path):
     assert len(seen) > 150  # so a leak of a vector a round would be found
     seen = [each for each in seen if len(each) == 4]
     third = len(seen) // 3
+    print(f"\n{len(seen)} rounds, {killer.kills} kills")
     names = ("references", "files", "bytes of the driver", "bytes of an actor")
     for name, *values in zip(names, *seen, strict=True):
         early, late = (statistics.median(part) for part in (values[third : 2 * third], values[2 * third :]))
-        assert late - early < (LEAK if "bytes" in name else 10), f"{name}: from {early} to {late}"
+        print(f"{name}: from {early:,.0f} to {late:,.0f}")
+        assert late - early < (LEAK if "bytes" in name else 10), name

@@ -162,12 +162,12 @@ def test_a_dead_actor_is_replaced_and_its_job_is_told_lost(ray_pool, toy_config,
 
 
 @pytest.mark.slow
-def test_kills_hangs_and_deaths_cost_no_client_but_their_own(ray_pool, toy_config, ray, tmp_path):
-    """Actors are killed in every round; client 1 ends its process, 2 hangs, 3 breaks it: all others are undisturbed."""
-    quiet = toy_config(labels=8, rounds=2, failing=(1, 2, 3), keep_optimizer=True, evaluate_samples=0)
+def test_kills_and_deaths_cost_no_client_but_their_own(ray_pool, toy_config, ray, tmp_path):
+    """Actors are killed in every round, client 1 ends its process, 2 breaks it: all others are undisturbed."""
+    quiet = toy_config(labels=8, rounds=2, failing=(1, 2), keep_optimizer=True, evaluate_samples=0)
     train(quiet, tmp_path / "quiet")
-    task = replace(quiet.task, failing=(), deadly=(1,), hanging=(2,), breaking=(3,))
-    config = replace(quiet, task=task, actors=2, client_timeout=5.0)
+    task = replace(quiet.task, failing=(), deadly=(1,), breaking=(2,))
+    config = replace(quiet, task=task, actors=2)
     pool, rows = ray_pool(config), []
     for row in fit(config, pool, tmp_path / "run"):
         rows.append(row)
@@ -175,13 +175,12 @@ def test_kills_hangs_and_deaths_cost_no_client_but_their_own(ray_pool, toy_confi
     assert sha(tmp_path / "run") == sha(tmp_path / "quiet")
     for row in rows:
         outcomes = {client["client"]: client["outcome"] for client in row["clients"]}
-        assert [client for client in outcomes if outcomes[client] == "ok"] == [0, 4, 5, 6, 7]
+        assert [client for client in outcomes if outcomes[client] == "ok"] == [0, 3, 4, 5, 6, 7]
         assert outcomes[1].startswith("its process was lost 3 times; at last: its process ended (killed, or out of")
         assert outcomes[1].endswith("the end of its log: the camera is on fire")
-        assert outcomes[2].startswith("its process was lost 3 times; at last: it has not answered for 5 s")
-        assert outcomes[3].startswith("its process was lost 3 times; at last: RuntimeError: CUDA error: an illegal")
+        assert outcomes[2].startswith("its process was lost 3 times; at last: RuntimeError: CUDA error: an illegal")
         causes = {(client, loss["cause"]) for loss in row["lost"] for client in loss["clients"]}
-        assert causes >= {(1, "actor died"), (2, "too slow"), (3, "actor broken")}
+        assert causes >= {(1, "actor died"), (2, "actor broken")}
 
 
 @pytest.mark.slow
@@ -225,13 +224,14 @@ def test_actors_that_do_not_start_are_told_and_come_when_there_is_room(ray_pool,
 
 @pytest.mark.slow
 def test_a_process_that_is_stopped_is_found_by_its_clients_deadline(ray_pool, toy_config, ray):
-    config = toy_config(actors=2, client_timeout=5.0)
+    config = toy_config(actors=2, client_timeout=10.0)
     pool = ray_pool(config)
     pid = ray.get(pool.actors[0].handle.__ray_call__.remote(lambda self: os.getpid()))
     os.kill(pid, signal.SIGSTOP)
     started = time.monotonic()
     answers = list(pool.map(client_update, shared(config), jobs_of(config, 4, []), lambda done: None))
-    assert [reply.lost for reply in answers if reply.lost] == ["it has not answered for 5 s (--client-timeout)"]
+    lost = [(reply.lost, reply.cause) for reply in answers if reply.lost]
+    assert lost == [("it has not answered for 10 s (--client-timeout)", Cause.DEADLINE)]
     assert time.monotonic() - started < 60
 
 

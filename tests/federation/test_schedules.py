@@ -137,9 +137,13 @@ class AnySize(Pace):
         return [todo.popleft() for _ in range(self.rng.randint(1, len(todo)))]
 
 
+def initial(config, plan):
+    return State(0, config.method.init(plan.initial, plan.layout))
+
+
 def trained(config, plan, pool, pace, rounds=3):
     """The state, the memories and the rows after some rounds."""
-    state, run, rows = State(0, config.method.init(plan.initial, plan.layout)), Memories(), []
+    state, run, rows = initial(config, plan), Memories(), []
     session = Session(config, plan, pool, run, pace=pace)
     for _ in range(rounds):
         state, row = whole_round(session, state)
@@ -177,6 +181,42 @@ def test_any_schedule_gives_the_same_bits(case):
         assert trained(config, plan, pool, AnySize(rng)) == expected, f"replay it with FEDRAY_SEED={seed}"
         suffered += pool.suffered
     assert len(seeds) == 1 or min(suffered[cause] for cause in (Cause.NODE, Cause.MEMORY, Cause.ACTOR)) > len(seeds) / 2
+
+
+class Losing(LocalPool):
+    """A pool that loses client 1 so many times, for that cause; it can make room so often."""
+
+    def __init__(self, config, times, cause, rooms):
+        super().__init__(config)
+        self.times, self.cause, self.rooms = times, cause, rooms
+
+    def map(self, work, shared, jobs, progress):
+        for reply in super().map(work, shared, jobs, progress):
+            lost = self.times > 0 and any(job.client == 1 for job in reply.job.jobs)
+            self.times -= lost
+            yield replace(reply, lost="gone", cause=self.cause) if lost else reply
+
+    def make_room(self):
+        self.rooms -= 1
+        return self.rooms >= 0
+
+
+@pytest.mark.parametrize(
+    ("cause", "times", "rooms", "outcome"),
+    [
+        *[(cause, 2, 0, "ok") for cause in (Cause.ACTOR, Cause.BROKEN, Cause.DEADLINE)],
+        *[(cause, 3, 0, "its process was lost 3 times; at last: gone") for cause in (Cause.ACTOR, Cause.DEADLINE)],
+        *[(cause, 50, 0, "ok") for cause in (Cause.NODE, Cause.PREEMPTION)],
+        (Cause.MEMORY, 1, 0, "gone"), (Cause.MEMORY, 3, 3, "ok"), (Cause.MEMORY, 3, 2, "gone"),
+    ],
+)  # fmt: skip
+def test_each_cause_has_its_own_budget(toy_config, cause, times, rooms, outcome):
+    config = toy_config()
+    pool = Losing(config, times, cause, rooms)
+    state, row = whole_round(Session(config, plan := make_plan(config), pool, Memories()), initial(config, plan))
+    assert [client["outcome"] for client in row["clients"]] == ["ok", outcome, "ok", "ok"]
+    assert [loss["cause"] for loss in row["lost"]] == [cause] * times
+    assert {tuple(loss["clients"]) for loss in row["lost"]} == {(1,)}
 
 
 def test_blocks_follow_measured_durations(toy_config):
