@@ -165,7 +165,7 @@ def seeds_for(method):
     """FEDRAY_SEED=N replays a seed; `make chaos` tries ten times as many."""
     if "FEDRAY_SEED" in os.environ:
         return [int(os.environ["FEDRAY_SEED"])]
-    most = 500 if method in ("fedavg", "control variates", "sparse, feedback") else 100
+    most = 500 if method in ("fedavg", "control variates", "top-k, feedback") else 100
     return range(10 * most if CHAOS else most)
 
 
