@@ -48,6 +48,8 @@ class Toy:
 
 
 class ToyLearner:
+    broken = False  # with the process, for good
+
     def __init__(self, task, device):
         self.task = task
         if task.layers is None:
@@ -55,7 +57,6 @@ class ToyLearner:
         else:
             self.network = nn.Sequential(*(nn.Linear(task.size, 1, bias=False) for _ in range(task.layers))).to(device)
         self.flat = FlatParameters(self.network)
-        self.broken = False
 
     def prepare(self, dataset, indices, mirrored):
         pass
