@@ -181,6 +181,9 @@ def test_kills_and_deaths_cost_no_client_but_their_own(ray_pool, toy_config, ray
         assert outcomes[2].startswith("its process was lost 3 times; at last: RuntimeError: CUDA error: an illegal")
         causes = {(client, loss["cause"]) for loss in row["lost"] for client in loss["clients"]}
         assert causes >= {(1, "actor died"), (2, "actor broken")}
+        ledger, actors = row["ledger"], [loss for loss in row["lost"] if loss["actor"]]
+        assert (ledger["asked"], ledger["folded"], ledger["failed"], ledger["nodes_lost"]) == (8, 6, 2, 0)
+        assert ledger["actors_lost"] == len(actors) >= 6  # three for each
 
 
 @pytest.mark.slow

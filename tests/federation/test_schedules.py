@@ -61,33 +61,37 @@ class Simulated:
 
     def __init__(self, config, rng):
         self.made = [Worker(config, torch.device("cpu"), f"worker {index}") for index in range(2)]
-        self.rng, self.each, self.nodes, self.joined = rng, 4, [0, 1], 2
+        self.rng, self.each, self.alive, self.joined = rng, 4, [0, 1], 2
         self.blamed, self.late = Counter(), []
         self.suffered = Counter()  # causes
 
     @property
+    def nodes(self):
+        return frozenset(map(str, self.alive))
+
+    @property
     def workers(self):
-        return self.each * len(self.nodes)
+        return self.each * len(self.alive)
 
     def map(self, work, shared, jobs, progress):
         jobs, running, now = enumerate(jobs), [], 0.0
         while True:
             while len(running) < self.workers and (item := next(jobs, None)) is not None:
                 seconds = self.rng.expovariate(1.0) * self.rng.choice([1, 1, 1, 10])
-                running.append((now + seconds, *item, self.rng.choice(self.nodes)))
+                running.append((now + seconds, *item, self.rng.choice(self.alive)))
             if not running:
                 return
             running.sort(key=lambda run: run[:2])
             now, index, job, node = running[0]
             fate = self.rng.random()
-            if fate < 0.07 and len(self.nodes) > 1:
-                self.nodes.remove(node)
+            if fate < 0.07 and len(self.alive) > 1:
+                self.alive.remove(node)
                 yield from (self.lost(run[1], run[2], Cause.NODE) for run in running if run[3] == node)
                 running = [run for run in running if run[3] != node]
                 continue
             running.pop(0)
             if fate < 0.14:
-                self.nodes.append(self.joined)
+                self.alive.append(self.joined)
                 self.joined += 1
             if fate > 0.9 and self.each > 1:
                 lost, row = self.lost(index, job, Cause.MEMORY), {"cause": Cause.MEMORY, "actor": "", "seconds": 0.0}
