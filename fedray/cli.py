@@ -1,4 +1,4 @@
-"""The command line: fedray train, finetune, sample, evaluate, sweep and report."""
+"""The command line: fedray train, finetune, sample, evaluate, sweep, report and cache."""
 
 import importlib
 import signal
@@ -6,7 +6,7 @@ import sys
 
 import fedray
 
-COMMANDS = ("train", "finetune", "sample", "evaluate", "sweep", "report")
+COMMANDS = ("train", "finetune", "sample", "evaluate", "sweep", "report", "cache")
 USAGE = """fedray simulates federated training of diffusion models on Ray.
 
   fedray train [--preset digits] [--clients 4] [--rounds 20] …   train, and write a run directory
@@ -16,6 +16,7 @@ USAGE = """fedray simulates federated training of diffusion models on Ray.
   fedray evaluate RUN|PIPELINE|FOLDER [--features inception] …   score a model, or images
   fedray sweep experiments/figure2.py [--smoke] [--resume] …     train many runs that differ, and compare them
   fedray report RUN|SWEEP… [--open]                              make one page of them, to look at
+  fedray cache [--clean] [--unused-days 30]                      list or remove what this machine has cached
   fedray --version
 
 Each command has its own --help.
@@ -36,10 +37,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(USAGE, end="")
         return 0
     from fedray.commands.interrupts import interruptible
-    from fedray.errors import RunError, UserError, check_name
+    from fedray.errors import RunError, UserError, check_name, check_text
 
     with interruptible() as caught:
         try:
+            for argument in arguments:
+                check_text(argument)
             check_name("command", command, COMMANDS)
             importlib.import_module(f"fedray.commands.{command}").main(rest)
         except UserError as error:

@@ -21,6 +21,15 @@ def reason(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
 
 
+def check_text(name: str) -> None:
+    """Raise `UserError` for a name in other bytes than UTF-8, as Latin-1: tables, JSON and terminals have only text."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        shown = name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+        raise UserError(f"the name {shown} is not in UTF-8; rename it.") from None
+
+
 def check_name(kind: str, name: str, names: Iterable[str]) -> None:
     """Raise `UserError` with the nearest name unless `name` is one of `names`."""
     names = list(names)

@@ -1,94 +1,50 @@
-"""A per-node cache, and atomic writes. Each entry is a directory, built in a temporary one and renamed."""
+"""Reading files that anybody may have made, and atomic writes."""
 
-import fcntl
-import hashlib
 import json
 import os
-import shutil
-import time
-from collections.abc import Callable, Iterator
+import stat
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from fedray.errors import UserError
 
 ASIDE = ".part"  # how temporary files' names end
-
-PATIENCE = 3.0  # seconds to wait for another process before saying so
-LOCK_TIMEOUT = 86_400.0  # seconds to wait for another process that makes the same entry
+LOCK = ".lock"  # how names of files end that are there to be locked
 
 
-def home() -> Path:
-    """Return the cache's directory: $FEDRAY_CACHE, else fedray in the user's cache directory."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("FEDRAY_CACHE") or Path(base) / "fedray").absolute()
+def regular(path: Path) -> Path:
+    """Return the path of a file, or of a link to one. Raises `UserError` for anything else: a pipe would be waited for.
 
-
-def kept(what: str, key: object, make: Callable[[Path], None]) -> Path:
-    """Return the directory of an entry; `make` fills it, unless it is cached already.
-
-    Safe if a maker is killed, or if two start at once: one makes the entry, the other waits.
-
-    Args:
-        what: describes the work, for messages.
-        key: JSON that changes whenever the entry would.
-
-    Raises:
-        UserError: another process has held the entry for a day.
+    What is not there is left to whoever opens it.
     """
-    place = home() / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
-    with _locked(place.with_suffix(".lock"), what):
-        if not place.exists():
-            aside = place.with_suffix(".aside")
-            shutil.rmtree(aside, ignore_errors=True)  # a maker that was killed left it
-            aside.mkdir(parents=True)
-            try:
-                make(aside)
-                aside.rename(place)
-            finally:
-                shutil.rmtree(aside, ignore_errors=True)
-    return place
+    if path.exists() and not path.is_file():
+        mode = path.stat().st_mode
+        kind = "a directory" if stat.S_ISDIR(mode) else "a named pipe" if stat.S_ISFIFO(mode) else "a device or socket"
+        raise UserError(f"{path} is {kind}, where a file should be.")
+    return path
 
 
-@contextmanager
-def _locked(path: Path, what: str) -> Iterator[None]:
-    """Lock an entry for one maker at a time; the kernel frees the lock of a killed process."""
+def read_text(path: Path) -> str:
+    """Read a text file. Raises `UserError` if it is no file, or not UTF-8; OSError if it cannot be read."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "w")  # noqa: SIM115
-    except OSError as error:
-        raise UserError(
-            f"{path.parent} cannot be written ({error.strerror}); set FEDRAY_CACHE to a directory that can."
-        ) from None
-    began, told = time.monotonic(), False
-    with file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                waited = time.monotonic() - began
-                if waited > PATIENCE and not told:
-                    Console(stderr=True).print(f"{what}: waiting for another process that is at it", highlight=False)
-                    told = True
-                if waited > LOCK_TIMEOUT:
-                    raise UserError(
-                        f"{what}: another process has been at it for {LOCK_TIMEOUT / 3600:g} hours; end that "
-                        f"process, or set FEDRAY_CACHE to another directory."
-                    ) from None
-                time.sleep(0.2)
-        yield
+        return regular(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no text in UTF-8 ({error.reason} at byte {error.start}).") from None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file. Raises `UserError` if it is damaged."""
+def read_json(path: Path, hint: str = "") -> dict[str, Any]:
+    """Read a JSON file that holds an object. Raises `UserError`, with a hint what to do, if it is damaged."""
     try:
-        return json.loads(path.read_text())
+        values = json.loads(read_text(path))
     except json.JSONDecodeError as error:
-        raise UserError(f"{path} is damaged at line {error.lineno}: {error.msg}.") from None
+        raise UserError(f"{path} is damaged at line {error.lineno}: {error.msg}{hint}.") from None
+    except RecursionError:
+        raise UserError(f"{path} is damaged: its lists lie in each other too deep{hint}.") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is damaged: it holds no JSON object{hint}.")
+    return values
 
 
 def as_json(values: dict[str, Any]) -> str:
@@ -103,18 +59,23 @@ def write(path: Path, text: str) -> None:
 
 @contextmanager
 def durably(path: Path) -> Iterator[Path]:
-    """Give a temporary file to write to; then flush it, rename it to `path`, and flush its directory."""
+    """Give a temporary file to write to; then flush it, rename it to `path`, and flush its directory.
+
+    A link at `path` is replaced, and what it leads to stays.
+    """
     aside = path.with_name(f".{path.name}.{os.getpid()}{ASIDE}")
+    aside.unlink(missing_ok=True)
     try:
         yield aside
-        _flush(aside)
+        flush(aside)
         aside.replace(path)
-        _flush(path.parent)
+        flush(path.parent)
     finally:
         aside.unlink(missing_ok=True)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Have a file, or the names in a directory, on the disk when this returns."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -123,8 +84,8 @@ def _flush(path: Path) -> None:
 
 
 def is_content(path: Path) -> bool:
-    """Tell whether a file is more than what a killed process left of one."""
-    return not (path.name.startswith(".") and path.name.endswith(ASIDE))
+    """Tell whether a file is more than what a killed process left of one, or a lock."""
+    return not (path.name.startswith(".") and path.name.endswith((ASIDE, LOCK)))
 
 
 def remove_leftovers(directory: Path) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from fedray.data.dataset import Dataset
-from fedray.errors import UserError, reason
+from fedray.errors import UserError
+from fedray.files import read_text
 
 
 def captions_of(dataset: Dataset, source: str, column: str, instance_prompt: str | None) -> list[str]:
@@ -43,18 +44,14 @@ def captions_of(dataset: Dataset, source: str, column: str, instance_prompt: str
 
 def _from_files(root: Path, names: np.ndarray) -> list[str]:
     """Read captions from a text file beside each image, else take the names of folders."""
-    beside = [(root / name).with_suffix(".txt") for name in names]
+    for name in map(str, names):
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UserError(f"{root}: the file_name {name} leads out of its folder.")
+    beside = [(root / str(name)).with_suffix(".txt") for name in names]
     there = [path.is_file() for path in beside]
     if not any(there):
-        return [re.sub(r"[_\W]+", " ", (root / name).parent.name).strip() for name in names]
+        return [re.sub(r"[_\W]+", " ", (root / str(name)).parent.name).strip() for name in names]
     if not all(there):
         absent = beside[there.index(False)]
         raise UserError(f"{absent} is absent: where some images have a caption in a text file, all must.")
-    return [_read(path) for path in beside]
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no text in UTF-8 ({reason(error)}).") from None
+    return [read_text(path).strip() for path in beside]

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fedray import files
+from fedray import cache
 from fedray.data.images import sha256
 from fedray.errors import UserError
 
@@ -86,6 +86,13 @@ class Dataset:
         return columns[name]
 
 
+def is_cached(place: Path) -> bool:
+    """Tell whether a dataset's entry, and that of its images, are in this node's cache undamaged."""
+    if not cache.is_whole(place):
+        return False
+    return cache.is_whole(Path(json.loads((place / "about.json").read_text())["images"]).parent)
+
+
 def keep(images: Path, sha256: str, labels: np.ndarray | None, columns: Mapping[str, np.ndarray]) -> Dataset:
     """Save labels and columns of cached images in this node's cache, and return the dataset."""
     known, names = np.zeros(0, np.int64) if labels is None else np.asarray(labels), list(columns)
@@ -104,4 +111,4 @@ def keep(images: Path, sha256: str, labels: np.ndarray | None, columns: Mapping[
             table.to_parquet(aside / "columns.parquet")
 
     key = ["dataset", VERSION, str(images), names, labels is not None, contents.hexdigest()]
-    return Dataset.open(files.kept("labels", key, make))
+    return Dataset.open(cache.kept("labels", key, make))

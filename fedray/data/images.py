@@ -6,8 +6,10 @@ import json
 import math
 import os
 import shutil
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -17,12 +19,17 @@ from PIL import Image, ImageOps
 from rich.console import Console
 from rich.progress import track
 
-from fedray import files
-from fedray.errors import UserError, reason
+from fedray import cache
+from fedray.errors import UserError, check_text, reason
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pgm", ".ppm", ".bmp", ".tif", ".tiff")
 VERSION = 2  # of what `decode` makes of an image: part of the cache's key
 CHUNK = 32  # images that a thread decodes at a time
+LARGEST = 2**26  # pixels of an image: those of one that is decoded take some ten bytes each
+LARGE = 2**24  # pixels above which one image is decoded at a time
+LARGEST_FILE = 2**26  # bytes of a file in an archive
+
+_alone = threading.Lock()  # held while a large image is decoded
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,7 @@ def decode(source: Path | bytes, form: Form) -> np.ndarray:
     Raises:
         Exception: whatever Pillow raises for a file that is no image, or a damaged one.
     """
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
+    with open_image(source) as opened, _alone if math.prod(opened.size) > LARGE else nullcontext():
         if opened.mode == "F":
             raise ValueError("its pixels are floating-point numbers, which have no known range")
         image = ImageOps.exif_transpose(opened)
@@ -65,6 +72,20 @@ def decode(source: Path | bytes, form: Form) -> np.ndarray:
         square = image.crop((left, top, left + side, top + side))
         pixels = np.asarray(square.resize((form.resolution, form.resolution), Image.Resampling.BICUBIC))
     return pixels[None] if form.channels == 1 else pixels.transpose(2, 0, 1)
+
+
+def open_image(source: Path | bytes) -> Image.Image:
+    """Open an image, without decoding it. Raises what Pillow raises, and ValueError where it is too large."""
+    if isinstance(source, Path) and source.exists() and not source.is_file():
+        raise ValueError("not a file")  # a named pipe would be waited for
+    try:
+        opened = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    except Image.DecompressionBombError:
+        raise ValueError(f"it has more than the {LARGEST:,} pixels that are decoded") from None
+    if math.prod(opened.size) > LARGEST:
+        opened.close()
+        raise ValueError(f"it has {math.prod(opened.size):,} pixels, more than the {LARGEST:,} that are decoded")
+    return opened
 
 
 def cached(
@@ -89,7 +110,7 @@ def cached(
         about = {"unreadable": unreadable, "sha256": sha256(np.load(aside / "images.npy", mmap_mode="r"))}
         (aside / "about.json").write_text(json.dumps(about))
 
-    place = files.kept(f"decoding {what}", [VERSION, stamp, astuple(form)], make)
+    place = cache.kept(f"decoding {what}", [VERSION, stamp, astuple(form)], make)
     about = json.loads((place / "about.json").read_text())
     unreadable = {int(index): said for index, said in about["unreadable"].items()}
     if unreadable and not skip:
@@ -108,10 +129,10 @@ def form_of(directory: Path) -> tuple[int, int]:
     first: tuple[str, tuple[int, int], int] | None = None
     for path in images_below(directory, flag=""):
         try:
-            with Image.open(path) as opened:
+            with open_image(path) as opened:
                 size, channels = opened.size, 1 if opened.mode in ("L", "1", "I;16", "I", "F") else 3
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error}.") from None
+        except Exception as error:  # Pillow has no common error for damaged images
+            raise UserError(f"{path} cannot be read: {reason(error)}.") from None
         if size[0] != size[1]:
             raise UserError(f"{path} is {size[0]}×{size[1]}: only square images can be scored; crop them first.")
         if first is None:
@@ -130,6 +151,7 @@ def images_below(directory: Path, flag: str = "--train-data-dir ") -> list[Path]
     if not directory.is_dir():
         wrong = "is a file, not a directory" if directory.exists() else "does not exist"
         raise UserError(f"{flag}{directory} {wrong}.")
+    check_text(str(directory))
     paths, seen = [], set()
     for folder, below, found in os.walk(directory, followlinks=True):
         below[:] = sorted(name for name in below if not name.startswith("."))
@@ -138,7 +160,9 @@ def images_below(directory: Path, flag: str = "--train-data-dir ") -> list[Path]
             continue
         seen.add(real)
         names = [name for name in found if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
-        paths += [Path(folder, name) for name in names]
+        for path in (Path(folder, name) for name in names):
+            check_text(str(path))
+            paths.append(path)
     if not paths:
         raise UserError(f"{flag}{directory} has no images ({' '.join(SUFFIXES)}).")
     return sorted(paths)

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedray import files
+from fedray import cache
 from fedray.data.dataset import Dataset, keep
-from fedray.data.images import Decoded, Form, cached, images_below, sha256
+from fedray.data.images import LARGEST_FILE, Decoded, Form, cached, images_below, sha256
 from fedray.errors import UserError, reason
+from fedray.files import read_text, regular
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,7 +35,7 @@ def digits() -> Dataset:
         np.save(aside / "images.npy", np.rint(loaded.images * (255 / 16)).astype(np.uint8)[:, None])
         np.save(aside / "labels.npy", loaded.target.astype(np.int64))
 
-    place = files.kept("unpacking scikit-learn's digits", ["digits", 1], make)
+    place = cache.kept("unpacking scikit-learn's digits", ["digits", 1], make)
     images, labels = (np.load(place / f"{name}.npy") for name in ("images", "labels"))
     return keep(place / "images.npy", sha256(images), labels, {})
 
@@ -77,31 +78,31 @@ def celeba(directory: Path, form: Form, skip_unreadable: bool = False) -> Datase
         paths = images_below(folder)
         names, stamp = [path.name for path in paths], [str(folder.resolve()), *_stamp(paths)]
         read = paths.__getitem__
-    elif archive.is_file():
+    elif regular(archive).is_file():
         try:
             zipped = zipfile.ZipFile(archive)
-        except zipfile.BadZipFile as error:
-            raise UserError(f"{archive} is damaged: {error}.") from None
+        except Exception as error:  # zipfile raises what it likes for a damaged one
+            raise UserError(f"{archive} is damaged: {reason(error)}.") from None
         members = sorted(name for name in zipped.namelist() if name.endswith(".jpg") and "/._" not in name)
         if not members:
             raise UserError(f"{archive} has no .jpg in it.")
         names, stamp = [Path(member).name for member in members], [str(archive.resolve()), *_stamp([archive])]
-        read = lambda index: zipped.read(members[index])  # noqa: E731
+        read = lambda index: _member(zipped, members[index])  # noqa: E731
     else:
         raise UserError(
             f"{directory} has neither img_align_celeba/ nor img_align_celeba.zip; --train-data-dir must name the "
             f"folder that CelebA was unpacked into."
         )
     columns: dict[str, np.ndarray] = {}
-    if (path := directory / "identity_CelebA.txt").is_file():
+    if regular(path := directory / "identity_CelebA.txt").is_file():
         columns["identity"] = _listed(path, names, ["identity"])["identity"].to_numpy()
-    if (path := directory / "list_eval_partition.txt").is_file():
+    if regular(path := directory / "list_eval_partition.txt").is_file():
         splits = _listed(path, names, ["split"])["split"].map({0: "train", 1: "valid", 2: "test"})
         if splits.isna().any():
             raise UserError(f"{path}: the split of {splits.index[splits.isna()][0]} is none of 0, 1 and 2.")
         columns["split"] = splits.to_numpy(dtype=object)
-    if (path := directory / "list_attr_celeba.txt").is_file():
-        header = path.read_text().splitlines()[:2]
+    if regular(path := directory / "list_attr_celeba.txt").is_file():
+        header = read_text(path).splitlines()[:2]
         attributes = header[1].split() if len(header) == 2 else []
         if not attributes:
             raise UserError(f"{path} has no names of attributes in its second line.")
@@ -114,19 +115,24 @@ def celeba(directory: Path, form: Form, skip_unreadable: bool = False) -> Datase
 def hugging_face(name: str, form: Form, skip_unreadable: bool = False) -> Dataset:
     """Load the train split of a Hugging Face dataset, or a local Parquet file, with an image column.
 
-    The column "label" are the labels; other columns of numbers, booleans or text are kept.
+    The column "label" are the labels; other columns of numbers, booleans or text are kept. Images are in the table, or
+    in files below its folder (or in what was fetched from the hub): a table may come from anyone, and a path in it must
+    not bring another file of this machine into the data.
 
     Raises:
         UserError: it cannot be loaded, has no image column, or an image cannot be read.
     """
     import datasets
+    from huggingface_hub.constants import HF_HUB_CACHE
 
     datasets.disable_progress_bars()
     try:
         if name.endswith(".parquet"):
-            loaded = datasets.load_dataset("parquet", data_files=name, split="train")
+            loaded = datasets.load_dataset("parquet", data_files=str(regular(Path(name))), split="train")
         else:
             loaded = datasets.load_dataset(name, split="train")
+    except UserError:
+        raise
     except Exception as error:  # it has dozens, of which many are its dependencies'
         raise UserError(
             f"--dataset-name {name}: no such dataset could be loaded ({reason(error)}). It must be digits, celeba, "
@@ -136,15 +142,38 @@ def hugging_face(name: str, form: Form, skip_unreadable: bool = False) -> Datase
     if column is None:
         raise UserError(f"--dataset-name {name}: it has no image column, only {', '.join(loaded.features)}.")
     images = loaded.select_columns(column).cast_column(column, datasets.Image(decode=False))
+    if Path(name).exists():
+        folders = [Path(name) if Path(name).is_dir() else Path(name).parent]
+    else:
+        fetched = datasets.config
+        folders = [Path(place) for place in (fetched.HF_DATASETS_CACHE, fetched.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE)]
 
     def read(index: int) -> Path | bytes:
         value = images[index][column]
-        return value["bytes"] or Path(value["path"])
+        return value["bytes"] or _below(folders, value["path"])
 
     names = [f"row {index}" for index in range(len(loaded))]
     columns = _columns(loaded.remove_columns(column).to_pandas(), f"--dataset-name {name}", names)
     labels = _codes(columns.pop("label")) if "label" in columns else None
     return _dataset(cached(name, names, loaded._fingerprint, read, form, skip_unreadable), labels, columns)
+
+
+def _below(folders: Sequence[Path], path: str | None) -> Path:
+    """Return the file of that path, if it is below one of the folders, of which the first is for a relative path."""
+    if path is None:
+        raise ValueError("the table has neither its contents nor its path")
+    found = (folders[0] / path).resolve()
+    if not any(found.is_relative_to(folder.resolve()) for folder in folders):
+        raise ValueError("its path leads out of the table's folder, and its contents are not in the table")
+    return found
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> bytes:
+    """Read a file in an archive: no more of it than its directory says, which must not be too much."""
+    size = archive.getinfo(name).file_size
+    if size > LARGEST_FILE:
+        raise ValueError(f"it has {size:,} bytes, more than the {LARGEST_FILE:,} that are read")
+    return archive.read(name)
 
 
 def _holds_images(kind: Any) -> bool:
@@ -208,8 +237,9 @@ def _metadata(directory: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     tables = []
     for path in paths:
         try:
+            regular(path)
             table = pd.read_csv(path) if path.suffix == ".csv" else pd.read_json(path, lines=True)
-        except ValueError as error:
+        except (ValueError, OSError, OverflowError) as error:
             raise UserError(f"{path} cannot be read: {reason(error)}.") from None
         if "file_name" not in table:
             raise UserError(f"{path} has no column file_name.")
@@ -227,7 +257,7 @@ def _listed(path: Path, names: Sequence[str], columns: list[str], skip: int = 0)
 
     try:
         table = pd.read_csv(path, sep=r"\s+", header=None, names=["file_name", *columns], skiprows=skip)
-    except ValueError as error:
+    except (ValueError, OSError, OverflowError) as error:
         raise UserError(f"{path} cannot be read: {reason(error)}.") from None
     numbers = _aligned(table.set_index("file_name"), path, names, listed=True)[columns].apply(
         pd.to_numeric, errors="coerce"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedray.config import Config
-from fedray.data.dataset import Dataset, Source
+from fedray.data.dataset import Dataset, Source, is_cached
 from fedray.errors import UserError
 from fedray.federation.causes import Cause
 from fedray.record.run import Row
@@ -118,7 +118,7 @@ class Worker:
         Raises:
             ValueError: this node has other images.
         """
-        if self.source is not None and self.source.place.exists():
+        if self.source is not None and is_cached(self.source.place):
             return Dataset.open(self.source.place, ("caption",))
         dataset = self.config.task.dataset()
         if self.sha256 not in (None, dataset.sha256):

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedray import files
-from fedray.errors import UserError
+from fedray import cache
 from fedray.scores.frechet import Gaussian, frechet_distance, gaussian
 from fedray.scores.prdc import NEIGHBOURS, Manifold, check_count, manifold
 from fedray.seeds import generator
@@ -53,7 +52,7 @@ class Reference:
             some, rest = (gaussian(self.features, part) for part in np.split(order, [n]))
             (aside / "floor.json").write_text(json.dumps(frechet_distance(some, rest)))
 
-        place = files.kept("real against real", ["floor", VERSION, self.key, n], make)
+        place = cache.kept("real against real", ["floor", VERSION, self.key, n], make)
         return json.loads((place / "floor.json").read_text()), n
 
 
@@ -61,7 +60,6 @@ def reference(what: str, n: int, key: Any, features: Callable[[], Iterable[np.nd
     """Open the reference of that key, made of `features()` (in batches, n in all) unless this node has it cached.
 
     Raises:
-        UserError: what is cached under the key is of other images or features, or damaged.
         ValueError: the features allow no statistics.
     """
 
@@ -79,21 +77,11 @@ def reference(what: str, n: int, key: Any, features: Callable[[], Iterable[np.nd
         fitted = gaussian(kept)
         radii = manifold(_drawn(kept)).radii.numpy() if n > NEIGHBOURS else np.zeros(0, np.float32)
         np.savez(aside / "statistics.npz", mean=fitted.mean.numpy(), factor=fitted.factor.numpy(), radii=radii)
-        (aside / "key.json").write_text(json.dumps(key))
 
-    place = files.kept(what, ["reference", VERSION, key], make)
-    try:
-        kept = np.load(place / "features.npy", mmap_mode="r")
-        with np.load(place / "statistics.npz") as statistics:
-            mean, factor, radii = (torch.from_numpy(statistics[name]) for name in ("mean", "factor", "radii"))
-        fits = json.loads((place / "key.json").read_text()) == json.loads(json.dumps(key)) and len(kept) == n
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{what}: {place} is damaged ({error}); remove it, and it will be made anew.") from None
-    if not fits:
-        raise UserError(
-            f"{what}: {place} is of other images, or of other features, than those of this run; remove it, and it "
-            f"will be made anew."
-        )
+    place = cache.kept(what, ["reference", VERSION, key], make)
+    kept = np.load(place / "features.npy", mmap_mode="r")
+    with np.load(place / "statistics.npz") as statistics:
+        mean, factor, radii = (torch.from_numpy(statistics[name]) for name in ("mean", "factor", "radii"))
     return Reference(kept, Gaussian(mean, factor), radii, key)
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from runs import fit
 
 import fedray
-from fedray import files
+from fedray import cache
 from fedray.cli import main
 from fedray.cluster.pool import RayPool
 from fedray.data.sources import digits
@@ -92,20 +92,20 @@ def test_a_reference_is_of_its_images_form_and_network(short, tmp_path):
     assert keys[0] != keys[1]
 
 
-def test_a_reference_that_is_damaged_or_anothers_is_named(short, tmp_path):
-    open_reference(Scoring.of(short), digits(), LocalPool(short))
-    (place,) = (path.parent for path in files.home().glob("*/features.npy"))
-    kept = (place / "key.json").read_text()
-    (place / "key.json").write_text(kept.replace("digits", "letters"))
-    with pytest.raises(UserError, match="is of other images, or of other features"):
-        open_reference(Scoring.of(short), digits(), LocalPool(short))
-    (place / "key.json").write_text(kept)
-    np.save(place / "features.npy", np.zeros((3, 64), np.float32))
-    with pytest.raises(UserError, match="is of other images"):
-        open_reference(Scoring.of(short), digits(), LocalPool(short))
-    (place / "statistics.npz").write_bytes(b"PK")
-    with pytest.raises(UserError, match="is damaged .*; remove it"):
-        open_reference(Scoring.of(short), digits(), LocalPool(short))
+@pytest.mark.parametrize("file", ["features.npy", "statistics.npz"])
+def test_a_reference_that_is_damaged_is_made_again(short, file, capsys):
+    whole = open_reference(Scoring.of(short), digits(), LocalPool(short))
+    kept = whole.features.copy(), whole.gaussian.mean.clone()
+    (place,) = (path.parent for path in cache.home().glob("*/features.npy"))
+    contents = bytearray((place / file).read_bytes())
+    contents[len(contents) // 2] ^= 1
+    (place / file).write_bytes(contents)
+    capsys.readouterr()
+    again = open_reference(Scoring.of(short), digits(), LocalPool(short))
+    assert np.array_equal(again.features, kept[0])
+    assert torch.equal(again.gaussian.mean, kept[1])
+    said = f"reference features (digits): {file} in the cache is damaged; it is made again"
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedray import files
+from fedray.cache import kept
 from fedray.errors import UserError, reason
 from fedray.lazy import torch
 
@@ -141,7 +141,7 @@ def unet_folder(folder: Path, dtype: str) -> Path:
         loaded.save_pretrained(aside)
 
     stamp = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(unet.iterdir())]
-    return files.kept("converting the U-Net", ["base", str(folder.resolve()), stamp, dtype], make)
+    return kept("converting the U-Net", ["base", str(folder.resolve()), stamp, dtype], make)
 
 
 def embed(caption: str, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, device: torch.device) -> torch.Tensor:
