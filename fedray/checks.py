@@ -1,6 +1,7 @@
 """What is refused before a run begins."""
 
 import math
+import os
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -39,6 +40,7 @@ def check(config: "Config") -> None:
     """Raise `UserError` for what can be seen to be wrong without data or hardware."""
     check_types(config)
     check_types(config.task)
+    check_environment(config.threads)
     if config.local_epochs is not None and config.local_steps is not None:
         raise UserError("--local-epochs and --local-steps are both given; give one of them.")
     if config.local_epochs is None and config.local_steps is None:
@@ -116,6 +118,21 @@ def _check_wire(name: str, links: "tuple[Link, ...]") -> None:
                     f"{name}: {LINKS.form(link)} cannot follow {LINKS.form(before)}, which sends other coordinates "
                     f"every time; put it around that link."
                 )
+
+
+def check_environment(threads: int) -> None:
+    """Raise `UserError` where OpenMP may start fewer threads than torch asks for, which then hangs."""
+    limit, dynamic = os.environ.get("OMP_THREAD_LIMIT", ""), os.environ.get("OMP_DYNAMIC", "")
+    if threads > 1 and limit.strip().isdecimal() and int(limit) < threads:
+        raise UserError(
+            f"the environment has OMP_THREAD_LIMIT={limit}, with which torch hangs on {threads} threads "
+            f"(--cpus-per-actor): unset it, or raise it to {threads}."
+        )
+    if threads > 1 and dynamic.strip().lower() == "true":
+        raise UserError(
+            f"the environment has OMP_DYNAMIC={dynamic}, with which torch hangs on {threads} threads "
+            f"(--cpus-per-actor): unset it."
+        )
 
 
 def _check_fit(config: "Config") -> None:

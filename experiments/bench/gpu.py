@@ -37,9 +37,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import fedray
 from fedray.config import Config
 from fedray.data.dataset import Dataset
+from fedray.federation import modes
 from fedray.federation.local import TrainJob, client_update
 from fedray.federation.plan import Plan, make_plan
-from fedray.federation.worker import Shared, Worker, do, ordered
+from fedray.federation.worker import Shared, Worker, do
 from fedray.record.run import Run
 from fedray.tasks.ddpm import DDPM
 from fedray.vector import FlatParameters, sha256
@@ -181,6 +182,12 @@ def tf32(allowed: bool) -> None:
     """Let convolutions multiply in TF32, as torch does by default, or not; matrix products never do."""
     torch.backends.cudnn.allow_tf32 = allowed
     torch.backends.cuda.matmul.allow_tf32 = False
+    have_jobs_set("allow_tf32", allowed)
+
+
+def have_jobs_set(name: str, value: bool) -> None:
+    """Have fedray's jobs set one of torch's flags to another value than they do."""
+    modes.FLAGS = tuple((where, each, value if each == name else was) for where, each, was in modes.FLAGS)
 
 
 # What the GPU can do
@@ -276,7 +283,7 @@ def plain_step(bench: Bench, variant: Variant, precision: str, batch: int) -> Ca
         return step
 
     def fixed() -> None:
-        with ordered():
+        with modes.plain():
             step()
 
     return fixed
@@ -338,25 +345,14 @@ class Ours:
 
     def repeat(self, precision: str, batch: int) -> None:
         """Tell whether a job gives the same bits again: as fedray does it, and as torch would by default."""
-        import fedray.federation.worker as worker
-
         tf32(True)
-        kept, hashes = worker.ordered, {}
-        for kind in ("as jobs do it", "torch's default"):
-            if kind == "torch's default":
-                worker.ordered = as_it_is
-            try:
-                made = [self.train(precision, batch, 4, lambda done: None)[1].payload["model"] for _ in range(3)]
-            finally:
-                worker.ordered = kept
+        hashes = {}
+        for kind in ("torch's default", "as jobs do it"):
+            have_jobs_set("deterministic", kind == "as jobs do it")  # also oneDNN's, which computes nothing here
+            made = [self.train(precision, batch, 4, lambda done: None)[1].payload["model"] for _ in range(3)]
             hashes[kind] = [sha256(torch.from_numpy(array)) for array in made]
             what = f"different models of 3 equal jobs ({kind}), {precision}, batch {batch}"
             self.bench.add(what, "models", [float(len(set(hashes[kind])))], sha256=hashes[kind])
-
-
-@contextmanager
-def as_it_is() -> Iterator[None]:
-    yield
 
 
 # Rounds

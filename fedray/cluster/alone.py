@@ -13,6 +13,7 @@ from fedray.data.dataset import Dataset
 from fedray.errors import UserError
 from fedray.federation.evaluation import Show, silent
 from fedray.federation.fit import fit, prepare
+from fedray.federation.modes import plain
 from fedray.federation.plan import make_plan
 from fedray.federation.pool import Pool
 from fedray.federation.round import Session
@@ -21,6 +22,7 @@ from fedray.record.resume import check_resumable
 from fedray.record.run import Row, Run
 
 
+@plain()
 def run_local_only(
     config: Config,
     out: str | Path,

@@ -23,6 +23,7 @@ from fedray.data.dataset import Dataset, Source
 from fedray.errors import Detached, RunError, UserError
 from fedray.federation.evaluation import Metric, Show, silent
 from fedray.federation.fit import fit, prepare
+from fedray.federation.modes import plain
 from fedray.federation.plan import Plan, disk_needed, make_plan
 from fedray.federation.pool import LocalPool
 from fedray.federation.round import Session
@@ -109,6 +110,7 @@ class DriverActor:
         self.phase = (phase, done, total)
 
 
+@plain()
 def run(
     config: Config,
     out: str | Path,

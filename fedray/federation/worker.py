@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from fedray.checks import check_environment
 from fedray.config import Config
 from fedray.data.dataset import Dataset, Source, is_cached
 from fedray.errors import UserError
 from fedray.federation.causes import Cause
+from fedray.federation.modes import plain
 from fedray.record.run import Row
 from fedray.scores import networks
 from fedray.seeds import number
@@ -49,6 +51,7 @@ class Worker:
     def __init__(
         self, config: Config, device: torch.device, name: str, source: Source | None = None, sha256: str | None = None
     ) -> None:
+        check_environment(config.threads)
         self.config = config
         self.device = device
         self.name = name
@@ -160,7 +163,7 @@ Work = Callable[[Worker, Any, Any], tuple[Row, Any]]
 
 def build(config: Config, device: torch.device) -> Learner:
     """Build the task's learner with the run's initial weights, the same in every process (and in several threads)."""
-    with BUILDING, _seeded(device, config.seed, "init"):
+    with BUILDING, plain(), _seeded(device, config.seed, "init"):
         trains = config.method.trains
         if trains is None:
             return config.task.build(device)
@@ -170,12 +173,11 @@ def build(config: Config, device: torch.device) -> Learner:
 def do(worker: Worker, work: Work, shared: Any, job: Any) -> tuple[Row, Any]:
     """Do one job; a failure is a row with an error, never an exception.
 
-    Threads, the order of cuDNN's sums, and torch's global generator (dropout draws from it) are set for the job and
-    restored after it.
+    Threads, torch's modes, and its global generator (dropout draws from it) are set for the job and restored after it.
     """
     started, device = time.perf_counter(), worker.device
     try:
-        with threads(worker.config.threads), ordered(), _seeded(device, worker.config.seed, "global", *job.key):
+        with plain(), threads(worker.config.threads), _seeded(device, worker.config.seed, "global", *job.key):
             row, payload = work(worker, shared, job)
     except Exception as error:
         trace, cause = traceback.format_exc(), cause_of(error)
@@ -220,17 +222,6 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def ordered() -> Iterator[None]:
-    """Have cuDNN choose among algorithms that add in the same order every time: a client then gives the same bits."""
-    before = torch.backends.cudnn.deterministic
-    torch.backends.cudnn.deterministic = True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.deterministic = before
 
 
 @contextmanager
