@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -83,6 +84,14 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def remove(path: Path) -> None:
+    """Remove a directory and all in it, or a file or link, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def is_content(path: Path) -> bool:
     """Tell whether a file is more than what a killed process left of one, or a lock."""
     return not (path.name.startswith(".") and path.name.endswith((ASIDE, LOCK)))
@@ -92,3 +101,9 @@ def remove_leftovers(directory: Path) -> None:
     """Remove the temporary files below a directory that killed processes left."""
     for aside in directory.rglob(f".*{ASIDE}"):
         aside.unlink(missing_ok=True)
+
+
+def size(bytes: float) -> str:
+    """Write a number of bytes in words."""
+    scale, unit = next((each for each in ((1e9, "GB"), (1e6, "MB")) if bytes >= each[0]), (1e3, "kB"))
+    return f"{bytes / scale:.1f} {unit}"

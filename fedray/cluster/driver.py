@@ -204,9 +204,9 @@ def _follow(request: Request, driver: Any, started: Any, on_row: Callable[[Row],
             report = driver.poll.remote(seen)
             rows, phase, finished, error = ray.get(report, timeout=request.config.start_timeout)
         except GetTimeoutError:
-            raise RunError(f"the driver actor of {out} does not answer; resume the run.") from None
+            raise RunError(f"the driver actor of {out} does not answer; {_go_on(out)}.") from None
         except RayActorError as died:
-            raise RunError(f"the driver actor of {out} died: {last_line(died)}; resume the run.") from None
+            raise RunError(f"the driver actor of {out} died: {last_line(died)}; {_go_on(out)}.") from None
         for row in rows:
             on_row(row)
         seen += len(rows)
@@ -218,6 +218,11 @@ def _follow(request: Request, driver: Any, started: Any, on_row: Callable[[Row],
     ray.kill(driver)
     if error is not None:
         raise error
+
+
+def _go_on(out: Path) -> str:
+    """Say how a run that was cut short is continued; one that was not begun yet is none."""
+    return "resume the run" if (out / "config.json").exists() else "it had not begun: start it again"
 
 
 def _check_begun(started: Any, driver: Any, out: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -116,7 +117,10 @@ def model_of(directory: Path, config: Config, strength: float = 1.0) -> Shared:
     shared = shared_part(config, learner)
     if shared is not None and strength != 1:
         raise UserError(f"--strength {strength:g}: the clients of {directory} share a part of their adapters only.")
-    state = Run.open(directory).state(learner.flat.layout if shared is None else shared.layout)
+    run = Run.open(directory)
+    state = run.state(learner.flat.layout if shared is None else shared.layout)
+    if run.gone_back:
+        print(f"fedray: {run.gone_back}", file=sys.stderr)
     if state is None:
         raise UserError(f"the run at {directory} has no complete round yet.")
     delivered = sampled(state.tensors)

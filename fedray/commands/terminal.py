@@ -56,6 +56,8 @@ def progress(
             bar.update(current, completed=done)
 
         def on_row(row: Row) -> None:
+            if "gone_back" in row:
+                bar.console.print(row["gone_back"], highlight=False, markup=False)
             failed = [client for client in row["clients"] if client["outcome"] != "ok"]
             who = f"client {row['cohort'][0]}  " if alone else ""
             ledger = row["ledger"]

@@ -1,7 +1,6 @@
 """A whole run: rounds, checkpoints, samples and scores in sequence, until all rounds are complete."""
 
 import math
-import shutil
 import time
 import traceback
 from collections.abc import Generator, Iterator
@@ -32,7 +31,7 @@ from fedray.federation.pool import failure
 from fedray.federation.round import Session, run_round, validate_round
 from fedray.federation.sampling import Sampling
 from fedray.federation.worker import Worker, model, sampled
-from fedray.files import write
+from fedray.files import durably, remove, write
 from fedray.forms import check_loaded
 from fedray.record import pictures
 from fedray.record.checkpoint import State
@@ -94,7 +93,7 @@ def fit(session: Session, provenance: dict[str, Any], resume: bool = False) -> I
         run.extend(config.rounds)
     with run.locked(), _disk(run), Saver(run) as saver:
         _draw_partition(run.directory, plan)
-        state, row = run.state(plan.layout), None
+        state, row = run.state(plan.layout, memories=True), None
         if state is None:
             state = State(0, config.method.init(plan.initial, plan.layout))
         if resume and (found := run.recover(state.round)):
@@ -107,6 +106,8 @@ def fit(session: Session, provenance: dict[str, Any], resume: bool = False) -> I
         while row is not None or state.round < config.rounds:
             if row is None:
                 state, row = yield from _beside(run_round(session, state), saver, trackers)
+                if run.gone_back:
+                    row["gone_back"], run.gone_back = run.gone_back, ""
                 if plan.held_out.sizes.any() and config.validates(state.round):
                     row["held_out"] = validate_round(session, state, row)
                 if config.saves(state.round):
@@ -165,7 +166,8 @@ def _draw_partition(directory: Path, plan: Plan) -> None:
         from fedray.data import partition_picture  # matplotlib takes a second to import
 
         frame, picture = partition_picture.make(plan.dataset, plan.parts)
-        picture.savefig(directory / "partition.png", dpi=100)
+        with durably(directory / "partition.png") as aside:
+            picture.savefig(aside, dpi=100, format="png")
         write(directory / "partition.csv", frame.to_csv(index=False))
 
 
@@ -193,7 +195,7 @@ def evaluate_round(session: Session, state: State, row: Row, against: Reference 
     sampling = by_clients(Sampling.of(config, config.evaluate_samples, prompts), config, run, state.round)
     comparison = Comparison(plan.dataset, Scoring.of(config), against, session.metrics, intervals=last)
     found = evaluate(session.pool, model(sampled(state.tensors)), sampling, comparison, keep, session.show)
-    row["scores"], row["evaluation"] = found.scores, found.about
+    row["scores"], row["evaluation"] = found.scores, found.about | {"of": delivers(state)}
     pictures.draw(run.directory, "samples", found.images[:GRID], state.round)
     if config.keep_samples:
         pictures.keep_samples(run.directory, found.images, state.round)
@@ -214,12 +216,17 @@ def draw_prompts(session: Session, state: State) -> None:
     pictures.draw_prompts(session.run.directory, images, prompts, state.round, final=state.round == config.rounds)
 
 
+def delivers(state: State) -> str:
+    """Say what is sampled from, scored and delivered: "average" or "model"."""
+    return "average" if "ema/model" in state.tensors else "model"
+
+
 def _finish(session: Session, state: State) -> None:
     """Write the model for diffusers, then the result: when result.json is there, all is there."""
     config, plan, run = session.config, session.plan, session.run
     worker, delivered = Worker(config, torch.device("cpu"), "here"), sampled(state.tensors)
     worker.load(delivered["model"], delivered.get("base"))
-    shutil.rmtree(run.directory / "model", ignore_errors=True)  # what a killed process had written of it
+    remove(run.directory / "model")  # what a killed process had written of it
     try:
         worker.learner.save(run.directory / "model")
     except Exception as error:  # libraries raise many kinds where a disk is full
@@ -233,6 +240,8 @@ def _finish(session: Session, state: State) -> None:
     trained = [state.tensors[name] for name in ("model", "base") if name in state.tensors]
     result: Row = {
         "vector_sha256": vector.sha256(torch.cat(trained)),
+        "delivers": delivers(state),
+        "delivered_sha256": vector.sha256(torch.cat(list(delivered.values()))),
         "state_sha256": vector.sha256_of(state.tensors),
         "rounds": state.round,
         "loss": rows[-1]["loss"],

@@ -21,7 +21,7 @@ def model_card(config: Config, result: dict[str, Any], command: list[str]) -> st
         "local training": f"{config.local_steps} steps" if config.local_steps else f"{config.local_epochs} epochs",
         "sent": f"{result['bytes_down']:,} bytes down, {result['bytes_up']:,} up",
         **{name: f"{score['value']:.4g} (n = {score['n']})" for name, score in result["scores"].items()},
-        "weights' SHA-256": result["vector_sha256"],
+        "weights' SHA-256": result.get("delivered_sha256", result["vector_sha256"]),
         "command": f"`{shlex.join(command)}`",
     }
     front = ["---", "library_name: diffusers", *([f"base_model: {base}"] if base else []), "tags: [fedray]", "---"]

@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fedray.files import durably
+
 
 def grid(images: Tensor, columns: int = 8) -> Image.Image:
     """Make a picture of uint8 images [n, channels, height, width], enlarged to at least 48 pixels, with gaps."""
@@ -24,7 +26,7 @@ def draw(directory: Path, name: str, images: np.ndarray, rounds: int, columns: i
     (directory / name).mkdir(exist_ok=True)
     picture = grid(torch.from_numpy(images), columns)
     for path in (directory / name / f"round-{rounds:06d}.png", directory / f"{name}.png"):
-        picture.save(path)
+        _save(picture, path)
 
 
 def draw_nearest(directory: Path, images: np.ndarray, nearest: np.ndarray, rounds: int) -> None:
@@ -42,7 +44,7 @@ def draw_prompts(directory: Path, images: np.ndarray, prompts: Sequence[str], ro
     place = directory / "validation"
     place.mkdir(exist_ok=True)
     by_prompt = images.reshape(-1, len(prompts), *images.shape[1:]).swapaxes(0, 1).reshape(images.shape)
-    grid(torch.from_numpy(by_prompt), columns=len(images)).save(place / f"round-{rounds:06d}.png")
+    _save(grid(torch.from_numpy(by_prompt), columns=len(images)), place / f"round-{rounds:06d}.png")
     strips = sorted(place.glob("round-*.png"))
     if len(strips) > 6:  # the base, the last, and some between
         strips = [strips[index] for index in np.linspace(0, len(strips) - 1, 6).round().astype(int)]
@@ -62,7 +64,8 @@ def draw_prompts(directory: Path, images: np.ndarray, prompts: Sequence[str], ro
         axis.set_yticks([])
         axis.set_ylabel("base" if number == 0 else "final" if final and number == rounds else f"round {number}")
         axis.tick_params(length=0, labelsize=7)
-    figure.savefig(directory / "validation.png", dpi=110)
+    with durably(directory / "validation.png") as aside:
+        figure.savefig(aside, dpi=110, format="png")
 
 
 def keep_samples(directory: Path, images: np.ndarray, rounds: int) -> None:
@@ -71,4 +74,11 @@ def keep_samples(directory: Path, images: np.ndarray, rounds: int) -> None:
     place.mkdir(parents=True, exist_ok=True)
     for index, image in enumerate(images):
         pixels = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
-        Image.fromarray(pixels).save(place / f"{index:05d}.png")
+        path = place / f"{index:05d}.png"
+        path.unlink(missing_ok=True)  # a link would be followed
+        Image.fromarray(pixels).save(path)
+
+
+def _save(picture: Image.Image, path: Path) -> None:
+    with durably(path) as aside:
+        picture.save(aside, format="PNG")

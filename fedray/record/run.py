@@ -21,14 +21,14 @@ import os
 import shutil
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from fedray.config import FORMAT, Config
-from fedray.errors import RunError, UserError
-from fedray.files import as_json, is_content, read_json, remove_leftovers, write
+from fedray.errors import RunError, UserError, reason
+from fedray.files import LOCK, as_json, is_content, read_json, read_text, remove_leftovers, size, write
 from fedray.lazy import torch
 from fedray.record.card import model_card
 from fedray.record.checkpoint import State, load_rows, load_state, save_state
@@ -51,6 +51,7 @@ class Run:
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
+        self.gone_back = ""  # why `state` is not that of the last checkpoint
 
     @classmethod
     def open(cls, directory: str | Path) -> Run:
@@ -84,17 +85,16 @@ class Run:
             return Config.from_json(self.saved["config"], allowed)
         except KeyError as error:
             raise UserError(f"{self.directory / 'config.json'} is damaged: it lacks {error}.") from None
+        except (TypeError, ValueError, AttributeError) as error:  # a value of another kind
+            raise UserError(f"{self.directory / 'config.json'} is damaged: {reason(error)}.") from error
 
     @property
     def rows(self) -> list[Row]:
         """One row per complete round."""
         path = self.directory / "rounds.jsonl"
         # A last line that a kill cut short is in the checkpoint: `recover`.
-        lines = path.read_text().split("\n")[:-1] if path.exists() else []
-        try:
-            return [json.loads(line) for line in lines]
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} is damaged at line {error.lineno}: {error.msg}.") from None
+        lines = read_text(path).split("\n")[:-1] if path.exists() else []
+        return [_row(path, number, line) for number, line in enumerate(lines, 1)]
 
     def complete_after(self, rounds: int) -> bool:
         """Tell whether the run is complete, with that many rounds."""
@@ -104,7 +104,7 @@ class Run:
     def result(self) -> Row | None:
         """Totals and scores; None while the run is not complete."""
         path = self.directory / "result.json"
-        return read_json(path) if path.exists() else None
+        return read_json(path, "; remove it, and --resume writes it anew") if path.exists() else None
 
     def checkpoint(self) -> Path | None:
         """Return the path of the last complete round's checkpoint; None before the first."""
@@ -116,22 +116,49 @@ class Run:
         path = self.checkpoint()
         return 0 if path is None else int(path.stem.removeprefix("round-"))
 
-    def state(self, layout: Layout) -> State | None:
-        """Return the state after the last complete round; None before the first. Raises `UserError`."""
-        path = self.checkpoint()
-        return None if path is None else load_state(path, layout)
+    def state(self, layout: Layout, memories: bool = False) -> State | None:
+        """Return the state after the last complete round; None before the first.
+
+        Where that checkpoint is damaged, it is that of the one before, if there is one; `gone_back` says so.
+
+        Args:
+            memories: whether what clients remember must be undamaged too.
+
+        Raises:
+            UserError: no checkpoint is whole.
+        """
+        paths, damage = sorted(self.directory.glob("checkpoints/round-*.safetensors"), reverse=True), None
+        for path in paths:
+            try:
+                state = load_state(path, layout)
+                if memories:
+                    for client in self._remembered():
+                        self.recall(client, self.generation(client, state.round))
+            except UserError as error:
+                damage = damage or error
+                continue
+            if damage is not None:
+                self.gone_back = f"{damage} Gone back to the checkpoint after round {state.round}."
+            return state
+        if damage is not None:
+            raise damage
+        return None
 
     # Writing
 
     def create(self, config: Config, data: dict[str, str], provenance: dict[str, Any]) -> None:
-        """Begin a run here. Raises `UserError` if the directory holds anything, or cannot be written."""
+        """Begin a run here. Raises `UserError` if the directory holds anything, or cannot be written.
+
+        Of two processes that begin one at the same time, the other finds the first one's.
+        """
         self.check_vacant()
         text = as_json({"format": FORMAT, "config": config.to_json(), **data, **provenance})
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            write(self.directory / "config.json", text)
-        except OSError as error:
-            raise UserError(f"{self.directory} cannot be written: {error.strerror}; choose another --out.") from None
+        with self.locked():
+            self.check_vacant()
+            try:
+                write(self.directory / "config.json", text)
+            except OSError as error:
+                raise self._unwritable(error) from None
 
     def check_data(self, data: dict[str, str]) -> None:
         """Raise `UserError` if what a `Plan` found is not what the run began with."""
@@ -155,14 +182,36 @@ class Run:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the directory: two processes must not write the same run. One that was just killed may need a moment."""
-        deadline, path = time.monotonic() + PATIENCE, self.directory / "config.json"
-        while (file := _lock(path)) is None:
-            if time.monotonic() > deadline:
-                raise UserError(f"{self.directory} is being written by another process; wait for it.")
-            time.sleep(0.1)
-        with file:
+        deadline = time.monotonic() + PATIENCE
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            file = os.open(self.directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError as error:
+            raise self._unwritable(error) from None
+        try:
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise UserError(f"{self.directory} is being written by another process; wait for it.") from None
+                time.sleep(0.1)
+            self._check_links()
             remove_leftovers(self.directory)
             yield
+        finally:
+            os.close(file)
+
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(f"{self.directory} cannot be written: {error.strerror}; choose another --out.")
+
+    def _check_links(self) -> None:
+        """Raise `UserError` for a folder that is a link: what lies elsewhere would be changed. Files are replaced."""
+        for folder, below, _ in os.walk(self.directory):
+            for path in (Path(folder, name) for name in below):
+                if path.is_symlink():
+                    raise UserError(f"{path} is a link, which a run does not write through; put a folder in its place.")
 
     def complete(self, state: State, rows: Iterable[Row], layout: Layout, limit: int) -> None:
         """Save complete rounds: they count the moment the checkpoint of the last is renamed. Keep `limit` checkpoints.
@@ -184,10 +233,15 @@ class Run:
         self.prune(state.round, rows, limit)
 
     def prune(self, rounds: int, rows: Iterable[Row], limit: int) -> None:
-        """Remove all but the last `limit` checkpoints, and memories of the rows' clients that it does not need."""
-        for path in sorted(self.directory.glob("checkpoints/round-*.safetensors"))[:-limit]:
+        """Remove all but the last `limit` checkpoints, and memories of the rows' clients that none of them needs."""
+        paths = sorted(self.directory.glob("checkpoints/round-*.safetensors"))
+        for path in paths[:-limit]:
             path.unlink()
-        for client in {client for row in rows for client in row["cohort"]}:
+        clients = {client for row in rows for client in row["cohort"]}
+        if len(paths) > 1 and limit > 1:  # also of clients that were in the cohorts before
+            rounds = int(paths[-limit:][0].stem.removeprefix("round-"))
+            clients = set(self._remembered())
+        for client in clients:
             last = self.generation(client, rounds)
             for path in self._memory(client).glob("*.safetensors"):
                 if last is not None and int(path.stem) < last:
@@ -195,7 +249,7 @@ class Run:
 
     def append(self, rows: Iterable[Row]) -> None:
         """Add rows to rounds.jsonl."""
-        with open(self.directory / "rounds.jsonl", "a") as file:
+        with open(self.directory / "rounds.jsonl", "a", opener=_unlinked) as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
             file.flush()
             os.fsync(file.fileno())  # the next checkpoint replaces the one that holds these rows
@@ -208,8 +262,11 @@ class Run:
         path = self.directory / "rounds.jsonl"
         if path.exists():
             # A line that a kill cut short is the last one, and its row is in the checkpoint.
-            lines = [line for line in path.read_text().splitlines(keepends=True)[:rounds] if line.endswith("\n")]
+            lines = [line for line in read_text(path).splitlines(keepends=True)[:rounds] if line.endswith("\n")]
             write(path, "".join(lines))
+        for damaged in self.directory.glob("checkpoints/round-*.safetensors"):
+            if int(damaged.stem.removeprefix("round-")) > rounds:
+                damaged.unlink()
         for memory in self.directory.glob("clients/*/*.safetensors"):
             if int(memory.stem) > rounds:
                 memory.unlink()
@@ -267,22 +324,25 @@ class Run:
         """Write the result: then the run is complete."""
         write(self.directory / "result.json", as_json(result))
 
+    def _remembered(self) -> list[int]:
+        """The clients that have a memory."""
+        return [int(path.name) for path in self.directory.glob("clients/*") if path.name.isdecimal()]
+
     def _memory(self, client: int) -> Path:
         return self.directory / "clients" / f"{client:06d}"
 
 
-def size(bytes: float) -> str:
-    """Write a number of bytes in words."""
-    scale, unit = next((each for each in ((1e9, "GB"), (1e6, "MB")) if bytes >= each[0]), (1e3, "kB"))
-    return f"{bytes / scale:.1f} {unit}"
+def _row(path: Path, number: int, line: str) -> Row:
+    """Read a line of rounds.jsonl. Raises `UserError`."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged at line {number}: {reason(error)}.") from None
+    if not isinstance(row, dict) or type(row.get("round")) is not int:
+        raise UserError(f"{path} is damaged at line {number}: it is no row of a round.")
+    return row
 
 
-def _lock(path: Path) -> IO[str] | None:
-    """Lock a file; None where another process has it, or has just put another in its place."""
-    file = open(path)  # noqa: SIM115
-    with suppress(BlockingIOError):
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            return file
-    file.close()
-    return None
+def _unlinked(path: str, flags: int) -> int:
+    """Open a file, but not through a link."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
