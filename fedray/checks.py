@@ -1,16 +1,22 @@
 """What is refused before a run begins."""
 
+import dataclasses
 import math
 import os
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedray.errors import UserError, check_name
 from fedray.forms import check_types
 from fedray.menus import ALGORITHMS, FOLDS, LINKS, malicious_form
 from fedray.vector.optimizer import LR_SCHEDULERS
 from fedray.wire import Link
+
+
+from fedray.forms import Unloaded, check_types
+from fedray.menus import ALGORITHMS, FOLDS, LINKS, PARTITIONS
+from fedray.vector.optimizer import LR_SCHEDULERS, Optimizer
 
 if TYPE_CHECKING:
     from fedray.config import Config
@@ -33,12 +39,14 @@ LIMITS: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (("ema_max_decay", "adam_beta1", "adam_beta2", "held_out_share", "test_share"), lambda value: 0 <= value < 1,
      "be at least 0 and below 1"),
     (("train_batch_size",), lambda value: value < 2**31, "be below 2,147,483,648"),
+    (("rounds",), lambda value: value < 10**6, "be below 1,000,000"),  # files of rounds have six digits
 )  # fmt: skip
 
 
 def check(config: "Config") -> None:
     """Raise `UserError` for what can be seen to be wrong without data or hardware."""
     check_types(config)
+    _check_parts(config)
     check_types(config.task)
     check_environment(config.threads)
     if config.local_epochs is not None and config.local_steps is not None:
@@ -118,6 +126,22 @@ def _check_wire(name: str, links: "tuple[Link, ...]") -> None:
                     f"{name}: {LINKS.form(link)} cannot follow {LINKS.form(before)}, which sends other coordinates "
                     f"every time; put it around that link."
                 )
+
+
+def _check_parts(config: "Config") -> None:
+    """Raise `UserError` where a part of the run is no object of its kind."""
+    parts: list[tuple[str, Any, type]] = [
+        *((menu.kind, getattr(config, menu.kind), menu.base) for menu in (PARTITIONS, ALGORITHMS, FOLDS)),
+        ("optimizer", config.optimizer, Optimizer),
+        ("wire", config.wire, tuple),
+        *(("wire", link, LINKS.base) for link in (config.wire if isinstance(config.wire, tuple) else ())),
+    ]
+    for name, part, kind in parts:
+        if not isinstance(part, (kind, Unloaded)):
+            what = "a tuple of links" if name == "wire" else f"a short form or an object of class {kind.__name__}"
+            raise UserError(f"{flag(name)} {part!r}: it must be {what}.")
+    if not dataclasses.is_dataclass(config.task) or isinstance(config.task, type) or not hasattr(config.task, "build"):
+        raise UserError(f"task {config.task!r}: it must be an object of a task's class, such as DDPM().")
 
 
 def check_environment(threads: int) -> None:

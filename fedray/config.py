@@ -207,21 +207,16 @@ class Config:
         # Actors and resumed runs have other working directories.
         if isinstance(self.features, str):
             object.__setattr__(self, "features", networks.absolute(self.features))
-        if self.inception_weights is not None:
+        if isinstance(self.wire, list):
+            object.__setattr__(self, "wire", tuple(self.wire))
+        if isinstance(self.inception_weights, (str, Path)):
             object.__setattr__(self, "inception_weights", str(Path(self.inception_weights).absolute()))
         for name, parse in FORMS.items():
             value = getattr(self, name)
             if isinstance(value, str):
                 object.__setattr__(self, name, parse(value, None))
-        for part in (
-            self.task,
-            self.partition,
-            self.algorithm,
-            self.fold,
-            *self.wire,
-            *(self.wire_down or ()),
-            self.malicious,
-        ):
+        links = [link for wire in (self.wire, self.wire_down) if isinstance(wire, tuple) for link in wire]
+        for part in (self.task, self.partition, self.algorithm, self.fold, *links, self.malicious):
             find_sources(part)
 
     @property

@@ -54,6 +54,8 @@ class DDPM(Images):
             value = getattr(self, name)
             if value is not None and np.min(value, initial=1) <= 0:
                 raise UserError(f"--{name.replace('_', '-')} {value}: it must be above 0.")
+        if self.ddpm_num_steps > 10**6:
+            raise UserError(f"--ddpm-num-steps {self.ddpm_num_steps}: it must be at most 1,000,000.")
         check_name("beta schedule", self.ddpm_beta_schedule, ("linear", "scaled_linear", "squaredcos_cap_v2"))
         if not 1 <= steps <= self.ddpm_num_steps:
             raise UserError(
