@@ -25,28 +25,10 @@ from fedray.presets import PRESETS
 
 CHAOS = bool(os.environ.get("FEDRAY_CHAOS"))
 SMALL = [
-    "train",
-    "--dry-run",
-    "--preset",
-    "faces",
-    "--resolution",
-    "8",
-    "--block-out-channels",
-    "8",
-    "--attention",
-    "False",
-    "--no-mid-block-attention",
-    "--partition",
-    "iid",
-    "--clients",
-    "1",
-    "--features",
-    "None",
-    "--held-out-share",
-    "0",
-    "--test-share",
-    "0",
-]
+    "train", "--dry-run", "--preset", "faces", "--resolution", "8", "--block-out-channels", "8", "--attention", "False",
+    "--no-mid-block-attention", "--partition", "iid", "--clients", "1", "--features", "None", "--held-out-share", "0",
+    "--test-share", "0",
+]  # fmt: skip
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600 if CHAOS else 600)]
 
@@ -145,10 +127,8 @@ def test_any_values_in_the_configuration_of_a_run(changes):
 @tried(50)
 @given(st.dictionaries(st.sampled_from(sorted(Config.__dataclass_fields__)), ANYTHING, max_size=3))
 def test_any_values_in_python(changes):
-    try:
+    with contextlib.suppress(UserError):
         Config(**({"local_epochs": 1} | changes)).check()
-    except UserError as error:
-        assert str(error).strip()
 
 
 # What is on the disk
