@@ -8,15 +8,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from fedray.errors import UserError, check_name
-from fedray.forms import check_types
-from fedray.menus import ALGORITHMS, FOLDS, LINKS, malicious_form
-from fedray.vector.optimizer import LR_SCHEDULERS
-from fedray.wire import Link
-
-
 from fedray.forms import Unloaded, check_types
-from fedray.menus import ALGORITHMS, FOLDS, LINKS, PARTITIONS
+from fedray.menus import ALGORITHMS, FOLDS, LINKS, PARTITIONS, malicious_form
 from fedray.vector.optimizer import LR_SCHEDULERS, Optimizer
+from fedray.wire import Link
 
 if TYPE_CHECKING:
     from fedray.config import Config

@@ -131,5 +131,5 @@ def collect(trials: list[Trial]) -> Sweep:
 def _why(trial: Trial) -> str:
     for name in (FAILED, STOPPED):
         if (trial.directory / name).exists():
-            return (trial.directory / name).read_text().strip()
+            return (trial.directory / name).read_text(errors="replace").strip()
     return "it was not finished"

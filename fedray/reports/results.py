@@ -17,6 +17,7 @@ from fedray.reports.problems import left_out, mixed, not_begun, unfinished
 from fedray.tasks.named import OURS, task_class
 
 TABLE = "results.parquet"
+READ = ("config.json", "rounds.jsonl", FAILED, STOPPED, TABLE)  # files that are read
 
 
 def _kind(hint: Any) -> type:
@@ -83,6 +84,10 @@ def load(*places: str | Path) -> Results:
         empty = True
         for path, directories, names in os.walk(place):
             directory = Path(path)
+            ours = [name for name in names if name in READ or name.endswith(RECORD)]
+            pipes = [name for name in ours if not (directory / name).is_file()]  # or links that lead nowhere
+            problems += [f"{directory / name} is no file; it is left out." for name in pipes]
+            names = [name for name in ours if name not in pipes]
             directories[:] = sorted(name for name in directories if not name.startswith("."))
             if "config.json" in names:
                 saved = _saved(directory, problems)
@@ -237,7 +242,7 @@ def _run(directory: Path, config: dict[str, Any], problems: list[str]) -> _Run:
     settings = {name: value for name, value in config.items() if name != "task"}
     settings |= {f"task.{name}": value for name, value in config["task"].items()}
     path, rounds = directory / "rounds.jsonl", config["rounds"]
-    text = path.read_text(errors="replace") if path.exists() else ""
+    text = path.read_text(errors="replace") if path.is_file() else ""
     lines = text.removesuffix("\n").split("\n") if text else []
     rows: list[Row] = []
     failed: list[Row] = []  # the first client of each round that was left out

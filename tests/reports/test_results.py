@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import statistics
 from dataclasses import replace
 
@@ -296,6 +297,17 @@ def test_nothing_there(tmp_path):
         pd.DataFrame({"a": [1]}).to_parquet(tmp_path / "other.parquet")
         with pytest.raises(UserError, match=f"{wrong} is not a table of results that fedray wrote"):
             load(tmp_path / wrong)
+
+
+@pytest.mark.parametrize("name", ["config.json", "rounds.jsonl", "results.parquet", "made.sweep.json"])
+def test_a_pipe_in_place_of_a_file_is_named_and_not_waited_for(tmp_path, name):
+    made.run(tmp_path / "good")
+    directory = made.run(tmp_path / "odd")
+    (directory / name).unlink(missing_ok=True)
+    os.mkfifo(directory / name)
+    found = load(tmp_path)
+    assert set(found.rounds["run"]) >= {"good"}
+    assert f"{directory / name} is no file; it is left out." in found.problems
 
 
 def test_a_damaged_table_among_others_is_named(tmp_path):
