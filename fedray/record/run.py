@@ -11,6 +11,7 @@ samples/        a grid per evaluation; the last one also as samples.png
 validation/     samples for each prompt after some rounds, from the same noise; side by side as validation.png
 nearest/        samples with their nearest training images below them, where some images were held out: nearest.png
 model/          what diffusers loads
+.lock           held by the process that writes the run
 """
 
 from __future__ import annotations

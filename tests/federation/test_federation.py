@@ -91,7 +91,7 @@ def test_the_run_directory_is_whole(toy_config, tmp_path):
     assert names == {
         "config.json", "rounds.jsonl", "result.json", "checkpoints/round-000003.safetensors",
         "samples/round-000003.png", "samples.png", "model/network.pt", "model/README.md", "partition.csv",
-        "partition.png",
+        "partition.png", ".lock",
     }  # fmt: skip
     saved = json.loads((tmp_path / "run/config.json").read_text())
     assert saved["config"]["partition"] == "by-label"
