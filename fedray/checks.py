@@ -135,8 +135,9 @@ def _check_parts(config: "Config") -> None:
         if not isinstance(part, (kind, Unloaded)):
             what = "a tuple of links" if name == "wire" else f"a short form or an object of class {kind.__name__}"
             raise UserError(f"{flag(name)} {part!r}: it must be {what}.")
-    if not dataclasses.is_dataclass(config.task) or isinstance(config.task, type) or not hasattr(config.task, "dataset"):
-        raise UserError(f"task {config.task!r}: it must be an object of a task's class, such as DDPM().")
+    task = config.task
+    if not dataclasses.is_dataclass(task) or isinstance(task, type) or not hasattr(task, "dataset"):
+        raise UserError(f"task {task!r}: it must be an object of a task's class, such as DDPM().")
 
 
 def check_environment(threads: int) -> None:
