@@ -29,7 +29,8 @@ from fedray.federation.pool import LocalPool
 from fedray.federation.sampling import Sampling
 
 SAMPLERS = (
-    ("ddpm", 1000), ("ddpm", 100), ("ddim", 50), ("ddim", 100), ("dpmsolver++", 20), ("unipc", 10), ("unipc", 20)
+    ("ddpm", 1000), ("ddpm", 100), ("ddim", 50), ("ddim", 100), ("dpmsolver++", 20), ("sde-dpmsolver++", 20),
+    ("sde-dpmsolver++", 50), ("unipc", 10), ("unipc", 20), ("heun", 10), ("euler", 20), ("euler", 50),
 )  # fmt: skip
 
 

@@ -159,7 +159,7 @@ class Config:
 
     # Samples and scores
     sampler: str = "ddpm"
-    """Which diffusers scheduler samples: ddpm, ddim, dpmsolver++ or unipc."""
+    """Which diffusers scheduler samples: ddpm, ddim, dpmsolver++, sde-dpmsolver++, unipc, heun or euler."""
     sampling_steps: int = 1000
     """Denoising steps per image."""
     evaluate_samples: int = 64

@@ -29,7 +29,7 @@ class Draw:
     seed: int = 0
     """Seed of the noise that the images start from."""
     sampler: str | None = None
-    """ddpm, ddim, dpmsolver++ or unipc; by default the run's (of a pipeline, ddpm)."""
+    """ddpm, ddim, dpmsolver++, sde-dpmsolver++, unipc, heun or euler; by default the run's (of a pipeline, ddpm)."""
     sampling_steps: int | None = None
     """Denoising steps; by default the run's (of a pipeline, 1000)."""
     actors: int | None = 0

@@ -57,7 +57,7 @@ def load(folder: str) -> DiffusionPipeline:
         unet.register_to_config(sample_size=size[0])
     elif not isinstance(size, int):
         raise UserError(f"{folder} draws images of size {size}; only square ones of a fixed size can be scored.")
-    if type(pipeline.scheduler).__name__ not in SAMPLERS.values():
+    if type(pipeline.scheduler).__name__ not in {sampler.scheduler for sampler in SAMPLERS.values()}:
         raise UserError(
             f"{folder} was trained with a {type(pipeline.scheduler).__name__}, which none of the samplers "
             f"({', '.join(SAMPLERS)}) fits."

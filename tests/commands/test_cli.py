@@ -174,7 +174,7 @@ def test_flags_that_cannot_be_read(flags, message, tmp_path, monkeypatch, capsys
         ("sample {run}/model", "it has no config.json"),
         ("sample {run} --num-images 0", "--num-images 0"),
         ("sample {run} --out grid.txt", "must end in .png"),
-        ("sample {run} --sampler euler", "there is no sampler 'euler'"),
+        ("sample {run} --sampler rectified", "there is no sampler 'rectified'"),
         ("sample {run} --sampling-steps 1001", "between 1 and the 1000 steps"),
         ("evaluate {run} --samples 1", "at least 2"),
     ],

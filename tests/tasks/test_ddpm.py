@@ -1,13 +1,14 @@
+import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline
+from diffusers import DDIMPipeline, DDPMPipeline
 
 from fedray.errors import UserError
 from fedray.presets import PRESETS
 from fedray.seeds import generator
 from fedray.tasks.ddpm import DDPM
-from fedray.tasks.samplers import SAMPLERS
+from fedray.tasks.samplers import SAMPLERS, make_sampler
 
 
 def parameters(task):
@@ -58,24 +59,67 @@ def test_samplers_are_reproducible(learner, sampler):
     assert not torch.equal(one, other)
 
 
-def test_ddpm_samples_are_those_of_the_pipeline(learner, tmp_path):
-    """What diffusers loads from `save` draws what fedray draws, from the same generator."""
-    learner.save(tmp_path / "model")
-    pipeline = DDPMPipeline.from_pretrained(tmp_path / "model")
+def load(folder):
+    pipeline = DDPMPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
-    theirs = pipeline(batch_size=3, generator=generator(5), num_inference_steps=20, output_type="np").images
-    ours = learner.sample(3, generator(5), "ddpm", 20)
-    assert np.abs(np.rint(theirs[..., 0] * 255) - ours[:, 0].numpy()).max() <= 1  # rounding of x/2 + 0.5
+    return pipeline
 
 
-def test_ddim_samples_are_those_of_a_loop(learner):
-    scheduler = DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
-    scheduler.set_timesteps(10)
-    x = torch.randn(2, 1, 8, 8, generator=generator(5))
+@pytest.mark.parametrize(
+    ("sampler", "scheduler", "settings"),
+    [
+        ("ddpm", "DDPMScheduler", {}),
+        ("dpmsolver++", "DPMSolverMultistepScheduler", {}),
+        ("sde-dpmsolver++", "DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    ],
+)
+@pytest.mark.parametrize("steps", [7, 20])
+def test_samples_are_those_of_the_pipeline_that_loads_the_model(learner, tmp_path, sampler, scheduler, settings, steps):
+    learner.save(tmp_path / "model")
+    pipeline = load(tmp_path / "model")
+    pipeline.scheduler = getattr(diffusers, scheduler).from_config(pipeline.scheduler.config, **settings)
+    theirs = pipeline(batch_size=3, generator=generator(5), num_inference_steps=steps, output_type="np").images
+    ours = learner.sample(3, generator(5), sampler, steps)
+    np.testing.assert_array_equal(np.rint(theirs[..., 0] * 255), ours[:, 0].numpy())
+
+
+@pytest.mark.parametrize("steps", [7, 20])
+def test_ddim_samples_are_those_of_its_pipeline(learner, tmp_path, steps):
+    learner.save(tmp_path / "model")
+    pipeline = DDIMPipeline.from_pretrained(tmp_path / "model")
+    pipeline.set_progress_bar_config(disable=True)
+    settings = dict(num_inference_steps=steps, use_clipped_model_output=True, output_type="np")
+    theirs = pipeline(batch_size=3, generator=generator(5), **settings).images
+    ours = learner.sample(3, generator(5), "ddim", steps)
+    np.testing.assert_array_equal(np.rint(theirs[..., 0] * 255), ours[:, 0].numpy())
+
+
+@pytest.mark.parametrize(
+    ("sampler", "scheduler"),
+    [("unipc", "UniPCMultistepScheduler"), ("heun", "HeunDiscreteScheduler"), ("euler", "EulerDiscreteScheduler")],
+)
+@pytest.mark.parametrize("steps", [7, 20])
+def test_solvers_without_a_pipeline_sample_what_their_documentation_does(learner, tmp_path, sampler, scheduler, steps):
+    """diffusers has no unconditional pipeline for these; this is the loop that its documentation shows."""
+    learner.save(tmp_path / "model")
+    pipeline = load(tmp_path / "model")
+    solver = getattr(diffusers, scheduler).from_config(pipeline.scheduler.config)
+    solver.set_timesteps(steps)
+    x = torch.randn(3, 1, 8, 8, generator=generator(5)) * solver.init_noise_sigma
     with torch.no_grad():
-        for t in scheduler.timesteps:
-            x = scheduler.step(learner.unet(x, t).sample, t, x).prev_sample
-    assert torch.equal(learner.sample(2, generator(5), "ddim", 10), ((x + 1) * 127.5).round().clamp(0, 255).byte())
+        for t in solver.timesteps:
+            x = solver.step(pipeline.unet(solver.scale_model_input(x, t), t).sample, t, x).prev_sample
+    theirs = (x / 2 + 0.5).clamp(0, 1).mul(255).round()[:, 0]
+    np.testing.assert_array_equal(theirs, learner.sample(3, generator(5), sampler, steps)[:, 0])
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_samplers_keep_the_time_grid_of_training(sampler):
+    """A solver made from a fresh scheduler would take its own default, from 999 down."""
+    scheduler = make_sampler(sampler, DDPM().scheduler().config)
+    scheduler.set_timesteps(20)
+    assert scheduler.config.timestep_spacing == "leading"
+    assert scheduler.timesteps.max() <= 950
 
 
 @pytest.mark.parametrize(

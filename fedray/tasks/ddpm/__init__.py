@@ -99,13 +99,16 @@ class DDPM(Images):
         """Make the forward process, β from 1e-4 to 0.02 (Chen 2024, section 3.1)."""
         from diffusers import DDPMScheduler
 
-        return DDPMScheduler(
+        fresh = DDPMScheduler(
             num_train_timesteps=self.ddpm_num_steps,
             beta_start=1e-4,
             beta_end=0.02,
             beta_schedule=self.ddpm_beta_schedule,
             prediction_type=self.prediction_type,
         )
+        # With every setting explicit, as it is loaded from a saved model: of a fresh scheduler's, samplers replace those
+        # that were left at their defaults by their own (such as the time grid), and would sample another image.
+        return DDPMScheduler.from_config({k: v for k, v in fresh.config.items() if k != "_use_default_values"})
 
     def build(self, device: torch.device) -> DDPMLearner:
         from fedray.tasks.ddpm.learner import DDPMLearner

@@ -1,8 +1,6 @@
 """The network of the task `ddpm`, its loss and its samples."""
 
-import inspect
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +10,7 @@ from torch import Tensor
 
 from fedray.data.dataset import Dataset
 from fedray.tasks import Batch
-from fedray.tasks.samplers import make_sampler
+from fedray.tasks.samplers import make_sampler, sample_pixels
 from fedray.vector import FlatParameters
 
 
@@ -52,15 +50,9 @@ class DDPMLearner:
     @torch.no_grad()
     def sample(self, n: int, rng: torch.Generator, sampler: str, steps: int) -> Tensor:
         scheduler = make_sampler(sampler, self.scheduler.config)
-        scheduler.set_timesteps(steps, device=self.device)
-        # Some solvers are deterministic and take no generator; drawing on the CPU is diffusers' own practice.
-        takes_generator = "generator" in inspect.signature(scheduler.step).parameters
-        extra: dict[str, Any] = {"generator": rng} if takes_generator else {}
         size = self.unet.config.sample_size
-        x = torch.randn((n, self.unet.config.in_channels, size, size), generator=rng).to(self.device)
-        for t in scheduler.timesteps:
-            x = scheduler.step(self.unet(x, t).sample, t, x, **extra).prev_sample
-        return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+        noise = torch.randn((n, self.unet.config.in_channels, size, size), generator=rng).to(self.device)
+        return sample_pixels(lambda x, t: self.unet(x, t).sample, noise, scheduler, sampler, steps, rng)
 
     def save(self, directory: Path) -> None:
         """Write a folder for `diffusers.DDPMPipeline.from_pretrained`."""
