@@ -37,21 +37,32 @@ class Shards:
 def hold_out(shards: Shards, shares: tuple[float, ...], rng: torch.Generator) -> list[Shards]:
     """Hold out shares of each client's examples. Returns the `Shards` left for training, then one for each share.
 
+    A share that is no whole number of a client's examples is rounded up or down by a draw, so that all clients together
+    hold out that share (systematic sampling): of 4 examples a tenth is one at four clients of ten. Each client keeps at
+    least one to train on.
+
     Raises:
-        UserError: a client is left without an example to train on.
+        UserError: there are too few examples to hold out any.
     """
+    orders = [shards[client] for client in range(len(shards))]
+    if any(shares):
+        orders = [order[_permutation(len(order), rng)] for order in orders]
+    begins = torch.rand(len(shares), generator=rng, dtype=torch.float64).numpy()
+    ends = [np.diff(np.floor(share * shards.offsets + begin)) for share, begin in zip(shares, begins, strict=True)]
     kept: list[list[np.ndarray]] = [[] for _ in range(1 + len(shares))]
-    for client in range(len(shards)):
-        order = shards[client][_permutation(len(shards[client]), rng)] if any(shares) else shards[client]
-        cuts = np.cumsum([round(share * len(order)) for share in reversed(shares)])
-        *apart, train = np.split(order, cuts)
-        if len(train) == 0:
-            raise UserError(
-                f"client {client} has {len(order)} examples and none left to train on; lower --held-out-share and "
-                f"--test-share, or choose another --partition."
-            )
+    for client, order in enumerate(orders):
+        counts = [int(end[client]) for end in reversed(ends)]
+        while sum(counts) >= len(order):  # each share was rounded up
+            counts[int(np.argmax(counts))] -= 1
+        *apart, train = np.split(order, np.cumsum(counts))
         for part, examples in zip(kept, [train, *reversed(apart)], strict=True):
             part.append(examples)
+    for share, parts in zip(shares, kept[1:], strict=True):
+        if share and not any(map(len, parts)):
+            raise UserError(
+                f"a share of {share:g} of {len(shards.indices)} examples at {len(shards)} clients is to be held out, "
+                f"and that is none; raise --held-out-share (or --test-share), or choose another --partition."
+            )
     return [_shards(parts) for parts in kept]
 
 

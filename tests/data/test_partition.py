@@ -1,10 +1,12 @@
 """Who holds which examples: functions of a dataset and a seed."""
 
+import math
+
 import numpy as np
 import pytest
 
 from fedray.data.dataset import Dataset
-from fedray.data.partition import IID, ByLabel, Dirichlet
+from fedray.data.partition import IID, ByLabel, Dirichlet, Quantity, hold_out
 from fedray.data.sources import digits
 from fedray.errors import UserError
 from fedray.seeds import generator
@@ -69,3 +71,29 @@ def test_labels_are_needed_for_partitions_by_label():
         with pytest.raises(UserError, match="needs a column 'label', and of its images this dataset knows nothing"):
             partition.split(unlabelled, 2, generator(0))
     assert len(IID().split(unlabelled, 2, generator(0))) == 2
+
+
+@pytest.mark.parametrize(("each", "share"), [(4, 0.1), (1, 0.4), (3, 0.5), (30, 0.1)])
+def test_small_clients_together_hold_out_their_share(each, share):
+    """Rounded for each client alone, a tenth of four examples is none, at every client."""
+    shards = IID().split(blank(range(100 * each)), 100, generator(0))
+    if each == 1:
+        with pytest.raises(UserError, match="is to be held out, and that is none"):
+            hold_out(shards, (share, 0.0), generator(0))
+        return
+    counts = np.stack([hold_out(shards, (share, 0.0), generator(seed))[1].sizes for seed in range(200)])
+    assert counts.mean() == pytest.approx(share * each, abs=0.02)
+    assert counts.min() >= math.floor(share * each)
+    assert counts.max() <= math.ceil(share * each)
+    assert np.abs(counts.sum(1) - share * each * 100).max() <= 1
+    assert np.ptp(counts.mean(0)) < 0.3  # not always the same clients
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.4), (0.3, 0.3), (0.0, 0.9)])
+def test_every_client_keeps_an_example_to_train_on(shares):
+    shards = Quantity(0.1).split(blank(range(60)), 20, generator(1))
+    assert shards.sizes.min() == 1
+    for seed in range(50):
+        parts = hold_out(shards, shares, generator(seed))
+        assert parts[0].sizes.min() >= 1
+        assert sum(part.sizes for part in parts).tolist() == shards.sizes.tolist()
