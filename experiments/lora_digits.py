@@ -74,7 +74,7 @@ def base_scores(config: fedray.Config) -> dict[str, float]:
     sampling = Sampling.of(config, config.evaluate_samples, prompts_of(config, plan.dataset))
     with progress(1) as (_, show):
         found = evaluate(pool, model({"model": plan.initial}), sampling, comparison, show=show)
-    return {name: score["value"] for name, score in found.scores.items()}
+    return {name: score.value for name, score in found.scores.items()}
 
 
 def train(config: fedray.Config, out: Path, name: str) -> list[Path]:

@@ -59,14 +59,15 @@ def main(asked: Question) -> None:
             began = time.perf_counter()
             found = evaluate(pool, model, Sampling.of(config, asked.samples, prompts), comparison, show=show)
             seconds = time.perf_counter() - began
-        scores = {name: score["value"] for name, score in found.scores.items()}
+        scores = {name: score.value for name, score in found.scores.items()}
         rows.append({"sampler": f"{sampler}-{steps}", **scores, "seconds": seconds})
         grids[f"{sampler}-{steps}"] = fedray.grid(torch.from_numpy(found.images[:32]), columns=4)
     table = pd.DataFrame(rows).set_index("sampler")
     table.to_csv(asked.run / "samplers.csv")
-    shown = Table("", *map(str, table.index))
-    for name, values in table.T.iterrows():
-        shown.add_row(str(name).replace("[", r"\["), *(f"{value:.3g}" for value in values))
+    names = [name for name in table if "@" not in name and "/" not in name]
+    shown = Table("sampler", *(name.replace("[", r"\[") for name in names))
+    for name, values in table[names].iterrows():
+        shown.add_row(str(name), *(f"{value:.3g}" for value in values))
     Console().print(shown)
     figure, axes = plt.subplots(1, len(grids), figsize=(2.2 * len(grids), 4.8), layout="constrained")
     for axis, (name, grid) in zip(axes, grids.items(), strict=True):

@@ -25,7 +25,7 @@ LIMITS: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
         "clients", "rounds", "local_epochs", "local_steps", "train_batch_size", "eval_batch_size", "learning_rate",
         "max_grad_norm", "cpus_per_actor", "client_timeout", "start_timeout", "gradient_accumulation_steps",
         "validation_rounds", "checkpoint_every", "checkpoints_total_limit", "min_clients", "evaluate_every",
-        "ema_inv_gamma", "ema_power",
+        "evaluate_repeats", "ema_inv_gamma", "ema_power",
     ), lambda value: 0 < value < math.inf, "be above 0"),
     ((
         "evaluate_samples", "gpus_per_actor", "adam_weight_decay", "adam_epsilon", "actors", "lr_warmup_steps",

@@ -126,7 +126,10 @@ class Config:
     local_steps: int | None = None
     """Optimizer steps that a client makes in a round, in place of local epochs."""
     train_batch_size: int = 16
-    """Images in a client's batch; an epoch's last batch may be smaller."""
+    """Images in a client's batch. An epoch's last batch is what remains, and is a whole step: of 225 images in batches
+    of 32, a single one."""
+    drop_last: bool = False
+    """Leave out an epoch's last batch where it is smaller than the others, and not the only one."""
     optimizer: Annotated[Optimizer, word(Optimizer.parse, str, "adamw|adam|sgd|CLASS")] = Optimizer()
     """Of a client: adamw, adam, sgd, or the name of a class of torch.optim, with options as sgd:momentum=0.9."""
     learning_rate: float = 1e-4
@@ -155,7 +158,7 @@ class Config:
     keep_optimizer: bool = False
     """Keep each client's optimizer state from round to round (2 vectors a client, on disk) instead of a fresh one."""
     seed: int = 0
-    """Seed of every random number in the run."""
+    """Seed of every random number in training."""
 
     # Samples and scores
     sampler: str = "ddpm"
@@ -167,6 +170,11 @@ class Config:
     evaluate_personal: bool = False
     """Sample clients' own models in turn, a batch each, in place of the global one: where an algorithm makes some, as
     ditto does. With --share or --keep-local it is always so."""
+    evaluate_seed: int = 0
+    """Seed of the noise that samples start from: runs of several seeds are sampled from the same noise."""
+    evaluate_repeats: int = 1
+    """After the last round, generate and score so many sets of images, each from other noise: scores are their means,
+    ± their spread over draws."""
     evaluate_every: int | None = None
     """Generate and score every so many rounds, besides after the last."""
     keep_samples: bool = False
@@ -179,7 +187,8 @@ class Config:
     """How many of the last checkpoints are kept."""
     features: Annotated[str | None, word(name_or_none, str, "NAME")] = None
     """Features that scores are measured on: inception (inception-768, -192, -64), digits (a small classifier of
-    digits), a TorchScript FILE.pt, a Python function MODULE:FUNCTION or FILE.py:FUNCTION; None for no score."""
+    digits), clip:FOLDER, dinov2:FOLDER, a TorchScript FILE.pt, a Python function MODULE:FUNCTION or
+    FILE.py:FUNCTION; None for no score."""
     inception_weights: str | None = None
     """File of Inception's weights (pytorch-fid's); by default torch's hub cache."""
     kid_subset_size: int = 1000
@@ -254,8 +263,12 @@ class Config:
         if self.local_steps is not None:
             return self.local_steps
         assert self.local_epochs is not None
-        batches = math.ceil(examples / self.train_batch_size)
-        return self.local_epochs * math.ceil(batches / self.gradient_accumulation_steps)
+        return self.local_epochs * math.ceil(self.batches(examples) / self.gradient_accumulation_steps)
+
+    def batches(self, examples: int) -> int:
+        """Return the batches of one epoch of a client with this number of examples."""
+        full, rest = divmod(examples, self.train_batch_size)
+        return full + (rest > 0 and not (self.drop_last and full > 0))
 
     def validates(self, rounds: int) -> bool:
         """Tell whether to measure held-out losses, and sample for prompts, after this number of rounds."""

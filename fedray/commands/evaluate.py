@@ -27,9 +27,11 @@ class Evaluate(Draw):
     """Directory of a run, of a pipeline (unconditional, in pixel space), or of images."""
     samples: int | None = None
     """How many images to score; by default as many as the run did, of a pipeline 2048, of a folder all."""
+    repeats: int = 1
+    """Sets of images to draw and score, each from other noise: scores are then their means, ± their spread."""
     features: str | None = None
-    """What scores are measured on: inception (inception-768, -192, -64), digits, FILE.pt, MODULE:FUNCTION or
-    FILE.py:FUNCTION; by default the run's."""
+    """What scores are measured on: inception (inception-768, -192, -64), digits, clip:FOLDER, dinov2:FOLDER, FILE.pt,
+    MODULE:FUNCTION or FILE.py:FUNCTION; by default the run's."""
     inception_weights: str | None = None
     """File of Inception's weights (pytorch-fid's); by default torch's hub cache."""
     kid_subset_size: int | None = None
@@ -84,6 +86,8 @@ def main(arguments: list[str]) -> None:
     options = tyro.cli(Evaluate, args=arguments, prog="fedray evaluate")
     if options.samples is not None and options.samples < 2:
         raise UserError(f"--samples {options.samples}: a score needs at least 2.")
+    if options.repeats < 1:
+        raise UserError(f"--repeats {options.repeats}: it must be above 0.")
 
     from fedray.commands import scoring  # Ray and torch take seconds to import: mistakes are told before
 

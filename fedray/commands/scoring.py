@@ -63,14 +63,15 @@ def score_run(options: Evaluate, allowed: Collection[Path]) -> None:
     plan = make_plan(replace(config, evaluate_samples=n))
     run.check_data(plan.data)
     shared = model_of(options.target, config)
-    sampling = replace(Sampling.of(config, n, prompts_of(config, plan.dataset)), seed=options.seed)
+    sampling = Sampling.of(config, n, prompts_of(config, plan.dataset))
+    sampling = replace(sampling, seed=options.seed, repeats=options.repeats)
     sampling = by_clients(sampling, config, run, run.complete_rounds)
     with open_pool(config, plan.dataset) as pool, progress(config.rounds) as (_, show):
         comparison = _compare(config, plan.dataset, pool, show)
         evaluation = evaluate(pool, shared, sampling, comparison, LOOKED_AT, show)
         if len(plan.unseen):
             share, _, _ = look_for_copies(pool, evaluation.images, plan.trained, plan.unseen, show)
-            evaluation.scores["copies"] = share.to_json()
+            evaluation.scores["copies"] = share
     _print(options, sampling, evaluation)
 
 
@@ -83,7 +84,9 @@ def score_pipeline(options: Evaluate) -> None:
     dataset = task.dataset()
     check_features(config, dataset)
     pretrained = model({"model": build(config, torch.device("cpu")).flat.vector.detach()})
-    sampling = replace(Sampling.of(config, options.samples or PIPELINE_SAMPLES), seed=options.seed)
+    sampling = replace(
+        Sampling.of(config, options.samples or PIPELINE_SAMPLES), seed=options.seed, repeats=options.repeats
+    )
     with open_pool(config, dataset) as pool, progress(1) as (_, show):
         comparison = _compare(config, dataset, pool, show)
         evaluation = evaluate(pool, pretrained, sampling, comparison, show=show)
@@ -92,6 +95,8 @@ def score_pipeline(options: Evaluate) -> None:
 
 def score_folder(options: Evaluate) -> None:
     """Score a folder of images, made by any model."""
+    if options.repeats > 1:
+        raise UserError(f"--repeats {options.repeats}: {options.target} is a folder of images, and nothing is drawn.")
     resolution, channels = form_of(options.target)
     reference = Images(**options.reference(resolution, channels))
     folder = Images("imagefolder", str(options.target), resolution=resolution, channels=channels)
@@ -130,4 +135,5 @@ def _compare(config: Config, dataset: Dataset, pool: Pool, show: Show) -> Compar
 
 
 def _print(options: Evaluate, sampling: Sampling, evaluation: Evaluation) -> None:
-    print_scores(f"{options.target}: {sampling.n} samples, {sampling.sampler}-{sampling.steps}", evaluation)
+    sets = f"{sampling.repeats} × " if sampling.repeats > 1 else ""
+    print_scores(f"{options.target}: {sets}{sampling.n} samples, {sampling.sampler}-{sampling.steps}", evaluation)

@@ -122,10 +122,9 @@ def print_scores(title: str, evaluation: Evaluation) -> None:
 
     table = Table("score", "value", "std", "n", "remarks", title=title, title_justify="left")
     for name, score in evaluation.scores.items():
-        deviation = f"± {score['std']:.2g}" if "std" in score else ""
-        remarks = [f"std over {score['over']}"] if "over" in score else []
-        remarks += [score["note"]] if "note" in score else []
-        table.add_row(escape(name), f"{score['value']:.4g}", deviation, f"{score['n']:,}", "; ".join(remarks))
+        deviation = "" if score.std is None else f"± {score.std:.2g}"
+        remarks = [f"std over {score.over}" if score.over else None, score.note]
+        table.add_row(escape(name), f"{score.value:.4g}", deviation, f"{score.n:,}", "; ".join(filter(None, remarks)))
     for name, reason in evaluation.about["refused"].items():
         table.add_row(escape(name), "–", "", "", f"refused: {reason}")
     Console().print(table)

@@ -1,5 +1,7 @@
 """Evaluation: samples of a model, their scores, and a search for copies. The pool does all of its work as jobs."""
 
+import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,11 +17,12 @@ from fedray.federation.pool import Pool, failure, in_order
 from fedray.federation.sampling import FeatureJob, NearestJob, Sampling, dataset_features, nearest_images, sample_batch
 from fedray.federation.worker import Shared, Work, threads
 from fedray.scores import networks
-from fedray.scores.metrics import Score
-from fedray.scores.nearest import EXPECTED, LOOKED_AT, copies
+from fedray.scores.metrics import Score, over_draws
+from fedray.scores.nearest import LOOKED_AT, copies
 from fedray.scores.reference import Reference, reference
 from fedray.scores.scoring import score
 
+LARGE = 2**28  # bytes of features from which on they are in a file
 GRID = 64  # images that are kept of every evaluation, for its picture
 
 Show = Callable[[str, float, float], None]  # phase, how much of it is done, of how much
@@ -77,10 +80,10 @@ class Comparison:
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """Some of the images, their scores, and `about`: count, sampler, features, reference, and what was refused."""
+    """Some of the images, their scores, and `about`: count, sampler, seed, features, reference, what was refused."""
 
     images: np.ndarray  # uint8 [at least min(n, 64), c, h, w]
-    scores: dict[str, dict[str, Any]] = field(default_factory=dict)
+    scores: dict[str, Score] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
 
 
@@ -128,9 +131,10 @@ def sample(
     keep: int | None = None,
     features: bool = False,
 ) -> tuple[np.ndarray | None, np.ndarray]:
-    """Sample n images from a model: the first `keep` of them, uint8 [keep, c, h, w], after the features [n, d] of all.
+    """Sample images from a model: the first `keep` of them, uint8 [keep, c, h, w], after the features [n, d] of all.
 
-    The same whatever the pool: image i is in batch i // B, for prompt i modulo their number.
+    The same whatever the pool: image i is in batch i // B, for prompt i modulo their number. Large features are in a
+    temporary file, not in memory.
 
     Args:
         model: what the pool's workers load.
@@ -140,9 +144,25 @@ def sample(
     Raises:
         RunError: a batch could not be generated.
     """
-    jobs = sampling.jobs(features, sampling.n if keep is None else min(keep, sampling.n))
-    made, images = zip(*_results(pool, sample_batch, model, jobs, "sampling", show), strict=True)
-    return np.concatenate(made) if features else None, np.concatenate(images)
+    total = sampling.n * sampling.repeats
+    jobs = sampling.jobs(features, total if keep is None else min(keep, total))
+    table, row, images = None, 0, []
+    for made, some in _results(pool, sample_batch, model, jobs, "sampling", show):
+        images.append(some)
+        if features:
+            table = _table(total, made.shape[1]) if table is None else table
+            table[row : row + len(made)] = made
+            row += len(made)
+    return table, np.concatenate(images)
+
+
+def _table(n: int, d: int) -> np.ndarray:
+    """Make room for features [n, d]: in memory, or from 256 MB on in a temporary file."""
+    if n * d * 4 < LARGE:
+        return np.empty((n, d), np.float32)
+    with tempfile.TemporaryFile() as file:
+        os.posix_fallocate(file.fileno(), 0, n * d * 4)  # a full disk is an error here, and would be a crash later
+        return np.memmap(file, np.float32, "r+", shape=(n, d))
 
 
 def evaluate(
@@ -153,20 +173,25 @@ def evaluate(
     keep: int = GRID,
     show: Show = silent,
 ) -> Evaluation:
-    """Sample images from a model and score them.
+    """Sample images from a model and score them; with several sets, each of them.
 
     Args:
         model: what the pool's workers load.
-        keep: how many images to return; all, where the user's own metrics need them.
+        keep: how many images to return, of the first set; all, where the user's own metrics need them.
 
     Raises:
         RunError: a batch could not be generated, or a metric of the user's failed.
     """
-    keep = sampling.n if comparison.metrics else keep
+    n, prompts = sampling.n, sampling.prompts_of(0, sampling.n)
+    keep = n * sampling.repeats if comparison.metrics else min(keep, n)
     features, images = sample(pool, model, sampling, show, keep, comparison.reference is not None)
-    evaluation = score_images(images, features, comparison, sampling.n, sampling.prompts_of(0, sampling.n), show)
-    evaluation.about.update(sampler=sampling.sampler, sampling_steps=sampling.steps)
-    return evaluation
+    sets = [
+        score_images(images[rows], None if features is None else features[rows], comparison, n, prompts, show)
+        for rows in (slice(number * n, number * n + n) for number in range(sampling.repeats))
+    ]
+    about = sets[0].about | {"sampler": sampling.sampler, "sampling_steps": sampling.steps, "seed": sampling.seed}
+    about |= {"draws": sampling.repeats} if sampling.repeats > 1 else {}
+    return Evaluation(sets[0].images, over_draws([each.scores for each in sets]), about)
 
 
 def prompts_of(config: Config, dataset: Dataset | None = None) -> tuple[str, ...]:
@@ -217,7 +242,7 @@ def score_images(
         if not np.isfinite(value):
             raise RunError(f"the metric {name!r} gave {value}, which is no finite number.")
         scores[name] = Score(value, n)
-    return Evaluation(images, {name: measured.to_json() for name, measured in scores.items()}, about)
+    return Evaluation(images, scores, about)
 
 
 def look_for_copies(
@@ -244,11 +269,11 @@ def look_for_copies(
 
     index, distance = nearest(images[:LOOKED_AT])
     real = nearest(unseen[torch.linspace(0, len(unseen) - 1, min(LOOKED_AT, len(unseen))).long().numpy()])[1]
-    share, threshold = copies(distance, real)
+    share, deviation, threshold, expected = copies(distance, real)
     order = np.argsort(distance)
-    note = f"within {threshold:.1f} of 255, as {EXPECTED:.0%} of {len(real)} images not trained on are"
-    n = len(distance)
-    return Score(share, n, (share * (1 - share) / n) ** 0.5, f"{n} images", note), order, index[order]
+    note = f"within {threshold:.1f} of 255, where {expected:.1%} are expected of new images"
+    over = f"{len(distance)} samples and {len(real)} images not trained on"
+    return Score(share, len(distance), deviation, over, note), order, index[order]
 
 
 def _results(pool: Pool, work: Work, shared: Any, jobs: Iterable[Any], phase: str, show: Show) -> Iterator[Any]:

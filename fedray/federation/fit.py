@@ -191,11 +191,13 @@ def evaluate_round(session: Session, state: State, row: Row, against: Reference 
     began, last = time.perf_counter(), state.round == config.rounds
     look = last and len(plan.unseen) > 0
     keep = config.evaluate_samples if config.keep_samples else LOOKED_AT if look else GRID
-    prompts = prompts_of(config, plan.dataset)
-    sampling = by_clients(Sampling.of(config, config.evaluate_samples, prompts), config, run, state.round)
+    sampling = Sampling.of(config, config.evaluate_samples, prompts_of(config, plan.dataset))
+    sampling = replace(sampling, repeats=config.evaluate_repeats if last else 1)
+    sampling = by_clients(sampling, config, run, state.round)
     comparison = Comparison(plan.dataset, Scoring.of(config), against, session.metrics, intervals=last)
     found = evaluate(session.pool, model(sampled(state.tensors)), sampling, comparison, keep, session.show)
-    row["scores"], row["evaluation"] = found.scores, found.about | {"of": delivers(state)}
+    row["scores"] = {name: each.to_json() for name, each in found.scores.items()}
+    row["evaluation"] = found.about | {"of": delivers(state)}
     pictures.draw(run.directory, "samples", found.images[:GRID], state.round)
     if config.keep_samples:
         pictures.keep_samples(run.directory, found.images, state.round)

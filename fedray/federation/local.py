@@ -324,12 +324,12 @@ def batch_of(dataset: Dataset, indices: np.ndarray, mirrored: Tensor | None = No
 def steps_of(examples: int, config: Config, rng: torch.Generator) -> Iterator[list[np.ndarray]]:
     """Yield the indices of the batches of each optimizer step: epoch after epoch, each in a new order.
 
-    An epoch's last batch may be smaller, and its last step may have fewer batches.
+    An epoch's last batch may be smaller (or is left out), and its last step may have fewer batches.
     """
-    steps, size = config.steps(examples), config.train_batch_size
+    steps, size, count = config.steps(examples), config.train_batch_size, config.batches(examples)
     while True:
         order = torch.randperm(examples, generator=rng).numpy()
-        batches = [order[start : start + size] for start in range(0, examples, size)]
+        batches = [order[start : start + size] for start in range(0, count * size, size)]
         for start in range(0, len(batches), config.gradient_accumulation_steps):
             if steps == 0:
                 return

@@ -37,11 +37,13 @@ class Sampling:
     """Image i is for prompt i modulo their number; none where the task knows no prompts."""
     memories: tuple[Payload, ...] = ()
     """Of clients, each of whose own models makes a batch in turn; none where the global model makes all."""
+    repeats: int = 1
+    """Sets of n images, each from other noise; the first is what one set alone would be."""
 
     @classmethod
     def of(cls, config: Config, n: int, prompts: tuple[str, ...] = ()) -> "Sampling":
-        """Sample as a run does."""
-        return cls(n, config.sampler, config.sampling_steps, config.eval_batch_size, config.seed, prompts)
+        """Sample one set as a run does."""
+        return cls(n, config.sampler, config.sampling_steps, config.eval_batch_size, config.evaluate_seed, prompts)
 
     def prompts_of(self, start: int, stop: int) -> tuple[str, ...]:
         """Repeat the prompts in turn, for images `start` to `stop`."""
@@ -49,22 +51,23 @@ class Sampling:
         return tuple(self.prompts[index % count] for index in range(start, stop)) if count else ()
 
     def jobs(self, features: bool, keep: int) -> "Iterator[SampleJob]":
-        """Divide the images into batches.
+        """Divide the images into batches, set after set.
 
         Args:
             features: whether features of all images are wanted.
             keep: how many of the images themselves are wanted.
         """
-        for start in range(0, self.n, self.batch_size):
+        starts = [(number, start) for number in range(self.repeats) for start in range(0, self.n, self.batch_size)]
+        for batch, (number, start) in enumerate(starts):
             stop = min(start + self.batch_size, self.n)
             yield SampleJob(
-                batch=start // self.batch_size,
+                batch=batch,
                 size=stop - start,
                 sampler=self.sampler,
                 steps=self.steps,
                 seed=self.seed,
                 features=features,
-                keep=max(0, keep - start),
+                keep=max(0, keep - number * self.n - start),
                 prompts=self.prompts_of(start, stop),
                 memory=self.memories[start // self.batch_size % len(self.memories)] if self.memories else {},
             )

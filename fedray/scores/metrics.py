@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +13,17 @@ from fedray.lazy import torch
 
 @dataclass(frozen=True)
 class Score:
-    """A number, the count of generated images it was measured on, and its standard deviation (and over what)."""
+    """A number, the count of generated images it was measured on, and its standard deviation (and over what).
+
+    draws: the values of several sets of n images, whose mean and standard deviation these are.
+    """
 
     value: float
     n: int
     std: float | None = None
     over: str | None = None
     note: str | None = None
+    draws: list[float] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if value is not None}
@@ -52,6 +57,7 @@ METRICS = {
         Metric("accuracy", higher_is_better=True),
         Metric("clip-text", higher_is_better=True),
         Metric("clip-image", higher_is_better=True),
+        Metric("cmmd", higher_is_better=False, rank=2),
         Metric("copies"),  # of real images that were not trained on 5 % count as copies: it is no better to have fewer
         Metric("held_out.global", higher_is_better=False, rank=3, title="held-out loss"),
         Metric("loss", higher_is_better=False, rank=4, title="training loss"),
@@ -66,7 +72,7 @@ def metric_of(score: str) -> Metric | None:
     Reads names as runs record them: the features in brackets and the count of images are left out. "fd/real", real
     images against real ones, is no score of a model.
     """
-    name = re.fullmatch(r"([^\[\]@/]+)(\[.*\])?(@\d+)?", score)
+    name = re.fullmatch(r"([^\[\]@/]+)(\[.*\])?(@(\d+|inf))?", score)
     return METRICS.get(name[1]) if name else None
 
 
@@ -81,6 +87,19 @@ def deciding(scores: Iterable[str]) -> str | None:
     ranks = {score: metric.rank for score in scores if (metric := metric_of(score)) and "@" not in score}
     ranked = {score: rank for score, rank in ranks.items() if rank is not None}
     return min(ranked, key=lambda score: ranked[score], default=None)
+
+
+def over_draws(sets: Sequence[Mapping[str, Score]]) -> dict[str, Score]:
+    """Combine the scores of several sets of images from one model: means, and standard deviations over the sets."""
+    if len(sets) == 1:
+        return dict(sets[0])
+    combined = {}
+    for name in (name for name in sets[0] if all(name in scores for scores in sets)):
+        first, draws = sets[0][name], [scores[name].value for scores in sets]
+        mean = math.fsum(draws) / len(draws)
+        std = (math.fsum((value - mean) ** 2 for value in draws) / (len(draws) - 1)) ** 0.5
+        combined[name] = Score(mean, first.n, std, f"{len(draws)} draws", first.note, draws)
+    return combined
 
 
 def share(right: torch.Tensor) -> Score:

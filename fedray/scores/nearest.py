@@ -34,18 +34,25 @@ def nearest(images: np.ndarray, dataset: np.ndarray, trained: np.ndarray, mirror
     return index.numpy(), (best / queries.shape[1] ** 0.5).numpy()
 
 
-def copies(drawn: np.ndarray, real: np.ndarray) -> tuple[float, float]:
-    """Measure the share of generated images that are suspiciously near to a training image; return also the threshold.
+def copies(drawn: np.ndarray, real: np.ndarray) -> tuple[float, float, float, float]:
+    """Measure the share of generated images that are suspiciously near to a training image.
 
-    The threshold leaves 5 % of real images that were not trained on below it: a model that generates new images has
-    about 5 % there, and one that copies has more.
+    The threshold is the (m + 1)/20-th smallest of m real distances, interpolated, below which one more of their kind
+    lies with a chance of exactly 5 % (if m ≥ 19; of fewer it is the smallest, and the chance 1/(m + 1)): a model that
+    generates new images is expected to have that share there, and one that copies has more.
 
     Args:
         drawn, real: distances of generated images [n], and of real images that were held out [m], to the nearest
             training image.
+
+    Returns:
+        The share; its standard deviation √(p (1 − p) (1/n + 1/m)), over draws of both; the threshold; the share of new
+        images that is expected.
     """
-    threshold = float(np.quantile(real, EXPECTED))
-    return float((drawn <= threshold).mean()), threshold
+    n, m = len(drawn), len(real)
+    threshold = float(np.quantile(real, EXPECTED, method="weibull"))
+    share = float((drawn <= threshold).mean())
+    return share, (share * (1 - share) * (1 / n + 1 / m)) ** 0.5, threshold, max(EXPECTED, 1 / (m + 1))
 
 
 def _rows(images: np.ndarray) -> Tensor:

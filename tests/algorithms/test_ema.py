@@ -29,17 +29,19 @@ def test_the_servers_average_takes_as_many_steps_as_clients_made_on_average():
     server = method.init(torch.zeros(2), round.layout)
     weights = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
     theirs = EMAModel([weights], decay=0.8, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
-    for number in range(3):
+    for number, steps in enumerate([3, 8, 1]):  # cohorts differ, so a round's steps times the rounds is no clock
         vectors = [torch.tensor([number + 1.0, 2.0]), torch.tensor([3.0, -1.0])]
-        folded = made.fold(vectors, round, Mean(), [{"examples": 3, "steps": 2}, {"examples": 1, "steps": 6}])
+        folded = made.fold(
+            vectors, round, Mean(), [{"examples": 3, "steps": steps - 1}, {"examples": 1, "steps": steps + 3}]
+        )
         before = {name: tensor.clone() for name, tensor in server.items()}
         after = method.aggregate(server, folded, round)
         assert all(torch.equal(server[name], tensor) for name, tensor in before.items())  # not changed in place
         server = after
         weights.data.copy_((3 * vectors[0].double() + vectors[1].double()) / 4)
-        for _ in range(3):  # (3 · 2 + 1 · 6) / 4
+        for _ in range(steps):  # (3 (steps − 1) + steps + 3) / 4
             theirs.step([weights])
-    assert server["ema/steps"].tolist() == [9]
+    assert server["ema/steps"].tolist() == [12]
     assert torch.allclose(server["ema/model"].double(), theirs.shadow_params[0], atol=1e-6)
     assert server["model"].tolist() == [3.0, 1.25]
 

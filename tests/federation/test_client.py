@@ -110,6 +110,17 @@ def test_accumulated_batches_do_not_cross_an_epoch():
     assert config.steps(10) == 4
 
 
+def test_the_last_batch_of_an_epoch_can_be_left_out():
+    """225 images in batches of 32: the eighth batch has one image, and would be a whole step."""
+    config = digits_config(local_epochs=2, train_batch_size=32)
+    sizes = [len(group[0]) for group in steps_of(225, config, torch.Generator().manual_seed(0))]
+    assert sizes == [*[32] * 7, 1, *[32] * 7, 1]
+    dropped = replace(config, drop_last=True)
+    sizes = [len(group[0]) for group in steps_of(225, dropped, torch.Generator().manual_seed(0))]
+    assert sizes == [32] * 14
+    assert (dropped.steps(225), dropped.steps(20), dropped.steps(64)) == (14, 2, 4)  # the only batch is kept
+
+
 def test_learning_rate_falls_over_the_whole_run():
     linear = lr_schedule("linear", 1.0, warmup=0, steps=50)
     assert [linear(step) for step in (0, 25, 50)] == [1.0, 0.5, 0.0]

@@ -20,9 +20,11 @@ import fedray
 from fedray import cache
 from fedray.cli import main
 from fedray.cluster.pool import RayPool
+from fedray.commands.sample import model_of as model_of_run
 from fedray.data.sources import digits
 from fedray.errors import RunError, UserError
-from fedray.federation.evaluation import Comparison, Scoring, evaluate, open_reference
+from fedray.federation import evaluation
+from fedray.federation.evaluation import Comparison, Scoring, evaluate, open_reference, sample
 from fedray.federation.plan import make_plan
 from fedray.federation.pool import LocalPool
 from fedray.federation.sampling import Sampling, dataset_features
@@ -160,6 +162,52 @@ def test_scores_do_not_depend_on_the_pool(ray, short):
     assert all(np.array_equal(found[0].images, other.images) for other in found)
 
 
+METRICS = {"brightness": lambda samples, reference: float(samples.mean())}
+
+
+def test_a_model_is_scored_on_several_draws(short, tmp_path):
+    """Each set's scores are those of its images alone; the run's are their means, ± their spread."""
+    several = replace(short, evaluate_repeats=3, evaluate_every=1)
+    whole = fedray.run(several, tmp_path / "whole", metrics=METRICS)
+    scores, about = whole.result["scores"], whole.result["evaluation"]
+    assert "draws" not in whole.rows[0]["scores"]["fd[digits]"]  # only after the last round
+    pool, model = LocalPool(short), model_of_run(tmp_path / "whole", several)
+    _, images = sample(pool, model, replace(Sampling.of(short, 70), repeats=3))
+    features, real = (
+        networks.load("digits", None, torch.device("cpu"))(torch.from_numpy(some)).numpy()
+        for some in (images, digits().images)
+    )
+    alone = [frechet_distance(gaussian(part), gaussian(real)) for part in np.split(features, 3)]
+    found = scores["fd[digits]"]
+    assert found["draws"] == pytest.approx(alone, rel=1e-5)
+    assert found["value"] == pytest.approx(np.mean(alone), rel=1e-5)
+    assert found["std"] == pytest.approx(np.std(alone, ddof=1), rel=1e-3)
+    assert (found["over"], found["n"], about["draws"]) == ("3 draws", 70, 3)
+    assert scores["brightness"]["draws"] == [part.mean() for part in np.split(images, 3)]
+    once = fedray.run(short, tmp_path / "once", metrics=METRICS).result["scores"]
+    assert once["fd[digits]"]["value"] == found["draws"][0]
+
+
+def test_sampling_has_a_seed_of_its_own(short):
+    """Runs of two training seeds start their samples from the same noise, and another evaluation seed from other."""
+    first, second = (Sampling.of(replace(short, seed=seed), 8) for seed in (0, 1))
+    assert first == second
+    model, pool = model_of({"model": make_plan(short).initial}), LocalPool(short)
+    images = [sample(pool, model, Sampling.of(replace(short, evaluate_seed=seed), 8))[1] for seed in (0, 0, 1)]
+    assert np.array_equal(images[0], images[1])
+    assert not np.array_equal(images[0], images[2])
+
+
+def test_large_features_are_in_a_file(short, monkeypatch):
+    model, pool = model_of({"model": make_plan(short).initial}), LocalPool(short)
+    small, _ = sample(pool, model, Sampling.of(short, 70), features=True)
+    monkeypatch.setattr(evaluation, "LARGE", 70 * 64 * 4)
+    large, _ = sample(pool, model, Sampling.of(short, 70), features=True)
+    assert isinstance(large, np.memmap)
+    assert not isinstance(small, np.memmap)
+    assert np.array_equal(large, small)
+
+
 def test_rows_are_scored_every_so_many_rounds(short, tmp_path):
     config = replace(short, rounds=5, evaluate_every=2, keep_samples=True)
     rows = list(fit(config, LocalPool(config), tmp_path / "run"))
@@ -168,7 +216,7 @@ def test_rows_are_scored_every_so_many_rounds(short, tmp_path):
     assert rows[4]["scores"]["fd[digits]"]["over"] == "10 resamples"
     assert rows[4]["scores"]["fd[digits]"]["n"] == 70
     about = rows[4]["evaluation"]
-    assert about["sampler"] == "ddpm"
+    assert (about["sampler"], about["seed"]) == ("ddpm", 0)
     assert about["features"].startswith("digits ")
     assert about["reference"] == digits().sha256
     assert about["reference_images"] == 1797
@@ -240,7 +288,8 @@ def test_copies_are_looked_for_where_images_were_held_out(short, tmp_path):
     found = run.result["scores"]["copies"]
     assert found["n"] == 70
     assert 0 <= found["value"] <= 1
-    assert "of 256 images not trained on" in found["note"]
+    assert found["over"] == "70 samples and 256 images not trained on"
+    assert "where 5.0% are expected of new images" in found["note"]
     assert Image.open(tmp_path / "run/nearest.png").size == (8 * 52 + 4, 8 * 52 + 4)
 
 
@@ -524,6 +573,8 @@ def test_intervals_are_over_seeds_where_there_are_several(short, tmp_path):
     assert several["value"] == pytest.approx(np.mean(values))
     assert several["std"] == pytest.approx(np.std(values, ddof=1))
     assert several["over"] == "3 seeds"
+    within = [Run.open(tmp_path / f"run-4-{seed}").result["scores"]["fd[digits]"]["std"] for seed in range(3)]
+    assert several["within"] == pytest.approx(np.sqrt(np.mean(np.square(within))))
     assert alone["over"] == "10 resamples"
     assert alone["std"] > 0
     assert table["n"].isin([64, 70]).all()

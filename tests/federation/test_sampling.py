@@ -24,6 +24,16 @@ def test_images_are_divided_into_batches_with_their_prompts():
     assert [job.prompts for job in replace(sampling, prompts=()).jobs(False, 0)] == [(), (), ()]
 
 
+def test_sets_are_drawn_one_after_another_the_first_as_if_alone():
+    sampling = Sampling(n=4, sampler="ddim", steps=3, batch_size=3, seed=5, prompts=("a", "b", "c"))
+    three = list(replace(sampling, repeats=3).jobs(features=False, keep=6))
+    assert three[:2] == list(sampling.jobs(features=False, keep=6))
+    assert [(job.batch, job.size, job.keep) for job in three] == [
+        (0, 3, 6), (1, 1, 3), (2, 3, 2), (3, 1, 0), (4, 3, 0), (5, 1, 0)
+    ]  # fmt: skip
+    assert [job.prompts for job in three] == [("a", "b", "c"), ("a",)] * 3
+
+
 @pytest.mark.parametrize(
     ("images", "gave"),
     [

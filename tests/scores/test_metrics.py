@@ -13,6 +13,9 @@ from fedray.scores.metrics import METRICS, deciding, higher_is_better, metric_of
         ("fid[64]", "fid", "fid[64] ↓"),
         ("fd[digits]", "fd", "fd[digits] ↓"),
         ("fd[digits]@64", "fd", "fd[digits]@64 ↓"),
+        ("fd[digits]@inf", "fd", "fd[digits]@inf ↓"),
+        ("fid@inf", "fid", "fid@inf ↓"),
+        ("cmmd", "cmmd", "cmmd ↓"),
         ("kid[a @ b/c]", "kid", "kid[a @ b/c] ↓"),
         ("precision", "precision", "precision ↑"),
         ("coverage[clip]", "coverage", "coverage[clip] ↑"),
@@ -35,7 +38,17 @@ def test_names_that_runs_record_are_found_in_the_table(score, metric, title):
 
 
 def test_a_frechet_distance_decides_before_a_kernel_distance_before_a_loss():
-    names = ["loss", "held_out.global", "precision", "kid", "fd[digits]@64", "fd[digits]/real", "fd[digits]", "fid"]
+    names = [
+        "loss",
+        "held_out.global",
+        "precision",
+        "kid",
+        "fd[digits]@64",
+        "fd[digits]@inf",
+        "fd[digits]/real",
+        "fd[digits]",
+        "fid",
+    ]
     order = []
     while (best := deciding(names)) is not None:
         order.append(best)

@@ -133,6 +133,36 @@ def test_other_features_judge_any_images(tmp_path):
     networks.check(f"{tmp_path}/mine.py:half", None, noise)
 
 
+def test_dinov2_is_the_class_token_of_the_resized_image(tmp_path):
+    """Against transformers' model on images that PIL resized, as in the authors' code."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    torch.manual_seed(0)
+    config = Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, patch_size=14, image_size=224,
+                          initializer_range=0.3)  # fmt: skip
+    model = Dinov2Model(config).eval()
+    model.save_pretrained(tmp_path / "dino")
+    images = np.random.default_rng(0).integers(0, 256, (3, 3, 16, 16), np.uint8)
+    images[2] = images[2, :1]  # grey
+    name = networks.absolute(f"dinov2:{tmp_path}/dino")
+    network = networks.network_of(name)
+    assert (network.score_name("fd"), network.runs_code) == ("fd[dinov2]", False)
+    found = network.load(torch.device("cpu"))(torch.from_numpy(images))
+    large = [Image.fromarray(image.transpose(1, 2, 0)).resize((224, 224), Image.Resampling.BICUBIC) for image in images]
+    pixels = np.stack(large).transpose(0, 3, 1, 2) / 255
+    mean, std = (np.array(each)[:, None, None] for each in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    with torch.no_grad():
+        expected = model(torch.from_numpy((pixels - mean) / std).float()).pooler_output
+    assert found.shape == (3, 16)
+    apart = (expected[0] - expected[1]).abs().max()
+    assert apart > 0.1
+    assert (found - expected).abs().max() < 0.05 * apart  # PIL rounds between its two passes
+    grey = network.load(torch.device("cpu"))(torch.from_numpy(images[2:, :1]))
+    assert torch.allclose(grey, found[2:], atol=1e-4)
+    with pytest.raises(UserError, match="no DINOv2 model could be loaded"):
+        networks.check(f"dinov2:{tmp_path}", None, images)
+
+
 def test_a_network_says_the_names_of_its_scores():
     names = {
         ("digits", "fd"): "fd[digits]", ("inception", "fd"): "fid", ("inception", "kid"): "kid",

@@ -764,7 +764,7 @@ def test_clip_scores(config, photos, tmp_path):
     config = replace(config, features=f"clip:{tmp_path}/clip", evaluate_samples=8, keep_samples=True)
     run = train(config, tmp_path / "run")
     scores = run.result["scores"]
-    assert {"fd[clip]", "clip-text", "clip-image"} <= set(scores)
+    assert {"fd[clip]", "clip-text", "clip-image", "cmmd"} <= set(scores)
     kept = [Image.open(path) for path in sorted((run.directory / "samples/round-000002").iterdir())]
     prompts = config.task.prompts(config.task.dataset())
     with torch.no_grad():
@@ -773,6 +773,13 @@ def test_clip_scores(config, photos, tmp_path):
     images, texts = (getattr(one, "pooler_output", one) for one in (images, texts))
     expected = nn.functional.cosine_similarity(images, texts[[k % len(prompts) for k in range(8)]])
     assert scores["clip-text"]["value"] == pytest.approx(expected.mean().item(), abs=1e-4)
+    real = [Image.fromarray(image.transpose(1, 2, 0)) for image in config.task.dataset().images]
+    with torch.no_grad():
+        real = clip.get_image_features(**processor(images=real, return_tensors="pt"))
+    a, b = (nn.functional.normalize(getattr(one, "pooler_output", one).double()) for one in (images, real))
+    kernel = lambda x, y: torch.exp(-(torch.cdist(x, y) ** 2) / 200).mean()  # noqa: E731
+    cmmd = 1000 * (kernel(a, a) + kernel(b, b) - 2 * kernel(a, b))
+    assert scores["cmmd"]["value"] == pytest.approx(cmmd.item(), rel=1e-3)
     with pytest.raises(fedray.UserError, match="no CLIP model could be loaded"):
         make_plan(replace(config, features=f"clip:{photos}"))
 

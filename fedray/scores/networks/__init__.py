@@ -3,6 +3,7 @@
 digits                          the classifier of 8×8 digits that ships with fedray, d = 64
 inception, inception-768 …      pytorch-fid's Inception, d = 2048, 768, 192 or 64
 clip:FOLDER                     a CLIP model in Hugging Face's form, d = its projection's width
+dinov2:FOLDER                   a DINOv2 model in Hugging Face's form, d = its width
 FILE.pt                         a TorchScript module
 MODULE:FUNCTION, FILE.py:FUNCTION   a Python function
 """
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from fedray.scores.networks.network import FeatureNetwork, Network
 
 INCEPTION = {"inception": 2048, "inception-768": 768, "inception-192": 192, "inception-64": 64}
-CLIP = "clip:"
+CLIP, DINOV2 = "clip:", "dinov2:"
 
 
 def network_of(name: str, weights: str | None = None) -> FeatureNetwork:
@@ -46,6 +47,10 @@ def network_of(name: str, weights: str | None = None) -> FeatureNetwork:
         from fedray.scores.networks.clip import Clip
 
         return Clip(name, name.removeprefix(CLIP))
+    if name.startswith(DINOV2):
+        from fedray.scores.networks.dinov2 import DINOv2
+
+        return DINOv2(name, name.removeprefix(DINOV2))
     from fedray.scores.networks.own import Function, TorchScript
 
     if name.endswith(TORCHSCRIPT):
@@ -78,8 +83,9 @@ def key(name: str, weights: str | None, images: np.ndarray) -> str:
 
 def absolute(name: str) -> str:
     """Make the path in a name absolute, if there is one: actors have other working directories."""
-    if name.startswith(CLIP):
-        folder = Path(name.removeprefix(CLIP))
-        return f"{CLIP}{folder.absolute()}" if folder.is_dir() else name
+    for prefix in (CLIP, DINOV2):
+        if name.startswith(prefix):
+            folder = Path(name.removeprefix(prefix))
+            return f"{prefix}{folder.absolute()}" if folder.is_dir() else name
     file, colon, function = name.partition(":")
     return str(Path(file).absolute()) + colon + function if file.endswith(CODE) else name

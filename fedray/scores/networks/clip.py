@@ -11,9 +11,10 @@ from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from fedray.errors import UserError, reason
+from fedray.scores.cmmd import cmmd
 from fedray.scores.metrics import Score
 from fedray.scores.networks.network import FeatureNetwork
-from fedray.scores.reference import Reference
+from fedray.scores.reference import DRAWN, Reference
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Clip(FeatureNetwork):
 
     model: str
 
-    own = ("clip-image",)
+    own = ("clip-image", "cmmd")
 
     def build(self, device: torch.device) -> Callable[[Tensor], Tensor]:
         return _Model(self, device).images
@@ -32,9 +33,15 @@ class Clip(FeatureNetwork):
         return "clip"
 
     def own_scores(self, features: Tensor, reference: Reference, prompts: Sequence[str]) -> dict[str, Score]:
-        """Score mean cosines, to all real images and to their prompts (Ruiz et al. 2023, section 5.2)."""
+        """Score mean cosines, to all real images and to their prompts (Ruiz et al. 2023, section 5.2), and CMMD.
+
+        CMMD is of at most 10,000 images on each side. Published values are on openai/clip-vit-large-patch14-336.
+        """
         unit, n = F.normalize(features), len(features)
         scores = {"clip-image": Score((unit @ F.normalize(reference.drawn).T).mean().item(), n)}
+        few = features[:DRAWN]
+        against = f"{len(few):,} images against {len(reference.drawn):,} real ones, features of {self.model}"
+        scores["cmmd"] = Score(cmmd(few, reference.drawn), len(few), note=against)
         if prompts:
             different = list(dict.fromkeys(prompts))
             texts = F.normalize(_Model(self, torch.device("cpu")).texts(different))

@@ -106,8 +106,8 @@ class DDPM(Images):
             beta_schedule=self.ddpm_beta_schedule,
             prediction_type=self.prediction_type,
         )
-        # With every setting explicit, as it is loaded from a saved model: of a fresh scheduler's, samplers replace those
-        # that were left at their defaults by their own (such as the time grid), and would sample another image.
+        # With every setting explicit, as it is loaded from a saved model. Of a fresh scheduler's settings a sampler
+        # replaces those left at their defaults by its own (such as the time grid), and would sample other images.
         return DDPMScheduler.from_config({k: v for k, v in fresh.config.items() if k != "_use_default_values"})
 
     def build(self, device: torch.device) -> DDPMLearner:
