@@ -3,30 +3,17 @@
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 from scipy import stats
 
 from fedray.record.run import Run
+from fedray.reports.comparisons import Difference, compare, rms
 from fedray.reports.results import finals, scores_of
 from fedray.scores.metrics import LOSSES, deciding, metric_of
 
 ARROWS = {True: "↑", False: "↓", None: ""}  # to where a score is better
-
-
-class Difference(NamedTuple):
-    """By how much one setting's score is higher than another's."""
-
-    value: float
-    low: float
-    high: float
-    """The 95 % interval, of Student's t over the seeds that both have; NaN where they share fewer than two."""
-    seeds: int
-
-    def __str__(self) -> str:
-        interval = "" if math.isnan(self.low) else f" ({number(self.low)} to {number(self.high)})"
-        return f"{number(self.value)}{interval}"
 
 
 def with_settings(rounds: pd.DataFrame, varied: list[str]) -> pd.DataFrame:
@@ -75,17 +62,6 @@ def comparable(done: pd.DataFrame) -> pd.DataFrame:
     return done[done["seed"].isin(seeds)] if seeds else done
 
 
-def difference(done: pd.DataFrame, score: str, one: str, other: str) -> Difference:
-    """Measure by how much `one` setting's score is higher than the `other`'s, paired by seed where they share some."""
-    values = done.astype({score: float}).pivot_table(index="seed", columns="setting", values=score)
-    values = values.reindex(columns=[one, other])  # where a setting has no score at all
-    paired = (values[one] - values[other]).dropna()
-    if len(paired) < 2:
-        return Difference(values[one].mean() - values[other].mean(), math.nan, math.nan, len(paired))
-    half = stats.t.ppf(0.975, len(paired) - 1) * paired.sem()
-    return Difference(paired.mean(), paired.mean() - half, paired.mean() + half, len(paired))
-
-
 def answer(rounds: pd.DataFrame, planned: int) -> str:
     """Say in a few sentences what runs show, with intervals and with what is missing.
 
@@ -116,14 +92,15 @@ def answer(rounds: pd.DataFrame, planned: int) -> str:
         named += f" at {settings.index[0]}"
     if len(settings) > 1:
         spread = f"{pair(mean, std)} over {seeds:.0f} seeds" if seeds > 1 else number(mean)
-        about = (["one seed"] if seeds == 1 else []) + about
+        about = (["one seed"] if seeds == 1 else []) + about + _drawn(done, score)
         if done["seed"].nunique() > seeds:
             about.append("of the seeds that all settings have")
         said.append(f"{named} is lowest at {settings.index[0]}: {spread}{_in_brackets(about)}.")
         said += _comparison(comparable(done), score, list(settings.index))
     elif seeds > 1:
         half = stats.t.ppf(0.975, seeds - 1) * std / math.sqrt(seeds)
-        about.insert(0, f"95 % interval of the mean {number(mean - half)} to {number(mean + half)}")
+        about = [f"95 % interval of the mean {number(mean - half)} to {number(mean + half)}", *about]
+        about += _drawn(done, score)
         said.append(f"{named} is {pair(mean, std)} over {seeds:.0f} seeds{_in_brackets(about)}.")
     else:
         run = done.iloc[-1]
@@ -148,6 +125,15 @@ def _measured(done: pd.DataFrame, score: str) -> list[str]:
     return [few] if real is None else [few, f"real against real {number(real)}"]
 
 
+def _drawn(done: pd.DataFrame, score: str) -> list[str]:
+    """Say how much of the spread over seeds is of the draw of samples: within runs, as a root mean square."""
+    if score in LOSSES or f"{score}.std" not in done or math.isnan(within := rms(done[f"{score}.std"])):
+        return []
+    repeats = set(done["evaluate_repeats"].dropna()) if "evaluate_repeats" in done else set()
+    how = f"over {max(repeats)} draws" if len(repeats) == 1 and max(repeats) > 1 else "by resampling"
+    return [f"a run's samples drawn again: ± {number(within)}, {how}"]
+
+
 def real_of(rounds: pd.DataFrame, score: str) -> float | None:
     """Look up a score of real images against real ones, where that was measured."""
     name = f"{score}/real"
@@ -163,23 +149,32 @@ def _over(run: pd.Series, score: str) -> str | None:
 
 
 def _comparison(done: pd.DataFrame, score: str, settings: list[str]) -> Iterable[str]:
-    """Say by how much the others are higher than the first."""
+    """Say by how much the others are higher than the first, and what these seeds cannot tell."""
     best, second = settings[:2]
-    gap = difference(done, score, second, best)
+    found = compare(done, score)
+    gap = found.difference(second, best)
     if math.isnan(gap.low):
         yield f"The next, {second}, is higher by {number(gap.value)}, without an interval: fewer than two common seeds."
-    else:
-        interval = f"95 % interval {number(gap.low)} to {number(gap.high)}, paired by {gap.seeds} seeds"
-        unclear = "" if gap.low > 0 else ", so that these seeds do not tell them apart"
-        yield f"The next, {second}, is higher by {number(gap.value)} ({interval}){unclear}."
-    others = [difference(done, score, other, best) for other in settings[1:]]
-    if len(others) > 1 and any(not math.isnan(other.low) for other in others):
-        clear = sum(other.low > 0 for other in others)
-        many = {0: "None", len(others): f"All {len(others)}"}.get(clear, str(clear))
+        return
+    interval = f"95 % interval {number(gap.low)} to {number(gap.high)}, paired by {gap.seeds} seeds"
+    unclear = "" if gap.low > 0 else ", so that these seeds do not tell them apart"
+    yield f"The next, {second}, is higher by {number(gap.value)} ({interval}){unclear}."
+    if len(settings) > 2:
+        others = [(other, found.difference(other, best)) for other in settings[1:]]
+        above = [f"{other} by {effect(each)}" for other, each in others if each.low > 0]
+        listed = above if len(above) < 4 else [above[0], "…", above[-1]]
+        higher = f": {', '.join(listed)}" if above else ""
         yield (
-            f"{many} of the others {'is' if clear < 2 else 'are'} clearly higher (95 % intervals, each taken alone: "
-            f"none allows for the best having been chosen among {len(settings)})."
+            f"Of the {len(others)} others, {len(above) or 'none'} {'is' if len(above) < 2 else 'are'} higher with an "
+            f"interval above 0{higher}. The intervals hold for all {found.pairs} pairs of the {len(settings)} settings "
+            f"at once (Tukey's method, for scores that scatter alike), so also for a lowest one chosen among them."
         )
+    yield f"A true difference below {number(found.visible)} would be missed by more than one in five such comparisons."
+
+
+def effect(found: Difference) -> str:
+    """Write a difference with its interval: "3.33 (1.90 to 4.77)"."""
+    return number(found.value) + ("" if math.isnan(found.low) else f" ({number(found.low)} to {number(found.high)})")
 
 
 def number(value: float, digits: int = 3) -> str:

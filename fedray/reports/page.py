@@ -25,7 +25,7 @@ from fedray.reports.answer import (
     LOSSES,
     answer,
     decisive,
-    difference,
+    effect,
     field_of,
     number,
     pair,
@@ -35,6 +35,7 @@ from fedray.reports.answer import (
     with_settings,
 )
 from fedray.reports.charts import charts
+from fedray.reports.comparisons import compare
 from fedray.reports.results import finals, load, score_table, scores_of, varied
 from fedray.reports.tables import cells, pivot
 
@@ -181,11 +182,17 @@ def _tables(chapter: Chapter) -> Iterable[dict[str, Any]]:
     score, free = decisive(done), chapter.varied
     if done["setting"].nunique() == 1 and all((Path(run) / "result.json").exists() for run in done["directory"]):
         rows = [
-            [title_of(row["score"]), pair(row["value"], row["std"]), *map(_text, (row["over"], row["n"], row["note"]))]
+            [
+                title_of(row["score"]),
+                pair(row["value"], row["std"]),
+                _text(row["over"]),
+                number(row["within"]),
+                *map(_text, (row["n"], row["note"])),
+            ]  # fmt: skip
             for row in score_table(done["directory"]).to_dict("records")
         ]
         if rows:
-            yield _table("Scores", ["score", "value", "± over", "n", "remarks"], rows)
+            yield _table("Scores", ["score", "value", "± over", "± of one run", "n", "remarks"], rows)
         return
     if len(free) == 2 and done["setting"].nunique() > done[free].nunique().max():  # neither follows from the other
         table = cells(pivot(chapter.rounds, score, *free))
@@ -196,17 +203,18 @@ def _tables(chapter: Chapter) -> Iterable[dict[str, Any]]:
     shown = dict.fromkeys(
         [score, *scores_of(done), *(loss for loss in LOSSES if loss in done and done[loss].notna().any())]
     )
-    best, rows = ranked(done, score).index[0], []
+    best, found, rows = ranked(done, score).index[0], compare(done, score), []
     for setting in done["setting"].unique():
         runs = done[done["setting"] == setting]
         values = [pair(runs[name].mean(), runs[name].std()) for name in shown]
-        gap = "" if setting == best else str(difference(done, score, setting, best))
+        gap = "" if setting == best else effect(found.difference(setting, best))
         n = "" if score in LOSSES else ", ".join(f"{n:,}" for n in sorted(runs[f"{score}.n"].dropna().unique()))
         rows.append([setting, str(runs["seed"].nunique()), n, values[0], gap, *values[1:]])
     titles = [title_of(name) for name in shown]
     caption = "After the last round: mean ± standard deviation over seeds, n samples each; difference to the best, "
     head = ["setting", "seeds", "n", titles[0], "difference", *titles[1:]]
-    yield _table(caption + "with its 95 % interval", head, rows, [row[0] for row in rows].index(best))
+    together = f" (all {found.pairs} pairs at once)" if found.pairs > 1 else ""
+    yield _table(f"{caption}with its 95 % interval{together}", head, rows, [row[0] for row in rows].index(best))
 
 
 def _table(caption: str, head: list[str], rows: list[list[str]], best: int | None = None) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from fedray.errors import UserError, reason
 from fedray.files import write as write_text
 from fedray.record.run import FAILED, RECORD, STOPPED, Row, Run
 from fedray.record.upgrade import RENAMED, upgrade
+from fedray.reports.comparisons import rms
 from fedray.reports.problems import left_out, mixed, not_begun, unfinished
 from fedray.tasks.named import OURS, task_class
 
@@ -193,7 +194,8 @@ def score_table(runs: Iterable[str | Path]) -> pd.DataFrame:
 
     Complete runs whose settings differ in the seed alone are one setting; a seed counts once. Columns: run (the first
     one's directory), score, value (the mean), std, over (what std was taken over: seeds where there are several, else
-    resamples of one run's samples), n (samples a run drew), note.
+    draws or resamples of one run's samples), within (that of one run, as a root mean square over the seeds: std over
+    seeds has it in it), n (samples that a score was measured on), note.
 
     Raises:
         UserError: a run is not complete.
@@ -212,8 +214,10 @@ def score_table(runs: Iterable[str | Path]) -> pd.DataFrame:
         for name, first in results[0].items():
             values = pd.Series([result[name]["value"] for result in results if name in result])
             several = {"std": values.std(), "over": f"{len(values)} seeds"} if len(values) > 1 else {}
-            rows.append({"run": str(same[0].directory), "score": name, **first, "value": values.mean()} | several)
-    return pd.DataFrame(rows, columns=["run", "score", "value", "std", "over", "n", "note"])
+            within = rms(pd.Series([result[name].get("std") for result in results if name in result], dtype=float))
+            row = {"run": str(same[0].directory), "score": name, **first, "value": values.mean(), "within": within}
+            rows.append(row | several)
+    return pd.DataFrame(rows, columns=["run", "score", "value", "std", "over", "within", "n", "note"])
 
 
 def _result(run: Run) -> Row:

@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from fedray.errors import UserError, check_name
+from fedray.reports.comparisons import rms
 from fedray.reports.results import RUN, finals, scores_of, settings_of, varied
 
 NONE = "–"
@@ -96,7 +97,8 @@ def _with_corner(table: pd.DataFrame) -> pd.DataFrame:
 def by_setting(rounds: pd.DataFrame, settings: Mapping[str, str], name: str, scores: list[str]) -> pd.DataFrame:
     """Tabulate scores after the last round by setting, over the seeds of complete runs; also settings without any.
 
-    Columns are pairs: a score, and mean, std (NaN with one seed) or n (seeds).
+    Columns are pairs: a score, and mean, std (over seeds; NaN with one), n (seeds) or within (the standard deviation
+    over draws or resamples of one run's samples, as a root mean square over its seeds; it is a part of std).
 
     Args:
         settings: of each run, by the name of its directory, in the order of the rows.
@@ -108,6 +110,10 @@ def by_setting(rounds: pd.DataFrame, settings: Mapping[str, str], name: str, sco
     table = table.rename(columns={"count": "n"}, level=1).reindex(list(dict.fromkeys(settings.values())))
     for score in scores:
         table[score, "n"] = table[score, "n"].fillna(0).astype("Int64")
+        if f"{score}.std" in last:
+            table[score, "within"] = last[f"{score}.std"].groupby(setting, sort=False).agg(rms)
+    kinds = ("mean", "std", "n", "within")
+    table = table[[(score, kind) for score in scores for kind in kinds if (score, kind) in table]]
     table.index.name = name
     table.columns.names = ["score", None]
     return table

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import os
 import re
 import shutil
@@ -23,7 +24,8 @@ import fedray
 from fedray.cli import main
 from fedray.config import Config
 from fedray.reports import page as page_module
-from fedray.reports.answer import answer, decisive, difference, number, pair, ranked, with_settings
+from fedray.reports.answer import answer, decisive, number, pair, ranked, with_settings
+from fedray.reports.comparisons import compare, compare_columns
 from fedray.reports.results import load, varied
 
 CONFIG = Config(clients=2, rounds=3, local_epochs=1, evaluate_samples=16, features="digits", actors=0)
@@ -121,14 +123,67 @@ class Page(HTMLParser):
 # The answer
 
 
-def test_the_difference_is_the_paired_t_interval():
+def test_of_two_settings_it_is_the_paired_t_interval():
     rng = np.random.default_rng(0)
     values = {"a": rng.normal(5, 1, 5), "b": rng.normal(7, 1, 5)}
     frame = load_like([(name, seed, values[name][seed]) for seed in (3, 0, 4, 1, 2) for name in "ba"])
-    found = difference(frame, "fid", "b", "a")
+    found = compare(frame, "fid").difference("b", "a")
     wanted = stats.ttest_rel(values["b"], values["a"]).confidence_interval(0.95)
     assert found.value == pytest.approx((values["b"] - values["a"]).mean())
-    assert (found.low, found.high, found.seeds) == (pytest.approx(wanted.low), pytest.approx(wanted.high), 5)
+    assert (found.low, found.high, found.seeds) == (
+        pytest.approx(wanted.low, rel=1e-5), pytest.approx(wanted.high, rel=1e-5), 5
+    )  # fmt: skip
+
+
+def frame_of(values):
+    """Scores [seeds, settings] as runs."""
+    return load_like([(f"s{k}", n, value) for (n, k), value in np.ndenumerate(values)])
+
+
+def test_of_several_settings_it_is_tukeys_interval():
+    """The mean square by least squares on dummies of settings and seeds; the quantile by simulating ranges."""
+    rng = np.random.default_rng(1)
+    values = rng.normal(0, 1, (4, 5)) + rng.normal(0, 3, (4, 1)) + np.arange(5)
+    dummies = np.array([np.r_[np.eye(4)[n], np.eye(5)[k]] for n in range(4) for k in range(5)])
+    left = values.ravel() - dummies @ np.linalg.lstsq(dummies, values.ravel(), rcond=None)[0]
+    error = np.sqrt((left**2).sum() / 12 / 4)
+    ranges = np.ptp(rng.normal(size=(200_000, 5)), axis=1) / np.sqrt(rng.chisquare(12, 200_000) / 12)
+    found = compare(frame_of(values), "fid")
+    assert found.half == pytest.approx(np.quantile(ranges, 0.95) * error, rel=0.01)
+    assert found.pairs == 10
+    assert found.difference("s4", "s1").value == pytest.approx((values[:, 4] - values[:, 1]).mean())
+
+
+def test_equal_settings_are_told_apart_in_five_of_a_hundred_sweeps():
+    """Eleven equal settings, three seeds: some setting's interval to the lowest excludes 0. Intervals taken each for
+    itself say so in every second sweep."""
+    rng, wrong, alone = np.random.default_rng(2), 0, 0
+    for _ in range(1000):
+        values = rng.normal(5, 1.5, (3, 11)) + rng.normal(0, 1, (3, 1))
+        found = compare_columns(pd.DataFrame(values).add_prefix("s"))
+        means = values.mean(0)
+        wrong += found.difference(f"s{means.argmax()}", f"s{means.argmin()}").low > 0
+        gaps = np.delete(values - values[:, [means.argmin()]], means.argmin(), axis=1)
+        alone += (gaps.mean(0) > stats.t.ppf(0.975, 2) * gaps.std(0, ddof=1) / 3**0.5).any()
+    assert wrong / 1000 == pytest.approx(0.05, abs=0.021)  # three standard errors
+    assert alone / 1000 > 0.45
+
+
+@pytest.mark.parametrize(("settings", "seeds"), [(2, 5), (6, 3)])
+def test_the_visible_difference_is_seen_in_four_of_five_sweeps(settings, seeds):
+    rng, seen = np.random.default_rng(3), 0
+    shifts = []
+    for _ in range(5):  # its error, known here, is estimated in each
+        values = rng.normal(0, 1, (seeds, settings))
+        found = compare_columns(pd.DataFrame(values).add_prefix("s"))
+        shifts.append(found.visible / found.half)
+    per_error = shifts[0] * stats.studentized_range.ppf(0.95, settings, (settings - 1) * (seeds - 1))
+    assert np.ptp(shifts) < 1e-9
+    for _ in range(1000):
+        values = rng.normal(0, 1, (seeds, settings))
+        values[:, 1] += per_error / seeds**0.5
+        seen += compare_columns(pd.DataFrame(values).add_prefix("s")).difference("s1", "s0").low > 0
+    assert seen / 1000 == pytest.approx(0.8, abs=0.04)
 
 
 def test_an_easy_seed_does_not_make_a_setting_best():
@@ -140,12 +195,15 @@ def test_an_easy_seed_does_not_make_a_setting_best():
     assert best.loc["b", "count"] == 2
 
 
-def test_only_seeds_that_both_have_are_paired():
+def test_only_seeds_that_all_have_are_paired():
     frame = load_like([("a", 0, 1.0), ("a", 1, 2.0), ("a", 2, 100.0), ("b", 0, 3.0), ("b", 1, 5.0)])
-    found = difference(frame, "fid", "b", "a")  # differences 2 and 3; t of one degree of freedom is 12.7062
+    found = compare(frame, "fid").difference("b", "a")  # differences 2 and 3; t of one degree of freedom is 12.7062
     assert (found.value, found.seeds) == (2.5, 2)
     assert (found.low, found.high) == (pytest.approx(2.5 - 6.3531, abs=1e-3), pytest.approx(2.5 + 6.3531, abs=1e-3))
-    assert found.low < 0 < found.high
+    apart = compare(load_like([("a", 0, 1.0), ("b", 1, 3.0)]), "fid")
+    assert apart.difference("b", "a").value == 2.0
+    assert math.isnan(apart.difference("b", "a").low)
+    assert math.isnan(apart.difference("c", "a").value)
 
 
 def load_like(rows):
@@ -156,21 +214,35 @@ def test_a_sweeps_answer(tmp_path):
     # Differences 3, 4, 3: mean 3.333, std 0.577; 4.3027 · 0.577 / √3 = 1.434.
     assert answer_of(write_sweep(tmp_path), planned=6) == (
         "fd[digits] is lowest at clients=2: 6.00 ± 1.00 over 3 seeds (n = 16; real against real 4.00). The next, "
-        "clients=8, is higher by 3.33 (95 % interval 1.90 to 4.77, paired by 3 seeds)."
+        "clients=8, is higher by 3.33 (95 % interval 1.90 to 4.77, paired by 3 seeds). A true difference below 1.88 "
+        "would be missed by more than one in five such comparisons."
     )
 
 
 def test_an_interval_around_zero_is_said(tmp_path):
+    # What is left without the means of settings and seeds: ± 0.5, 1, 0.5, a mean square of 1.5 of two degrees of
+    # freedom; q(0.95; 3, 2) = 8.331 in tables, times √(1.5 / 2): ± 7.21.
     said = answer_of(write_sweep(tmp_path, {2: [5.0, 6.0], 4: [7.0, 5.0], 8: [20.0, 21.0]}), planned=6)
-    assert "is higher by 0.500 (95 % interval −18.6 to 19.6, paired by 2 seeds), so that these seeds do not" in said
-    assert "1 of the others is clearly higher" in said  # by 15 in both seeds
-    assert "chosen among 3" in said
+    assert "is higher by 0.500 (95 % interval −6.71 to 7.71, paired by 2 seeds), so that these seeds do not" in said
+    assert "Of the 2 others, 1 is higher with an interval above 0: clients=8 by 15.0 (7.79 to 22.2)." in said
+    assert "The intervals hold for all 3 pairs of the 3 settings at once (Tukey's method" in said
 
 
 def test_without_common_seeds_there_is_no_interval(tmp_path):
     said = answer_of(write_sweep(tmp_path, {2: [5.0], 4: [7.5]}), planned=2)
     assert "lowest at clients=2: 5.00 (one seed; n = 16;" in said
     assert "higher by 2.50, without an interval" in said
+
+
+@pytest.mark.parametrize(("repeats", "how"), [(1, "by resampling"), (4, "over 4 draws")])
+def test_the_noise_of_drawing_samples_is_told_from_that_of_seeds(tmp_path, repeats, how):
+    for seed, value in enumerate([5.0, 6.0, 7.0]):
+        run = write_run(tmp_path / str(seed), [value], config=replace(CONFIG, seed=seed, evaluate_repeats=repeats))
+        rows = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
+        rows[-1]["scores"]["fd[digits]"]["std"] = (3.0, 4.0, 0.0)[seed]
+        (run / "rounds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    within = (25 / 3) ** 0.5  # a root mean square
+    assert f"a run's samples drawn again: ± {within:.2f}, {how})" in answer_of(tmp_path, planned=3)
 
 
 def test_missing_runs_and_different_n_are_said(tmp_path):

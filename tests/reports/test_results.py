@@ -484,7 +484,7 @@ def test_latex():
 def test_a_row_per_setting(tmp_path):
     values = {(2, 0): 3.0, (2, 1): 5.0, (8, 0): 10.0}
     for (clients, seed), value in values.items():
-        scores = {"fd[digits]": {"value": value, "n": 16}}
+        scores = {"fd[digits]": {"value": value, "n": 16, "std": 3.0 + seed}}
         made.run(
             tmp_path / f"{clients}-{seed}",
             made.config(clients=clients, seed=seed, rounds=1),
@@ -497,6 +497,11 @@ def test_a_row_per_setting(tmp_path):
     assert table["fd[digits]"]["std"].iloc[0] == pytest.approx(statistics.stdev([3.0, 5.0]))
     assert math.isnan(table["fd[digits]"]["std"].iloc[2])
     assert table["loss"]["n"].tolist() == [2, 0, 1]
+    assert list(table.columns) == [
+        *(("fd[digits]", kind) for kind in ("mean", "std", "n", "within")),
+        *(("loss", kind) for kind in ("mean", "std", "n")),
+    ]  # fmt: skip
+    assert table["fd[digits]"]["within"].iloc[0] == pytest.approx(12.5**0.5)  # root mean square of 3 and 4
     lines = [[cell.strip() for cell in line.split("|")] for line in to_markdown(cells(table)).splitlines()]
     assert lines[0][1] == "clients / score"
     assert lines[3][1:3] == ["four", "–"]
