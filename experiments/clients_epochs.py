@@ -3,8 +3,7 @@
     fedray sweep experiments/clients_epochs.py --out runs/paper
 
 Both of the paper's figures 2 and 3 are lines in this table. All cells of one E train on as many images, but a client
-makes E·T·n / (C·32) sequential steps: C and E are also a sweep over steps. same_steps.py, with the same --out,
-is the control.
+makes E·T·n / (C·32) sequential steps: C and E are also a sweep over steps. same_steps.py is the control.
 """
 
 import fedray

@@ -4,8 +4,8 @@ Four clients hold a quarter of the digits each; one client holds all of them. Th
 steps as a federated client makes (the paper's comparison: the federation computes four times as much), and once for as
 many passes over the data (the same compute, four times the steps).
 
-    python experiments/digits.py --seeds 0 1 2          the question, with its spread
-    python experiments/digits.py --no-same-passes       `make demo`
+    python experiments/digits.py --seeds 0 1 2 --repeats 4      the question, with its spread over seeds and over draws
+    python experiments/digits.py --no-same-passes               `make demo`
 """
 
 import time
@@ -29,9 +29,9 @@ from fedray.data.sources import digits
 FEDERATED = fedray.PRESETS["digits"]  # C=4, E=4
 
 
-def settings(seed: int, rounds: int, same_passes: bool) -> dict[str, fedray.Config]:
+def settings(seed: int, rounds: int, repeats: int, same_passes: bool) -> dict[str, fedray.Config]:
     """The runs of one seed, by name."""
-    federated = replace(FEDERATED, seed=seed, rounds=rounds)
+    federated = replace(FEDERATED, seed=seed, rounds=rounds, evaluate_repeats=repeats)
     alone = replace(federated, clients=1)
     steps = federated.steps(len(digits()) // federated.clients)
     runs = {
@@ -73,6 +73,7 @@ def ratios(tables: list[pd.DataFrame]) -> pd.DataFrame:
 def main(
     seeds: tuple[int, ...] = (0,),
     rounds: int = FEDERATED.rounds,
+    repeats: int = 1,
     same_passes: bool = True,
     out: Path | None = None,
     actors: int | None = None,
@@ -82,6 +83,7 @@ def main(
     Args:
         seeds: one federation and its baselines for each.
         rounds: communication rounds.
+        repeats: sets of samples that each model is scored on.
         same_passes: also train the centralised baseline of the same passes, the longest of the three.
         out: directory of the runs; by default runs/digits-DATE-TIME.
         actors: client actors of a run; 0 trains in this process, without Ray.
@@ -90,7 +92,7 @@ def main(
     tables = []
     with nullcontext() if actors == 0 else connected(None):
         for seed in seeds:
-            configs = settings(seed, rounds, same_passes)
+            configs = settings(seed, rounds, repeats, same_passes)
             runs = {
                 name: train(
                     replace(config, actors=actors), out / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}", name

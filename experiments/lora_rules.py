@@ -1,18 +1,23 @@
-"""What does each way of aggregating adapters lose, cost and reach?
+"""What does each way of aggregating adapters lose, cost and reach, each at its own best learning rate?
 
 The four clients of lora_digits.py (one digit each that the base has never seen), with each algorithm: fedavg averages
 A and B separately (the paper's), ffa freezes A, svd takes the best factors of the mean of B·A, flora adds that mean to
 the base. A row's aggregation error is ‖ΔW − Σ w_i ΔW_i‖ / ‖Σ w_i ΔW_i‖; the table has its mean over layers and rounds.
 
-    python experiments/lora_rules.py --seeds 0 1 2
+    python experiments/lora_rules.py
+    python experiments/lora_rules.py --smoke        one round, two rates, few samples: minutes
 
-flora starts new adapters every round, so no algorithm keeps optimizers here: they differ in nothing else.
+Each algorithm is tried with every learning rate on a tuning seed; the rate that is best by prompt accuracy, and the one
+that is best by fd, then train on fresh seeds, which alone are reported. ffa has twice the rank, so that clients send as
+many bytes. Optimizers are fresh each round (svd and flora make new factors, to which an old one does not fit), and,
+where that is possible, kept.
 """
 
 import time
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,56 +30,95 @@ import fedray
 from fedray.cluster.connection import connected
 from fedray.commands.terminal import progress
 
-RULES: dict[str, fedray.Algorithm] = {
-    "fedavg": fedray.FedAvg(), "ffa": fedray.FFA(), "svd": fedray.SVD(), "flora": fedray.Flora()
-}  # fmt: skip
+ONCE: Any = PRESET.task
+TWICE = replace(ONCE, rank=2 * ONCE.rank)  # of which half, the factors B, is trained and sent
+RULES: dict[str, dict[str, Any]] = {
+    "fedavg": {"algorithm": fedray.FedAvg()},
+    "fedavg, kept": {"algorithm": fedray.FedAvg(), "keep_optimizer": True},
+    "ffa": {"algorithm": fedray.FFA(), "task": TWICE},
+    "ffa, kept": {"algorithm": fedray.FFA(), "task": TWICE, "keep_optimizer": True},
+    "svd": {"algorithm": fedray.SVD()},
+    "flora": {"algorithm": fedray.Flora()},
+}
+METRICS = {"accuracy[digits]": "idxmax", "fd[digits]": "idxmin"}  # and where the best is
+SHOWN = ["aggregation error", *METRICS, "MB down", "MB up", "seconds"]
 
 
 def main(
-    seeds: tuple[int, ...] = (0,),
+    seeds: tuple[int, ...] = (1, 2, 3),
+    tuning_seed: int = 0,
+    rates: tuple[float, ...] = (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2),
     rounds: int = PRESET.rounds,
-    learning_rate: float = 5e-3,
     out: Path | None = None,
     actors: int | None = None,
+    smoke: bool = False,
 ) -> None:
-    """Fine-tune with each rule and compare; runs that are in OUT already are not repeated.
+    """Tune each rule, fine-tune with its best rates and compare; runs that are in OUT already are not repeated.
 
     Args:
-        seeds: one run of each rule for each.
+        seeds: one run of each rule for each, in the report.
+        tuning_seed: the seed that learning rates are chosen on.
+        rates: the learning rates to choose from.
         rounds: communication rounds.
-        learning_rate: of all of them.
         out: directory of the runs; by default runs/lora-rules-DATE-TIME.
         actors: client actors of a run; 0 trains in this process, without Ray.
+        smoke: try it out, with one round, two rates, one seed and few samples.
     """
+    if tuning_seed in seeds:
+        raise fedray.UserError(f"--tuning-seed {tuning_seed} is one of the seeds of the report, which must be fresh.")
+    if smoke:
+        rounds, rates, seeds = 1, rates[1:3], seeds[:1]
     out = out or Path("runs") / time.strftime("lora-rules-%Y%m%d-%H%M%S")
-    rows = []
     with nullcontext() if actors == 0 else connected(None):
-        for seed in seeds:
-            task = replace(PRESET.task, train_data_dir=str(photos(out, seed)))
-            for name, rule in RULES.items():
-                config = replace(
-                    PRESET, task=task, seed=seed, rounds=rounds, algorithm=rule, keep_optimizer=False,
-                    learning_rate=learning_rate, validation_rounds=rounds, actors=actors,
-                )  # fmt: skip
-                print(f"\n{name}, seed {seed}")
-                directory = out / f"{name}-{seed}"
-                with progress(rounds) as (_, show):
-                    run = fedray.run(config, directory, resume=(directory / "config.json").exists(), show=show)
-                table = fedray.summary({name: directory}).iloc[0].to_dict()
-                error = float(np.mean([row["aggregation"]["error_mean"] for row in run.rows]))
-                rows.append(
-                    {"rule": name, "seed": seed, "aggregation error": error} | {str(k): v for k, v in table.items()}
-                )
-    frame = pd.DataFrame(rows)
-    frame.to_csv(out / "summary.csv", index=False)
-    names = ["aggregation error", "accuracy[digits]", "fd[digits]", "MB down", "MB up", "seconds"]
-    mean, std = (frame.groupby("rule", sort=False)[names].agg(what) for what in ("mean", "std"))
-    shown = Table("rule", *(name.replace("[", r"\[") for name in names))
-    for rule in mean.index:
-        cells = zip(mean.loc[rule], std.loc[rule].fillna(0), strict=True)
-        shown.add_row(str(rule), *(f"{value:.3g}" + (f" ± {spread:.2g}" if spread else "") for value, spread in cells))
+
+        def run(rule: str, rate: float, seed: int) -> dict[str, Any]:
+            base = replace(PRESET, keep_optimizer=False, rounds=rounds, validation_rounds=rounds, actors=actors)
+            base = replace(base, evaluate_samples=40, sampling_steps=4) if smoke else base
+            config = replace(base, seed=seed, learning_rate=rate, **RULES[rule])
+            config = replace(config, task=replace(config.task, train_data_dir=str(photos(out, seed))))
+            return finetune(config, out / f"{rule.replace(', ', '-')}-{rate:g}-{seed}", rule)
+
+        tuning = pd.DataFrame([run(rule, rate, tuning_seed) for rule in RULES for rate in rates])
+        tuning.to_csv(out / "tuning.csv", index=False)
+        chosen = best(tuning)
+        wanted = dict.fromkeys((rule, rate) for rule, by_metric in chosen.items() for rate in by_metric.values())
+        report = pd.DataFrame([run(rule, rate, seed) for rule, rate in wanted for seed in seeds])
+    report.to_csv(out / "summary.csv", index=False)
+    for metric in METRICS:
+        show(report, {rule: chosen[rule][metric] for rule in RULES}, metric)
+    print(f"tables    {out / 'tuning.csv'}, {out / 'summary.csv'}")
+
+
+def finetune(config: fedray.Config, directory: Path, rule: str) -> dict[str, Any]:
+    """One run, continued if it was begun before: a row of the tables."""
+    print(f"\n{rule}, learning rate {config.learning_rate:g}, seed {config.seed}")
+    with progress(config.rounds) as (_, show):
+        run = fedray.run(config, directory, resume=(directory / "config.json").exists(), show=show)
+    scores = fedray.summary({rule: directory}).iloc[0].to_dict()
+    error = float(np.mean([row["aggregation"]["error_mean"] for row in run.rows]))
+    about = {"rule": rule, "learning rate": config.learning_rate, "seed": config.seed, "aggregation error": error}
+    return about | {str(name): value for name, value in scores.items()}
+
+
+def best(tuning: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """The learning rate that is best by each metric, of each rule."""
+    chosen: dict[str, dict[str, float]] = {}
+    for rule, rows in tuning.groupby("rule", sort=False):
+        by_rate = rows.set_index("learning rate")
+        chosen[str(rule)] = {metric: getattr(by_rate[metric], which)() for metric, which in METRICS.items()}
+    return chosen
+
+
+def show(report: pd.DataFrame, rates: dict[str, float], metric: str) -> None:
+    """Mean and standard deviation over the seeds, of each rule at the rate that was chosen by a metric."""
+    shown = Table("rule", "learning rate", *(name.replace("[", r"\[") for name in SHOWN))
+    shown.title = f"rates chosen by {metric}".replace("[", r"\[")
+    for rule, rate in rates.items():
+        runs = report[(report["rule"] == rule) & (report["learning rate"] == rate)][SHOWN]
+        cells = zip(runs.mean(), runs.std(), strict=True)
+        text = [f"{mean:.3g}" + ("" if pd.isna(std) else f" ± {std:.2g}") for mean, std in cells]
+        shown.add_row(rule, f"{rate:g}", *text)
     Console().print(shown)
-    print(f"table     {out / 'summary.csv'}")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@
 import re
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
@@ -68,6 +70,28 @@ def test_the_digits_experiment_in_short(tmp_path):
     assert (tmp_path / "runs/federated-0/result.json").stat().st_mtime_ns == before
 
 
+def test_effects_of_clients_steps_and_images_are_told_apart():
+    """From scores made with known effects: +10 % for twice the clients, −20 % images, nothing of the steps."""
+    import same_steps
+
+    rng, rows = np.random.default_rng(0), []
+    for clients, steps, batch, seed in product((1, 2, 4, 8), (15, 30, 60), (32, 64), range(5)):
+        images = clients * 1200 * batch
+        score = 50 * 1.1 ** np.log2(clients) * 0.8 ** np.log2(images / 1e5) * np.exp(0.2 * seed + rng.normal(0, 0.05))
+        rows.append(
+            {"clients": clients, "local_steps": steps, "total.images": images, "seed": seed, "fd[digits]": score,
+             "round": 1, "rounds": 1, "complete": True, "sha256": str(len(rows))}
+        )  # fmt: skip
+    rounds = pd.DataFrame(rows)
+    found = same_steps.effects(rounds)
+    assert (found["low"] <= found["change"]).all()
+    for name, truth in {"clients": 10, "steps between averagings": 0, "images": -20}.items():
+        assert found.loc[name, "low"] < truth < found.loc[name, "high"]
+        assert found.loc[name, "high"] - found.loc[name, "low"] < 6
+    alone = same_steps.effects(rounds[rounds["total.images"] == rounds["clients"] * 1200 * 32])
+    assert list(alone.index) == ["clients", "steps between averagings"]  # clients and images rise together
+
+
 @pytest.mark.slow
 def test_the_samplers_experiment(tmp_path):
     flags = "--rounds 1 --local-steps 2 --evaluate-samples 0 --actors 0 --kid-subset-size 8"
@@ -93,12 +117,31 @@ def test_the_lora_experiment_in_short(tmp_path):
 
 @pytest.mark.slow
 def test_the_rules_of_adapters_in_short(tmp_path):
-    here = ["--rounds", 1, "--actors", 0, "--out"]
-    python(ROOT / "experiments/lora_rules.py", *here, tmp_path / "rules", cwd=tmp_path)
-    table = pd.read_csv(tmp_path / "rules/summary.csv").set_index("rule")
-    assert list(table.index) == ["fedavg", "ffa", "svd", "flora"]
-    assert table.loc["flora", "aggregation error"] < 1e-6 < table.loc["fedavg", "aggregation error"]
-    assert table.loc["ffa", "MB up"] < 0.6 * table.loc["fedavg", "MB up"]
+    command = [ROOT / "experiments/lora_rules.py", "--smoke", "--actors", 0, "--out", tmp_path / "rules"]
+    printed = python(*command, cwd=tmp_path)
+    assert "rates chosen by accuracy[digits]" in printed
+    tuning, report = (pd.read_csv(tmp_path / f"rules/{name}.csv") for name in ("tuning", "summary"))
+    rules = ["fedavg", "fedavg, kept", "ffa", "ffa, kept", "svd", "flora"]
+    assert list(dict.fromkeys(report["rule"])) == rules
+    assert set(tuning["seed"]) == {0}
+    assert set(report["seed"]) == {1}  # the report's seeds were not tuned on
+    for rule in rules:
+        tried = tuning[tuning["rule"] == rule].set_index("learning rate")
+        rates = {tried["accuracy[digits]"].idxmax(), tried["fd[digits]"].idxmin()}
+        assert set(report[report["rule"] == rule]["learning rate"]) == rates
+    first = report.groupby("rule").first()
+    assert first.loc["flora", "aggregation error"] < 1e-6 < first.loc["fedavg", "aggregation error"]
+    assert first.loc["ffa", "MB up"] == pytest.approx(first.loc["fedavg", "MB up"], rel=0.01)  # at twice the rank
+
+
+def test_learning_rates_are_chosen_by_each_metric():
+    import lora_rules
+
+    rows = [("fedavg", 1e-2, 0.5, 60), ("fedavg", 2e-2, 0.6, 70), ("ffa", 1e-2, 0.4, 50), ("ffa", 2e-2, 0.3, 55)]
+    table = pd.DataFrame(rows, columns=["rule", "learning rate", "accuracy[digits]", "fd[digits]"])
+    assert lora_rules.best(table) == {
+        "fedavg": {"accuracy[digits]": 2e-2, "fd[digits]": 1e-2}, "ffa": {"accuracy[digits]": 1e-2, "fd[digits]": 1e-2}
+    }  # fmt: skip
 
 
 @pytest.mark.slow

@@ -353,8 +353,9 @@ def test_killed_and_resumed_it_ends_in_the_same_table(tmp_path):
     assert len(results[0]) == 6 * 4
 
 
+CONTROLS = ("same_steps", "same_images")  # of which something is claimed: with five seeds and 2,048 samples
 SCRIPTS = (
-    "figure2", "figure3", "chosen", "clients_epochs", "same_steps", "data_amount", "centralised", "non_iid", "robust",
+    "figure2", "figure3", "chosen", "clients_epochs", *CONTROLS, "data_amount", "centralised", "non_iid", "robust",
     "compression", "partial", "methods",
 )  # fmt: skip
 
@@ -364,12 +365,18 @@ def test_experiments_ask_for_what_they_say(name):
     script = load_experiment(ROOT / f"experiments/{name}.py")
     found = expand(script.BASE, script.SPACE)
     assert f"fedray sweep experiments/{name}.py" in script.__doc__
-    assert {config.seed for config in found} == {0, 1, 2}
+    assert {config.seed for config in found} == set(range(5 if name in CONTROLS else 3))
     for config in found:
         config.check()
     if name == "same_steps":
-        steps = {(c.clients, c.rounds * c.steps(1792 // c.clients)) for c in found}
-        assert steps == {(2, 1120), (4, 1120), (8, 1120)}
+        assert {c.rounds * c.steps(1792 // c.clients) for c in found} == {1200}
+        assert len({(c.clients, c.local_steps, c.keep_optimizer) for c in found}) == 4 * 3 * 2
+        assert {(c.evaluate_samples, c.train_batch_size) for c in found} == {(2048, 32)}
+    if name == "same_images":
+        assert {c.rounds * c.local_steps * c.clients * c.train_batch_size for c in found} == {1200 * 256}
+        steps = load_experiment(ROOT / "experiments/same_steps.py")
+        shared = {c.sha256 for c in found} & {c.sha256 for c in expand(steps.BASE, steps.SPACE)}
+        assert len(shared) == 5  # eight clients: each seed's run is in both sweeps
     if name == "chosen":
         steps = {(c.clients, c.rounds * c.steps(1792 // c.clients)) for c in found}
         assert steps == {(4, 560), (1, 560)}
