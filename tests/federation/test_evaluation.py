@@ -183,6 +183,7 @@ def test_a_model_is_scored_on_several_draws(short, tmp_path):
     assert found["value"] == pytest.approx(np.mean(alone), rel=1e-5)
     assert found["std"] == pytest.approx(np.std(alone, ddof=1), rel=1e-3)
     assert (found["over"], found["n"], about["draws"]) == ("3 draws", 70, 3)
+    assert "draws" not in scores["fd[digits]/real"]
     assert scores["brightness"]["draws"] == [part.mean() for part in np.split(images, 3)]
     once = fedray.run(short, tmp_path / "once", metrics=METRICS).result["scores"]
     assert once["fd[digits]"]["value"] == found["draws"][0]
