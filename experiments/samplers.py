@@ -64,7 +64,7 @@ def main(asked: Question) -> None:
         grids[f"{sampler}-{steps}"] = fedray.grid(torch.from_numpy(found.images[:32]), columns=4)
     table = pd.DataFrame(rows).set_index("sampler")
     table.to_csv(asked.run / "samplers.csv")
-    names = [name for name in table if "@" not in name and "/" not in name]
+    names = [name for name in map(str, table) if "@" not in name and "/" not in name]
     shown = Table("sampler", *(name.replace("[", r"\[") for name in names))
     for name, values in table[names].iterrows():
         shown.add_row(str(name), *(f"{value:.3g}" for value in values))
