@@ -131,7 +131,7 @@ def test_the_rules_of_adapters_in_short(tmp_path):
         assert set(report[report["rule"] == rule]["learning rate"]) == rates
     first = report.groupby("rule").first()
     assert first.loc["flora", "aggregation error"] < 1e-6 < first.loc["fedavg", "aggregation error"]
-    assert first.loc["ffa", "MB up"] == pytest.approx(first.loc["fedavg", "MB up"], rel=0.01)  # at twice the rank
+    assert first.loc["ffa", "MB up"] == pytest.approx(first.loc["fedavg", "MB up"], rel=0.05)  # at twice the rank
 
 
 def test_learning_rates_are_chosen_by_each_metric():
