@@ -182,13 +182,8 @@ def _tables(chapter: Chapter) -> Iterable[dict[str, Any]]:
     score, free = decisive(done), chapter.varied
     if done["setting"].nunique() == 1 and all((Path(run) / "result.json").exists() for run in done["directory"]):
         rows = [
-            [
-                title_of(row["score"]),
-                pair(row["value"], row["std"]),
-                _text(row["over"]),
-                number(row["within"]),
-                *map(_text, (row["n"], row["note"])),
-            ]  # fmt: skip
+            [title_of(row["score"]), pair(row["value"], row["std"]), _text(row["over"]), number(row["within"])]
+            + [_text(row["n"]), _text(row["note"])]
             for row in score_table(done["directory"]).to_dict("records")
         ]
         if rows:
@@ -213,8 +208,7 @@ def _tables(chapter: Chapter) -> Iterable[dict[str, Any]]:
     titles = [title_of(name) for name in shown]
     caption = "After the last round: mean ± standard deviation over seeds, n samples each; difference to the best, "
     head = ["setting", "seeds", "n", titles[0], "difference", *titles[1:]]
-    together = f" (all {found.pairs} pairs at once)" if found.pairs > 1 else ""
-    yield _table(f"{caption}with its 95 % interval{together}", head, rows, [row[0] for row in rows].index(best))
+    yield _table(caption + "with its simultaneous 95 % interval", head, rows, [row[0] for row in rows].index(best))
 
 
 def _table(caption: str, head: list[str], rows: list[list[str]], best: int | None = None) -> dict[str, Any]:
