@@ -272,7 +272,7 @@ def test_celeba_trains_with_each_partition_and_the_report_is_right(celeba, tmp_p
     assert report["examples"].sum() == 40
     assert (report["train"] + report["held out"] + report["test"] == report["examples"]).all()
     assert np.abs(report["held out"] - 0.1 * counted.size().to_numpy()).max() < 1
-    assert abs(report["held out"].sum() - 0.1 * report["examples"].sum()) < 1
+    assert abs(report["held out"].sum() - 0.1 * report["examples"].sum()) <= 1  # a client with one example keeps it
     for name in ("Smiling", "Male"):
         assert report[name].to_numpy() == pytest.approx(
             counted[name].agg(lambda values: (values > 0).mean()).to_numpy()
