@@ -6,6 +6,9 @@ from .algorithms import Upload as Upload
 from .algorithms import Wrapper as Wrapper
 from .algorithms.attacks import Attack as Attack
 from .algorithms.attacks import Malicious as Malicious
+from .algorithms.cohorts import Cohort as Cohort
+from .algorithms.cohorts import Fixed as Fixed
+from .algorithms.cohorts import Poisson as Poisson
 from .algorithms.ditto import Ditto as Ditto
 from .algorithms.ema import EMA as EMA
 from .algorithms.fedavg import FedAvg as FedAvg
@@ -31,6 +34,7 @@ from .algorithms.robust import MultiKrum as MultiKrum
 from .algorithms.robust import NormBound as NormBound
 from .algorithms.robust import Trimmed as Trimmed
 from .algorithms.scaffold import Scaffold as Scaffold
+from .algorithms.secure import Secure as Secure
 from .cluster.alone import run_local_only as run_local_only
 from .cluster.driver import run as run
 from .cluster.trials import Experiment as Experiment
@@ -64,6 +68,8 @@ from .wire.bfloat16 import BFloat16 as BFloat16
 from .wire.feedback import Feedback as Feedback
 from .wire.float16 import Float16 as Float16
 from .wire.int8 import Int8 as Int8
+from .wire.privacy import Clip as Clip
+from .wire.privacy import Noise as Noise
 from .wire.randk import RandK as RandK
 from .wire.topk import TopK as TopK
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from fedray.errors import UserError, check_name
 from fedray.forms import Unloaded, check_types
-from fedray.menus import ALGORITHMS, FOLDS, LINKS, PARTITIONS, malicious_form
+from fedray.menus import ALGORITHMS, COHORTS, FOLDS, LINKS, PARTITIONS, malicious_form
+from fedray.privacy import release_of, rounds_within
 from fedray.vector.optimizer import LR_SCHEDULERS, Optimizer
 from fedray.wire import Link
 
@@ -24,12 +25,12 @@ LIMITS: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     ((
         "clients", "rounds", "local_epochs", "local_steps", "train_batch_size", "eval_batch_size", "learning_rate",
         "max_grad_norm", "cpus_per_actor", "client_timeout", "start_timeout", "gradient_accumulation_steps",
-        "validation_rounds", "checkpoint_every", "checkpoints_total_limit", "min_clients", "evaluate_every",
-        "evaluate_repeats", "ema_inv_gamma", "ema_power",
+        "validation_rounds", "checkpoint_every", "checkpoints_total_limit", "evaluate_every", "evaluate_repeats",
+        "ema_inv_gamma", "ema_power", "target_epsilon", "max_epsilon",
     ), lambda value: 0 < value < math.inf, "be above 0"),
     ((
         "evaluate_samples", "gpus_per_actor", "adam_weight_decay", "adam_epsilon", "actors", "lr_warmup_steps",
-        "client_retries",
+        "client_retries", "min_clients",
     ), lambda value: 0 <= value < math.inf, "not be negative"),
     (("ema_max_decay", "adam_beta1", "adam_beta2", "held_out_share", "test_share"), lambda value: 0 <= value < 1,
      "be at least 0 and below 1"),
@@ -53,10 +54,17 @@ def check(config: "Config") -> None:
             value = getattr(config, name)
             if value is not None and not fits(value):
                 raise UserError(f"{flag(name)} {value}: it must {must}.")
-    if config.min_clients > config.cohort_size:
+    if config.cohort is not None and config.fraction != 1:
+        raise UserError("--fraction and --cohort both say who takes part in a round; give one of them.")
+    config.drawn  # noqa: B018 (a fraction that is none)
+    if config.min_clients is not None and config.min_clients > config.cohort_size:
         raise UserError(f"--min-clients {config.min_clients}: only {config.cohort_size} take part in a round.")
-    if not 0 < config.fraction <= 1:
-        raise UserError(f"--fraction {config.fraction}: it must be above 0 and at most 1.")
+    most = config.cohort_size if config.drawn.rate is None else config.clients
+    if most > config.fold.most:
+        raise UserError(
+            f"--fold {FOLDS.form(config.fold)} can combine {config.fold.most:,} clients, and {most:,} may take part in "
+            f"a round: lower its bits or its limit."
+        )
     if config.gpus_per_actor > 1 and config.gpus_per_actor != int(config.gpus_per_actor):
         raise UserError(f"--gpus-per-actor {config.gpus_per_actor}: above 1 it must be a whole number.")
     if 0 < config.gpus_per_actor < 1 and abs(config.gpus_per_actor * round(1 / config.gpus_per_actor) - 1) > 0.03:
@@ -98,6 +106,7 @@ def check(config: "Config") -> None:
         raise UserError("--mixed-precision fp16 needs a GPU (--gpus-per-actor); on a CPU use bf16.")
     config.task.check(config.sampler, config.sampling_steps)
     _check_fit(config)
+    _check_privacy(config)
 
 
 def _check_malicious(config: "Config") -> None:
@@ -174,6 +183,7 @@ def _check_fit(config: "Config") -> None:
         )
     if not config.keep_optimizer or "plain sgd" in offered:
         offered |= {"fresh optimizer"}  # which remembers no earlier round
+    offered = offered.difference(*(link.hides for link in config.wire))
     needs = [(f"--algorithm {parts['algorithm']}", method.needs), (f"--fold {parts['fold']}", config.fold.needs)]
     needs += [(who, link.needs) for who, link in links.items()]
     if config.malicious is not None:
@@ -185,6 +195,55 @@ def _check_fit(config: "Config") -> None:
         for need, why in needed.items():
             if need not in offered:
                 raise UserError(f"{who} {why}.")
+
+
+def _check_privacy(config: "Config") -> None:
+    """Raise `UserError` where noise would not hide what it should."""
+    links = [LINKS.form(link) for link in config.wire]
+    bounds = [index for index, link in enumerate(config.wire) if link.bound is not None]
+    noises = [index for index, link in enumerate(config.wire) if link.private]
+    ranks = "adapters" in config.task_offers and "equal ranks" not in config.task_offers
+    if ranks and (bounds or noises or config.fold.uniform):
+        raise UserError("--rank: clips, noise and secure sums are for adapters of one rank; give one.")
+    for indices in (bounds, noises):
+        if len(indices) > 1:
+            raise UserError(f"--wire {links[indices[0]]},{links[indices[1]]}: once is enough.")
+    if noises and config.only_client is not None:
+        raise UserError(f"--wire {links[noises[0]]}: a client that trains alone is hidden in no sum.")
+    if noises and (not bounds or noises[0] < bounds[0]):
+        raise UserError(
+            f"--wire {links[noises[0]]}: nothing bounds the updates that it hides; put clip:NORM before it."
+        )
+    for index, link in enumerate(config.wire):
+        if bounds and (not link.contracts or index < bounds[0]):
+            raise UserError(
+                f"--wire {','.join(links)}: {links[index]} may lengthen what {links[bounds[0]]} has clipped; leave it "
+                f"out."
+                if not link.contracts
+                else f"--wire {','.join(links)}: put {links[bounds[0]]} first."
+            )
+    asked = [name for name in ("target_epsilon", "max_epsilon") if getattr(config, name) is not None]
+    if not noises:
+        if asked or config.secure_noise:
+            who = flag([*asked, "secure_noise"][0])
+            raise UserError(f"{who} is about noise: give --wire clip:NORM,noise:MULTIPLIER.")
+        return
+    if config.drawn.rate is None and not config.drawn.fixed:
+        cohort = COHORTS.form(config.drawn)
+        raise UserError(f"--cohort {cohort}: no ε is known for cohorts drawn so; use fixed:FRACTION or poisson:RATE.")
+    given = config.wire[noises[0]].multiplier is not None
+    if given == (config.target_epsilon is not None):
+        raise UserError(
+            "--target-epsilon finds the noise's multiplier, and --wire noise:… gives one; leave one of them out."
+            if given else "--wire noise: give its multiplier (noise:1.0), or --target-epsilon to find it."
+        )  # fmt: skip
+    if not 0 < config.delta < 1:
+        raise UserError(f"--delta {config.delta}: it must be above 0 and below 1.")
+    release = release_of(config)
+    if config.max_epsilon is not None and release is not None:
+        fits = rounds_within(release, config.max_epsilon, config.delta, config.rounds)
+        if fits < config.rounds:
+            raise UserError(f"--max-epsilon {config.max_epsilon:g} is enough for {fits} of {config.rounds} rounds.")
 
 
 def flag(name: str) -> str:

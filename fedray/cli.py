@@ -1,4 +1,4 @@
-"""The command line: fedray train, finetune, sample, evaluate, sweep, report and cache."""
+"""The command line: fedray train, finetune, sample, evaluate, audit, sweep, report and cache."""
 
 import importlib
 import signal
@@ -6,7 +6,7 @@ import sys
 
 import fedray
 
-COMMANDS = ("train", "finetune", "sample", "evaluate", "sweep", "report", "cache")
+COMMANDS = ("train", "finetune", "sample", "evaluate", "audit", "sweep", "report", "cache")
 USAGE = """fedray simulates federated training of diffusion models on Ray.
 
   fedray train [--preset digits] [--clients 4] [--rounds 20] …   train, and write a run directory
@@ -14,6 +14,7 @@ USAGE = """fedray simulates federated training of diffusion models on Ray.
   fedray finetune --pretrained-model-name-or-path SD …           fine-tune Stable Diffusion by LoRA
   fedray sample RUN [--num-images 64] [--out FILE]               draw images from a run's model
   fedray evaluate RUN|PIPELINE|FOLDER [--features inception] …   score a model, or images
+  fedray audit RUN [--images 1000]                               attack a run's model: what does it tell of its data?
   fedray sweep experiments/figure2.py [--smoke] [--resume] …     train many runs that differ, and compare them
   fedray report RUN|SWEEP… [--open]                              make one page of them, to look at
   fedray cache [--clean] [--unused-days 30]                      list or remove what this machine has cached

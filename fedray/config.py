@@ -12,8 +12,10 @@ from typing import Annotated, Any
 
 import tyro
 
+from fedray import menus
 from fedray.algorithms import Algorithm
 from fedray.algorithms.attacks import Malicious
+from fedray.algorithms.cohorts import Cohort, Fixed
 from fedray.algorithms.ema import EMA
 from fedray.algorithms.fedavg import FedAvg
 from fedray.algorithms.folds import Fold, Mean
@@ -21,25 +23,7 @@ from fedray.checks import check
 from fedray.data.partition import IID, Partition
 from fedray.errors import UserError
 from fedray.forms import find_sources
-from fedray.menus import (
-    ALGORITHMS,
-    EXACT,
-    FOLDS,
-    FORMS,
-    LINKS,
-    PARTITIONS,
-    TEXTS,
-    malicious_form,
-    name_or_none,
-    parse_malicious,
-    parse_wire,
-    parse_wire_down,
-    saved_features,
-    wire_down_form,
-    wire_form,
-    word,
-    words_of,
-)
+from fedray.menus import word, words_of
 from fedray.scores import networks
 from fedray.tasks import Task
 from fedray.tasks.ddpm import DDPM
@@ -66,7 +50,9 @@ class Config:
     """C, how many clients hold the data. One client is centralised training."""
     fraction: float = 1.0
     """Share of the clients that take part in a round, drawn anew each round; in (0, 1]."""
-    partition: Annotated[Partition, words_of(PARTITIONS)] = IID()
+    cohort: Annotated[Cohort | None, word(menus.parse_cohort, menus.cohort_form, "fixed|poisson")] = None
+    """Who takes part, in place of a fraction: fixed:FRACTION, or poisson:RATE (each client with that probability)."""
+    partition: Annotated[Partition, words_of(menus.PARTITIONS)] = IID()
     """Who holds which examples: iid, quantity:ALPHA (skewed sizes), by-label, by-attribute:COLUMN, by-folder (or
     identity), or dirichlet:ALPHA[:COLUMN] (the smaller ALPHA, the more skewed)."""
     held_out_share: float = 0.0
@@ -79,29 +65,29 @@ class Config:
     """Train this client alone, on its part of the partition: what it would reach without the others."""
     rounds: int = 10
     """T, communication rounds."""
-    algorithm: Annotated[Algorithm, words_of(ALGORITHMS), tyro.conf.arg(aliases=["--rule"])] = FedAvg()
+    algorithm: Annotated[Algorithm, words_of(menus.ALGORITHMS), tyro.conf.arg(aliases=["--rule"])] = FedAvg()
     """The federated method: fedavg, fedavgm, fedadagrad, fedadam, fedyogi, fedprox, fedprox-adaptive, scaffold or
     fednova, with values in order or by name, as fedadam:0.01:tau=0.1; of adapters (which fedavg averages as A and B
     apart) also ffa (A is frozen), rolora (A and B by turns), svd (the best factors of the mean of B A), fedex (what
     fedavg loses goes into the base), flora (stacking; the mean of B A goes into the base) or raflora (unequal ranks);
-    ema:DECAY:ALGORITHM; ditto:LAMBDA:ALGORITHM (each client has a model of its own beside); or a class of your own,
+    ema:DECAY:ALGORITHM; ditto:LAMBDA:ALGORITHM (each client has a model of its own beside); or your own,
     FILE.py:CLASS:VALUES. See docs/methods.md."""
-    fold: Annotated[Fold, words_of(FOLDS)] = Mean()
-    """How the uploads of a round become one: mean; against malicious clients median, trimmed:BETA, krum:F,
-    multikrum:F[:M] or normbound:NORM; or a class of your own, FILE.py:CLASS:VALUES."""
+    fold: Annotated[Fold, words_of(menus.FOLDS)] = Mean()
+    """How uploads become one: mean; against malicious clients median, trimmed:BETA, krum:F, multikrum:F[:M] or
+    normbound:NORM; secure:THRESHOLD (a sum of masked uploads); or your own, FILE.py:CLASS:VALUES."""
     weights: str = "examples"
     """What a client counts for in means: examples (as many as it trains on) or uniform (all alike)."""
     wire: Annotated[
         tuple[Link, ...],
-        word(parse_wire, wire_form, "|".join([*EXACT, *LINKS.classes])),
+        word(menus.parse_wire, menus.wire_form, "|".join([*menus.EXACT, *menus.LINKS.classes])),
         tyro.conf.arg(aliases=["--codec"]),
     ] = ()
     """How weights travel: float32 (exact), float16 or bfloat16 (half the bytes), int8 (a quarter), up alone also
-    topk:SHARE, randk:SHARE and feedback:LINK (what a link does not send is added the next time), links separated by
-    commas, and your own by FILE.py:CLASS:VALUES."""
-    wire_down: Annotated[tuple[Link, ...] | None, word(parse_wire_down, wire_down_form, "LINKS")] = None
+    topk:SHARE, randk:SHARE and feedback:LINK (what a link does not send is added the next time), clip:NORM and
+    noise:MULTIPLIER (differential privacy), links separated by commas, your own by FILE.py:CLASS:VALUES."""
+    wire_down: Annotated[tuple[Link, ...] | None, word(menus.parse_wire_down, menus.wire_down_form, "LINKS")] = None
     """How weights travel to clients, if not as `wire` says: float32, float16, bfloat16 or int8."""
-    malicious: Annotated[Malicious | None, word(parse_malicious, malicious_form, "SHARE:ATTACK")] = None
+    malicious: Annotated[Malicious | None, word(menus.parse_malicious, menus.malicious_form, "SHARE:ATTACK")] = None
     """Share of clients that are malicious, and what they do: 0.2:signflip (they send the opposite change),
     0.2:noise:SCALE (Gaussian noise) or 0.2:labelflip (they train on wrong labels)."""
     share: str | None = None
@@ -109,6 +95,14 @@ class Config:
     client's own, trained and kept by it. None shares all."""
     keep_local: str | None = None
     """Keep parameters whose names match this regular expression each client's own, as norm for the norms."""
+    target_epsilon: float | None = None
+    """Find the least noise that proves this ε for the whole run (--wire clip:NORM,noise)."""
+    delta: float = 1e-5
+    """δ of differential privacy, below one over the number of clients."""
+    max_epsilon: float | None = None
+    """Stop before a round that would exceed this ε at δ."""
+    secure_noise: bool = False
+    """Draw the noise from the system's randomness, not from the run's seed: such a run cannot be repeated."""
     use_ema: bool = False
     """Keep an exponential moving average of the global model at the server, and sample from it."""
     ema_max_decay: float = 0.9999
@@ -185,7 +179,7 @@ class Config:
     """Save the state every so many rounds, and after the last; rows are written, and shown, once it is saved."""
     checkpoints_total_limit: int = 1
     """How many of the last checkpoints are kept."""
-    features: Annotated[str | None, word(name_or_none, str, "NAME")] = None
+    features: Annotated[str | None, word(menus.name_or_none, str, "NAME")] = None
     """Features that scores are measured on: inception (inception-768, -192, -64), digits (a small classifier of
     digits), clip:FOLDER, dinov2:FOLDER, a TorchScript FILE.pt, a Python function MODULE:FUNCTION or
     FILE.py:FUNCTION; None for no score."""
@@ -209,8 +203,8 @@ class Config:
     """Seconds for an actor to start: each imports torch, and a cold disk serves them sequentially."""
     client_retries: int = 0
     """How often a client that fails (an error, weights that are not finite) is done again before it is left out."""
-    min_clients: int = 1
-    """Clients of a round that must not be left out; with fewer the run stops, and can be resumed."""
+    min_clients: int | None = None
+    """Clients of a round that must not be left out, or the run stops; by default 1, and 0 where rounds may be empty."""
 
     def __post_init__(self) -> None:
         # Actors and resumed runs have other working directories.
@@ -220,7 +214,7 @@ class Config:
             object.__setattr__(self, "wire", tuple(self.wire))
         if isinstance(self.inception_weights, (str, Path)):
             object.__setattr__(self, "inception_weights", str(Path(self.inception_weights).absolute()))
-        for name, parse in FORMS.items():
+        for name, parse in menus.FORMS.items():
             value = getattr(self, name)
             if isinstance(value, str):
                 object.__setattr__(self, name, parse(value, None))
@@ -255,8 +249,21 @@ class Config:
         return max(1, math.floor(self.cpus_per_actor))
 
     @property
+    def drawn(self) -> Cohort:
+        """How a round's clients are drawn."""
+        return self.cohort or Fixed(self.fraction)
+
+    @property
+    def least(self) -> int:
+        """How many clients of a round must not be left out."""
+        if self.min_clients is not None:
+            return self.min_clients
+        return 1 if self.drawn.rate is None or self.only_client is not None else 0
+
+    @property
     def cohort_size(self) -> int:
-        return 1 if self.only_client is not None else max(1, math.floor(self.fraction * self.clients + 0.5))
+        """Clients of a round; where their number is random, of a round of average size."""
+        return max(1, math.floor(self.drawn.expected(self.clients) + 0.5)) if self.only_client is None else 1
 
     def steps(self, examples: int) -> int:
         """Return the optimizer steps in one round of a client with this number of examples."""
@@ -320,7 +327,11 @@ class Config:
     def to_json(self) -> dict[str, Any]:
         """Return a dictionary that JSON can hold, with the short forms of what was chosen by name."""
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
-        return values | {name: form(values[name]) for name, form in TEXTS.items()} | {"task": task_to_json(self.task)}
+        return (
+            values
+            | {name: form(values[name]) for name, form in menus.TEXTS.items()}
+            | {"task": task_to_json(self.task)}
+        )
 
     @property
     def sha256(self) -> str:
@@ -340,8 +351,8 @@ class Config:
         unknown = [key for key in values if key not in {item.name for item in dataclasses.fields(cls)}]
         if unknown:
             raise UserError(f"this run is of another version of fedray: it has a setting {unknown[0]!r}.")
-        parsed = {name: parse(values[name], allowed) for name, parse in FORMS.items() if name in values}
-        parsed["features"] = saved_features(values.get("features"), allowed)
+        parsed = {name: parse(values[name], allowed) for name, parse in menus.FORMS.items() if name in values}
+        parsed["features"] = menus.saved_features(values.get("features"), allowed)
         # A cluster is joined where the user says so: on the command line, or by RAY_ADDRESS.
         parsed["address"] = None
         return cls(**{**values, **parsed, "task": task_from_json(values["task"], allowed)})

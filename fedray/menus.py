@@ -8,6 +8,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from fedray.algorithms import Algorithm
 from fedray.algorithms.attacks import Attack, Malicious
+from fedray.algorithms.cohorts import Cohort
 from fedray.algorithms.folds import Fold
 from fedray.data.partition import Partition
 from fedray.errors import UserError
@@ -17,6 +18,7 @@ from fedray.vector.optimizer import Optimizer
 from fedray.wire import Link
 
 ALGORITHMS = Menu("algorithm", Algorithm, "fedray.algorithms")
+COHORTS = Menu("cohort", Cohort, "fedray.algorithms.cohorts")
 FOLDS = Menu("fold", Fold, "fedray.algorithms")
 ATTACKS = Menu("attack", Attack, "fedray.algorithms.attacks")
 LINKS = Menu("link", Link, "fedray.wire")
@@ -80,6 +82,16 @@ def malicious_form(chosen: Malicious | None) -> str | None:
     return None if chosen is None else f"{chosen.share}:{ATTACKS.form(chosen.attack)}"
 
 
+def parse_cohort(text: str, allowed: Collection[Path] | None = None) -> Cohort | None:
+    """Make a cohort from its short form; None is a fraction of the clients."""
+    return None if text in (None, "None") else COHORTS.parse(text, allowed)
+
+
+def cohort_form(cohort: Cohort | None) -> str:
+    """Return the inverse of `parse_cohort`."""
+    return "None" if cohort is None else COHORTS.form(cohort)
+
+
 def saved_features(name: str | None, allowed: Collection[Path]) -> Any:
     """Return features that a run was scored on; of code (Python, TorchScript) that may not run, an `Unloaded`."""
     if name is None or not networks.network_of(name).runs_code or Path(name.partition(":")[0]).resolve() in allowed:
@@ -94,10 +106,11 @@ def _optimizer(text: str, allowed: Collection[Path] | None) -> Optimizer:
 # Settings that have a short form: how it is read, given the files that may run, and how it is written.
 FORMS: dict[str, Any] = {
     "partition": PARTITIONS.parse, "algorithm": ALGORITHMS.parse, "fold": FOLDS.parse, "wire": parse_wire,
-    "wire_down": parse_wire_down, "malicious": parse_malicious, "optimizer": _optimizer,
+    "cohort": parse_cohort, "wire_down": parse_wire_down, "malicious": parse_malicious, "optimizer": _optimizer,
 }  # fmt: skip
 TEXTS: dict[str, Any] = {
     "partition": PARTITIONS.form, "algorithm": ALGORITHMS.form, "fold": FOLDS.form, "wire": wire_form,
+    "cohort": lambda cohort: cohort and cohort_form(cohort),
     "wire_down": wire_down_form, "malicious": malicious_form,
     "optimizer": str,
     "features": lambda name: name and str(name),

@@ -28,7 +28,9 @@ class Round:
     """A communication round, as server and clients know it before it begins. It has no state.
 
     number: from 0;  cohort: the clients that are asked, ascending;  clients: how many there are in all;
-    weights: of each of the cohort in means of the model, whole numbers from the plan: its examples, or 1.
+    weights: of each of the cohort in means of the model, whole numbers from the plan: its examples, or 1;
+    expected: how many clients take part on average;  norm: that no update's norm exceeds;  deviation: of the noise on
+    their sum, and count_noise: on a count of clients, from the system's randomness if secure_noise.
     """
 
     number: int
@@ -38,6 +40,11 @@ class Round:
     weights: Mapping[int, int]
     layout: Layout
     adapters: Adapters | None = None  # what the vector means, where it is not a whole model
+    expected: float = 0.0
+    norm: float = math.inf
+    deviation: float = 0.0
+    count_noise: float = 0.0
+    secure_noise: bool = False
 
     def weight(self, client: int, name: str) -> int:
         """Return a client's weight in the mean of the tensors of that name: that of the plan for the model, else 1."""

@@ -17,7 +17,7 @@ class EMA(Wrapper):
 
     The decay at step k, counted from 1 over the whole run, is 1 − (1 + (k − 1) / inv_gamma) ** −power, up to max_decay.
     Where one client trains, it takes the average at every step. Else the server takes it once a round, decayed for as
-    many steps as clients made on average.
+    many steps as clients made on average; for one where it may not know them (noise).
     """
 
     max_decay: float = 0.9999
@@ -66,7 +66,7 @@ class EMA(Wrapper):
     def aggregate(self, server: Tensors, folded: Folded, round: Round) -> Tensors:
         after = self.algorithm.aggregate(server, folded, round)
         examples = sum(rows["examples"] for _, rows in folded.rows)
-        mean = sum(rows["examples"] * rows["steps"] for _, rows in folded.rows) / examples
+        mean = sum(rows["examples"] * rows["steps"] for _, rows in folded.rows) / max(1, examples)
         steps, before = max(1, int(math.floor(mean + 0.5))), int(server["ema/steps"])
         if "ema/model" in folded.sums:
             average = folded.mean("ema/model")

@@ -23,6 +23,7 @@ class Fold:
 
     abstract = False  # not to be named by users
     bound: float = math.inf  # values must be smaller; a client that sends others (or NaN) has failed
+    uniform = False  # clients must count alike, whatever the number of their examples
     differences = False  # uploads are changes from what clients received, also where the wire is exact
 
     @property
@@ -43,6 +44,19 @@ class Fold:
     def offers(self) -> frozenset[str]:
         """Properties that others may require: "sums" where it adds up, "uploads" where it keeps them beside."""
         return frozenset()
+
+    def step(self, round: Round) -> float:
+        """Return the unit to which it rounds each value, 0 where rounding is below 2^−20 of what matters."""
+        return 0.0
+
+    @property
+    def most(self) -> float:
+        """How many clients of a round it can combine."""
+        return math.inf
+
+    def seal(self, payload: dict[str, np.ndarray], round: Round, client: int) -> dict[str, np.ndarray]:
+        """Return a client's message as it leaves the client: the client's half, for what the server must not see."""
+        return payload
 
     def start(self, round: Round) -> Any:
         """Return the partial of no upload."""

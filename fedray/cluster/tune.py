@@ -213,7 +213,8 @@ def _train(
                 scores = {name: score["value"] for name, score in row["scores"].items()}
                 if asha is not None and scores:
                     check_name("score", asha, scores)
-                told = {"round": row["round"], "images": images, "loss": row["loss"]}
+                loss = math.nan if row["loss"] is None else row["loss"]  # of an empty round
+                told = {"round": row["round"], "images": images, "loss": loss}
                 # Nothing to stop a trial by once it has trained to its end: its model is yet to be saved.
                 tune.report(told | (scores if row["round"] < config.rounds else {}))
     except Exception as error:

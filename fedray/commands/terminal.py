@@ -72,9 +72,10 @@ def progress(
                 else f"\n  {lost['reason']}"
                 for lost in row.get("lost", ())
             ]
+            loss = "no client" if row["loss"] is None else f"loss {row['loss']:.4f}"
             bar.console.print(
-                f"{who}round {row['round']}/{rounds}  loss {row['loss']:.4f}  {row['seconds']['round']:.1f} s  "
-                f"{(row['bytes_down'] + row['bytes_up']) / 1e6:.1f} MB",
+                f"{who}round {row['round']}/{rounds}  {loss}  {row['seconds']['round']:.1f} s  "
+                f"{(row['bytes_down'] + row['bytes_up']) / 1e6:.1f} MB{_spent(row.get('privacy', {}))}",
                 *again,
                 *cost,
                 *(f"\n  client {client['client']} left out: {client['outcome']}" for client in failed),
@@ -110,6 +111,14 @@ def print_frame(frame: pd.DataFrame) -> None:
     for name, values in frame.iterrows():
         table.add_row(escape(str(name)), *map(escape, values))
     Console().print(table)
+
+
+def _spent(privacy: dict[str, float | None]) -> str:
+    if not privacy:
+        return ""
+    return (
+        "  no ε: no noise" if privacy["epsilon"] is None else f"  ε {privacy['epsilon']:.3g} (δ {privacy['delta']:g})"
+    )
 
 
 def _number(value: float) -> str:

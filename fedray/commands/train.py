@@ -18,6 +18,7 @@ from fedray.config import Config
 from fedray.errors import Detached, RunError, UserError, check_name
 from fedray.forms import files_named
 from fedray.presets import PRESETS
+from fedray.privacy import epsilon, release_of
 from fedray.record.run import Run
 from fedray.tasks.named import task_class
 
@@ -151,11 +152,12 @@ def _print_plan(config: Config) -> None:
         "rounds": f"{config.rounds}",
         "actors": f"{actors}, {config.cpus_per_actor:g} CPUs and {config.gpus_per_actor:g} GPUs each",
         "parameters": f"{plan.layout.size:,}",
-        "steps": f"{sum(map(sum, steps)):,} in all; {sum(map(max, steps)):,} sequential",
+        "steps": f"{sum(map(sum, steps)):,} in all; {sum(max(each, default=0) for each in steps):,} sequential",
         "bytes": f"{planned.down:,} down to a client in a round, {planned.up:,} up",
         "bytes in all": f"{down / 1e6:,.1f} MB down, {planned.up * messages / 1e6:,.1f} up",
         **({"uploads kept": f"{kept / 1e6:,.1f} MB at the driver"} if kept else {}),
         **({"malicious": ", ".join(map(str, sorted(plan.malicious)))} if plan.malicious else {}),
+        **_privacy_planned(config),
     }.items():
         table.add_row(name, value)
     Console().print(table)
@@ -164,3 +166,16 @@ def _print_plan(config: Config) -> None:
         for client, size in enumerate(sizes):
             clients.add_row(str(client), f"{size:,}", f"{config.steps(int(size)):,}")
         Console().print(clients)
+
+
+def _privacy_planned(config: Config) -> dict[str, str]:
+    """Say what noise will prove after some of the rounds, and after all."""
+    release = release_of(config)
+    if release is None:
+        return {}
+    some = sorted({max(1, config.rounds * share // 10) for share in (1, 2, 5, 10)})
+    spent = ", ".join(f"{epsilon({release: rounds}, config.delta):.3g} after {rounds:,}" for rounds in some)
+    return {
+        "privacy": f"noise of {release.multiplier:.4g} times the clip; {release.neighbours}, δ = {config.delta:g}",
+        "ε": f"{spent} rounds",
+    }

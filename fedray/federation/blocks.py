@@ -85,7 +85,7 @@ def _train_and_fold(worker: Worker, inputs: tuple[Shared, Any], job: TrainJob) -
 def check_values(tensors: Tensors, bound: float) -> None:
     """Raise `FloatingPointError` unless all values are finite, and smaller than what the fold can add up."""
     for name, tensor in tensors.items():
-        if not tensor.numel():
+        if not tensor.numel() or not tensor.is_floating_point():
             continue
         low, high = map(float, torch.aminmax(tensor))  # NaN where there is one
         if not -bound < low <= high < bound:

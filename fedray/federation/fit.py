@@ -38,6 +38,7 @@ from fedray.record.checkpoint import State
 from fedray.record.resume import check_resumable
 from fedray.record.run import Row, Run
 from fedray.record.saver import Saver
+from fedray.record.spending import Spending
 from fedray.record.trackers import Trackers
 from fedray.record.trackers.tensorboard import TensorBoard
 from fedray.scores.nearest import LOOKED_AT
@@ -93,6 +94,9 @@ def fit(session: Session, provenance: dict[str, Any], resume: bool = False) -> I
         run.extend(config.rounds)
     with run.locked(), _disk(run), Saver(run) as saver:
         _draw_partition(run.directory, plan)
+        if plan.release is not None:
+            spending = Spending(run.directory, plan.release, config.delta, config.max_epsilon)
+            session = replace(session, spending=spending)
         state, row = run.state(plan.layout, memories=True), None
         if state is None:
             state = State(0, config.method.init(plan.initial, plan.layout))
@@ -246,7 +250,7 @@ def _finish(session: Session, state: State) -> None:
         "delivered_sha256": vector.sha256(torch.cat(list(delivered.values()))),
         "state_sha256": vector.sha256_of(state.tensors),
         "rounds": state.round,
-        "loss": rows[-1]["loss"],
+        "loss": next((row["loss"] for row in reversed(rows) if row["loss"] is not None), None),
         "scores": rows[-1]["scores"],
         "evaluation": rows[-1]["evaluation"],
         "held_out": rows[-1]["held_out"],
@@ -257,5 +261,7 @@ def _finish(session: Session, state: State) -> None:
             sum(row["seconds"].get(k, 0) for k in ("round", "validate", "save", "evaluate")) for row in rows
         ),
     }
+    if session.spending is not None:
+        result["privacy"] = session.spending.report(config.secure_noise)
     run.write_card(config, result)
     run.finish(result)

@@ -238,6 +238,7 @@ def client_update(worker: Worker, shared: Shared, job: TrainJob) -> tuple[Row, T
         sent["model"] = sent["model"] - received["model"]
     links = {name: tensor.cpu() for name, tensor in memory.items() if name.startswith("link")}
     payload, kept_by_links = wire.encode(left_out(sent, job.client, round), links, round, job.client)
+    payload = config.fold.seal(payload, round, job.client)
     row = {
         "client": job.client, "examples": local.examples, "steps": local.steps, "images": local.images,
         "loss": local.loss_sum.item() / local.batches, "bytes_up": counted(payload, method.uncounted),

@@ -1,10 +1,12 @@
 """The plan of a run, worked out without training anything."""
 
+from __future__ import annotations
+
 import hashlib
 import os
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,16 +17,17 @@ from fedray.algorithms import Round, Rows, Tensors, Upload
 from fedray.config import Config
 from fedray.data.dataset import Dataset
 from fedray.data.partition import Shards, hold_out
-from fedray.errors import UserError
-from fedray.federation import cohort
+from fedray.errors import UserError, reason
 from fedray.federation.ranks import filled_in, left_out
 from fedray.federation.worker import build, shared_part
-from fedray.menus import FOLDS
+from fedray.menus import ALGORITHMS, FOLDS
+from fedray.privacy import Release, release_of
 from fedray.scores import networks
 from fedray.seeds import generator
 from fedray.vector import Layout
 from fedray.vector.adapters import Adapters
 from fedray.wire import Payload, counted
+from fedray.wire.privacy import split
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +45,7 @@ class Plan:
     fingerprint: dict[str, str]  # of what else the task learns from
     features: str | None  # names the network that scores are measured on, and its weights
     adapters: Adapters | None  # what the vector means, where it is not a whole model
+    release: Release | None = None  # of a round with noise
     malicious: frozenset[int] = frozenset()  # clients
 
     def check(self, config: Config) -> None:
@@ -54,6 +58,8 @@ class Plan:
             )
         if config.malicious is not None:
             config.malicious.attack.poison(self.dataset)
+        if config.links.private or config.fold.uniform:
+            check_private(config, self)
 
     @property
     def data(self) -> dict[str, str]:
@@ -75,14 +81,28 @@ class Plan:
         """The dataset's images that no client trains on: held out, or kept for tests."""
         return np.concatenate([self.held_out.indices, self.test.indices])
 
-    def round(self, config: Config, number: int) -> Round:
-        """Return the round of that number, from 0: its cohort, and the weight of each client."""
+    def round(self, config: Config, number: int, server: Tensors | None = None) -> Round:
+        """Return the round of that number, from 0: its cohort, the weight of each client, and the noise.
+
+        Args:
+            server: its state, where the norm of updates follows from it; by default that before the first round.
+        """
         clients = cohort_of(config, number)
         links = (*config.wire, *(config.wire_down or ()))
-        uniform = config.weights == "uniform" or any(link.uniform for link in links)
+        uniform = config.weights == "uniform" or config.fold.uniform or any(link.uniform for link in links)
         weights = {client: 1 if uniform else len(self.shards[client]) for client in clients}
         count = 1 if config.single else config.clients
-        return Round(number, config.seed, tuple(clients), count, weights, self.layout, self.adapters)
+        norm = config.links.norm(server or {})
+        round = Round(
+            number, config.seed, tuple(clients), count, weights, self.layout, self.adapters,
+            expected=config.drawn.expected(config.clients), norm=norm, secure_noise=config.secure_noise,
+        )  # fmt: skip
+        if self.release is None:
+            return round
+        longest = norm + 0.5 * config.fold.step(round) * self.layout.size**0.5
+        counts = [link.noise_on_count(round) for link in config.wire if link.reports]
+        multiplier = split(self.release.multiplier, counts[0]) if counts else self.release.multiplier
+        return replace(round, deviation=multiplier * longest, count_noise=counts[0] if counts else 0.0)
 
     @property
     def parts(self) -> dict[str, Shards]:
@@ -124,6 +144,7 @@ def make_plan(config: Config, dataset: Dataset | None = None) -> Plan:
         features=scored,
         malicious=frozenset() if config.malicious is None else config.malicious.draw(config.seed, config.clients),
         adapters=getattr(learner, "adapters", None) if shared is None else None,
+        release=release_of(config),
     )
 
 
@@ -146,7 +167,7 @@ def steps_planned(config: Config, plan: Plan) -> list[list[int]]:
 def cohort_of(config: Config, number: int) -> list[int]:
     if config.only_client is not None:
         return [config.only_client]
-    return cohort.choose(config.clients, config.cohort_size, generator(config.seed, "cohort", number))
+    return config.drawn.draw(config.clients, generator(config.seed, "cohort", number))
 
 
 class PlannedBytes(NamedTuple):
@@ -185,12 +206,14 @@ def bytes_planned(config: Config, plan: Plan) -> PlannedBytes:
     """
     first, method, fold = _first_message(config, plan), config.method, config.fold
     round, local, wire = first.round, first.local, config.links
-    arrived = wire.decode(first.sent, round)
-    arrived = filled_in(arrived, local.client, round, first.received if wire.lossy else None)
-    weights = {name: max(1, round.weight(local.client, name)) for name in arrived}
     rows = {"examples": max(1, local.examples), "steps": local.steps, "loss": 0.0} | first.rows
+    few = round.cohort[: fold.least]
+    round = replace(round, cohort=few, weights={client: max(1, round.weights[client]) for client in few})
     partial = fold.start(round)
-    for client in round.cohort[: fold.least]:
+    for client in few:
+        arrived = wire.decode(fold.seal(first.plain, round, client), round)
+        arrived = filled_in(arrived, local.client, round, first.received if wire.lossy else None)
+        weights = {name: round.weight(client, name) for name in arrived}
         partial = fold.add(partial, Upload(client, arrived, weights, rows), round)
     after = method.aggregate(first.server, wire.finish(fold.result(partial, round), first.broadcast, round), round)
     later = wire.send(method.broadcast(after, plan.round(config, 1)), round)
@@ -205,14 +228,18 @@ class _Message(NamedTuple):
     broadcast: Tensors
     payload: Payload  # down
     received: Tensors
-    local: "Idle"
+    local: Idle
     rows: Rows
+    plain: Payload  # up, before the fold seals it
     sent: Payload  # up
     memory: Tensors  # what the client keeps, but for its optimizer and its own part of the model
 
 
 def _first_message(config: Config, plan: Plan) -> _Message:
-    round, method, wire = plan.round(config, 0), config.method, config.links
+    round, fold = plan.round(config, 0), config.fold
+    if len(round.cohort) < fold.least:  # as Poisson cohorts may be
+        round = replace(round, cohort=tuple(range(fold.least)), weights=dict.fromkeys(range(fold.least), 1))
+    method, wire = config.method, config.links
     server = method.init(plan.initial, plan.layout)
     broadcast = method.broadcast(server, round)
     payload = wire.send(broadcast, round)
@@ -223,9 +250,21 @@ def _first_message(config: Config, plan: Plan) -> _Message:
     tensors, rows, kept = method.upload(local, down, memory)
     if wire.lossy:
         tensors = tensors | {"model": tensors["model"] - received["model"]}
-    sent, kept_by_links = wire.encode(left_out(tensors, local.client, round), {}, round, local.client)
-    kept = {**kept, **kept_by_links}
-    return _Message(round, server, broadcast, payload, received, local, rows, sent, kept)
+    plain, kept_by_links = wire.encode(left_out(tensors, local.client, round), {}, round, local.client)
+    sent, kept = fold.seal(plain, round, local.client), {**kept, **kept_by_links}
+    return _Message(round, server, broadcast, payload, received, local, rows, plain, sent, kept)
+
+
+def check_private(config: Config, plan: Plan) -> None:
+    """Raise `UserError` for an algorithm that needs more of its clients than noise or a secure sum leaves."""
+    try:
+        bytes_planned(config, plan)
+    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
+        who = ALGORITHMS.form(config.algorithm)
+        raise UserError(
+            f"--algorithm {who} needs more of its clients than noise, or a secure sum, leaves of them: the mean of "
+            f"their models ({type(error).__name__}: {reason(error)})."
+        ) from error
 
 
 class Idle:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fedray.algorithms import Round
+from fedray.algorithms import Folded, Round, Rows
 from fedray.config import Config
 from fedray.errors import RunError
 from fedray.federation.blocks import Block, Pace, Queue, TrainBlock, train_block
@@ -26,6 +26,7 @@ from fedray.federation.worker import Shared, model, threads
 from fedray.menus import FOLDS
 from fedray.record.checkpoint import State
 from fedray.record.run import Row, Run
+from fedray.record.spending import Spending
 from fedray.vector import as_tensor
 from fedray.wire import Payload, counted
 
@@ -41,6 +42,7 @@ class Session:
     show: Show = silent
     metrics: Mapping[str, Metric] = field(default_factory=dict)  # scores of the user's own, by name
     pace: Pace = field(default_factory=Pace)
+    spending: Spending | None = None  # of privacy
 
 
 def run_round(session: Session, state: State) -> Generator[None, None, tuple[State, Row]]:
@@ -52,7 +54,9 @@ def run_round(session: Session, state: State) -> Generator[None, None, tuple[Sta
     """
     config, server = session.config, state.tensors
     method, fold, wire = config.method, config.fold, config.links
-    round = session.plan.round(config, state.round)
+    round = session.plan.round(config, state.round, server)
+    if session.spending is not None:
+        session.spending.check(round)
     started, queue, ledger = time.perf_counter(), Queue(round, config.client_retries), Ledger(round)
     broadcast = method.broadcast(server, round)
     nodes = session.pool.nodes
@@ -71,15 +75,23 @@ def run_round(session: Session, state: State) -> Generator[None, None, tuple[Sta
         ledger.add(block.rows)
         ledger.folding += time.perf_counter() - began
         yield
-    ledger.check(config.min_clients, f"--min-clients {config.min_clients}")
-    ledger.check(fold.least, f"the {fold.least} that --fold {FOLDS.form(fold)} needs")
+    ledger.check(config.least, f"--min-clients {config.least}")
+    if fold.least > 1:
+        ledger.check(fold.least, f"the {fold.least} that --fold {FOLDS.form(fold)} needs")
     with threads(config.threads):
-        folded = wire.finish(fold.result(partial, round), broadcast, round)
-        after = method.aggregate(server, folded, round)
-        found = method.diagnose(server, after, folded, round)
+        folded, after, found = Folded({}, {}, []), server, Rows()
+        if wire.private or ledger.took_part:  # of no client, without noise, the state passes
+            folded = fold.result(partial, round)
+        survivors = folded.survivors
+        spent = {} if session.spending is None else session.spending.release(round, survivors)
+        if wire.private or survivors:
+            kept = wire.learn(folded, round)
+            folded = wire.finish(folded, broadcast, round)
+            after = method.aggregate(server, folded, round) | kept
+            found = method.diagnose(server, after, folded, round)
     if config.malicious is not None:
-        found["malicious"] = len(session.plan.malicious.intersection(folded.survivors))
-    row = ledger.row(found, queue.losses + session.pool.losses())
+        found["malicious"] = len(session.plan.malicious.intersection(survivors))
+    row = ledger.row(found, queue.losses + session.pool.losses()) | {"privacy": spent}
     if row["ledger"]["actors_lost"]:
         row["ledger"]["nodes_lost"] = len(nodes - session.pool.nodes)
     row["seconds"]["round"] = time.perf_counter() - started
@@ -97,7 +109,7 @@ def train(session: Session, queue: Queue, down: Payload) -> Iterator[Block]:
     total, before = sum(map(steps, round.cohort)), 0
 
     def progress(done: int) -> None:
-        session.show("training", round.number + min(1, (before + max(0, done)) / total), config.rounds)
+        session.show("training", round.number + min(1, (before + max(0, done)) / max(1, total)), config.rounds)
 
     def job(client: int) -> TrainJob:
         memory = run.recall(client, run.generation(client, round.number))
@@ -147,13 +159,20 @@ class Ledger:
             if row["outcome"] != "ok":
                 self.failures.append((row["client"], row["outcome"], trace))
 
+    @property
+    def took_part(self) -> int:
+        """How many clients did."""
+        return len(self.rows) - len(self.failures)
+
     def check(self, least: int, what: str) -> None:
         """Raise `RunError` where fewer clients than that took part; `UserError` for a mistake of the user's own."""
-        took_part = len(self.rows) - len(self.failures)
+        took_part = self.took_part
         if took_part >= least:
             return
-        client, reason, trace = min(self.failures)
         number = self.round.number + 1
+        if not self.failures:
+            raise RunError(f"round {number}: only {took_part} clients were drawn, fewer than {what}.")
+        client, reason, trace = min(self.failures)
         if took_part == 0:
             raise failure(f"round {number}: no client returned a model. Client {client}: {reason}.", reason, trace)
         raise failure(
@@ -173,10 +192,10 @@ class Ledger:
         return {
             "round": self.round.number + 1,
             "cohort": list(self.round.cohort),
-            "loss": sum(row["examples"] * row["loss"] for row in took_part) / examples,
+            "loss": sum(row["examples"] * row["loss"] for row in took_part) / examples if examples else None,
             "examples": examples,
             "steps": sum(row["steps"] for row in took_part),
-            "sequential_steps": max(row["steps"] for row in took_part),
+            "sequential_steps": max((row["steps"] for row in took_part), default=0),
             "images": sum(row["images"] for row in took_part),
             "bytes_down": sum(row["bytes_down"] for row in self.rows),
             "bytes_up": sum(row["bytes_up"] for row in took_part),

@@ -15,7 +15,7 @@ ENDLESS = ("constant", "constant_with_warmup")  # schedules that do not depend o
 def check_resumable(run: Run, asked: Config) -> None:
     """Raise `UserError`, naming the setting, if `asked` differs from a run's configuration in more than placement."""
     check_format(run.saved, run.directory)
-    saved = run.saved["config"]
+    saved = Config().to_json() | run.saved["config"]  # what a version before a setting did is its default
     now = json.loads(json.dumps(asked.to_json(), default=str))  # tuples are lists in JSON
     if asked.rounds != saved["rounds"]:
         _check_rounds(run, asked)

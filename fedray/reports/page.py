@@ -320,6 +320,10 @@ def _costs(chapters: list[Chapter]) -> Iterable[dict[str, Any]]:
         head = ["setting", "bytes down, per client", "bytes up, per client", "MB a round", "MB a run"]
         yield _table(f"{of}Payloads per round: of a client; of all clients, both ways (and of a run)", head, sent)
         yield _table(f"{of}Seconds of a run, by phase", ["setting", *seconds.columns], spent)
+        if "privacy.epsilon" in rounds:
+            proved = rounds.groupby("setting", sort=False)[["privacy.epsilon", "privacy.delta", "privacy.multiplier"]]
+            lines = [[name, *map(number, values)] for name, *values in proved.max().itertuples()]
+            yield _table(f"{of}Privacy of clients at the end", ["setting", "ε", "δ", "noise over the clip"], lines)
 
 
 def _payload(directory: str, way: str) -> str:

@@ -1,6 +1,7 @@
 """Run directories as tables: one tidy frame of all rounds, and what is read from it."""
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -36,7 +37,7 @@ ROUND = {
     "bytes_up": int, "training_seconds": float,
 }  # fmt: skip
 TOTALS = ("total.sequential_steps", "total.images", "total.bytes", "total.training_seconds")
-GROUPS = ("seconds", "held_out", "aggregation", "ledger")  # prefixes of a round's numbers that have names of their own
+GROUPS = ("seconds", "held_out", "aggregation", "ledger", "privacy")  # prefixes of numbers that have names of their own
 SETTING = "setting"  # a column that reports add: what varies, in words
 
 
@@ -181,6 +182,7 @@ def summary(runs: Mapping[str, str | Path]) -> pd.DataFrame:
             "loss": result["loss"],
             **({"held-out loss": result["held_out"]["global"]} if result["held_out"] else {}),
             **{name: score["value"] for name, score in result["scores"].items()},
+            **({"ε": result["privacy"]["epsilon"] or math.inf} if "privacy" in result else {}),
             "passes": result["passes"],
             "sequential steps": result["sequential_steps"],
             "MB down": result["bytes_down"] / 1e6,
@@ -258,6 +260,8 @@ def _run(directory: Path, config: dict[str, Any], problems: list[str]) -> _Run:
             if row["round"] != number:
                 raise ValueError
             failed += [client for client in saved.get("clients", ()) if client.get("outcome", "ok") != "ok"][:1]
+            if math.isnan(row["loss"]) and rows:
+                row["loss"] = rows[-1]["loss"]  # nobody took part: the model is that of the round before, or noisier
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
             problems.append(f"{path} is damaged at line {number}; the rounds before it are read.")
             break
@@ -279,7 +283,7 @@ def _round(row: Row) -> Row:
     took = [client["seconds"] for client in row.get("clients", []) if client.get("seconds") is not None]
     row = row | {"training_seconds": max(took, default=None)}
     flat = {name: None if row.get(name) is None else kind(row[name]) for name, kind in ROUND.items()}
-    flat["round"], flat["loss"] = int(row["round"]), float(row["loss"])
+    flat["round"], flat["loss"] = int(row["round"]), math.nan if row.get("examples") == 0 else float(row["loss"])
     for group in GROUPS:
         numbers = {name: value for name, value in row.get(group, {}).items() if name != "clients"}
         flat |= {f"{group}.{name}": None if value is None else float(value) for name, value in numbers.items()}

@@ -35,6 +35,9 @@ class Link:
     sparse = False  # what it makes stands for other coordinates every time
     remembers = False  # its memory is about coordinates: no sparse link may come before
     diverges = False  # what arrives may be longer than what was sent: not to be corrected by feedback
+    contracts = False  # what arrives is never longer, in the Euclidean norm, than what was sent
+    private = False  # the sum is noisy, and all that the algorithm sees of its clients
+    multiplier: float | None = None  # of the bound: standard deviation of that noise; None where it is to be found
     tensors: tuple[str, ...] = ("model",)
 
     @property
@@ -45,6 +48,21 @@ class Link:
     @property
     def offers(self) -> frozenset[str]:
         """Properties that others may require."""
+        return frozenset()
+
+    @property
+    def bound(self) -> float | None:
+        """The Euclidean norm that no update exceeds that it sends; None where there is no such bound."""
+        return None
+
+    @property
+    def reports(self) -> tuple[str, ...]:
+        """Names of what travels beside its values and is added up, not restored."""
+        return ()
+
+    @property
+    def hides(self) -> frozenset[str]:
+        """Properties that others offer, and that do not hold with this link."""
         return frozenset()
 
     def send(self, x: torch.Tensor, round: Round) -> torch.Tensor | Tensors:
@@ -66,6 +84,14 @@ class Link:
         """Return the tensor [d] to be folded, from a payload that came up."""
         assert isinstance(payload, torch.Tensor)
         return payload
+
+    def noise_on_count(self, round: Round) -> float:
+        """Return the standard deviation of the noise on its reports, each of which is at most a half."""
+        return 0.0
+
+    def learn(self, told: Tensors, round: Round) -> Tensors:
+        """Return what the link keeps at the server ("norm": the next round's bound), from sums of its reports."""
+        return {}
 
     def finish(
         self, total: torch.Tensor, weight: float, round: Round, survivors: list[int]
@@ -120,7 +146,7 @@ class Wire:
             if links and x.numel() and not all(map(math.isfinite, torch.aminmax(x))):
                 raise FloatingPointError(f"the {name} that it sends is not finite (lower the learning rate?)")
             for index, link in links:
-                prefix = f"link{index}.{type(link).__name__.lower()}/" + ("" if name == "model" else f"{name}/")
+                prefix = _of_link(index, link) + ("" if name == "model" else f"{name}/")
                 own = {key.removeprefix(prefix): value for key, value in memory.items() if key.startswith(prefix)}
                 made, after = link.encode(x, own, round, client)
                 kept |= {prefix + key: value for key, value in after.items()}
@@ -133,7 +159,13 @@ class Wire:
         return _unpack(self.links, payload, round, "decode")
 
     def finish(self, folded: Folded, sent: Tensors, round: Round) -> Folded:
-        """Complete the sums; replace sums of differences from what was sent down by the model that they lead to."""
+        """Complete the sums; replace sums of differences from what was sent down by the model that they lead to.
+
+        Where they are private, noise is added to a sum of nothing too, and all else that clients sent is left out.
+        """
+        if self.private:
+            total = folded.sums.get("model", torch.zeros(len(sent["model"]), dtype=torch.float64))
+            folded = Folded({"model": total}, {"model": folded.weights.get("model", 0)}, [])
         for name in folded.sums:
             for _, link in reversed(_of(self.links, name)):
                 done = link.finish(folded.sums[name], folded.weights[name], round, folded.survivors)
@@ -144,6 +176,35 @@ class Wire:
             for upload in folded.uploads:
                 upload.tensors["model"] = sent["model"] + upload.tensors["model"]
         return folded
+
+    def learn(self, folded: Folded, round: Round) -> Tensors:
+        """Return what links keep at the server for the next round, by name, from what clients report beside values."""
+        kept: Tensors = {}
+        for index, link in _of(self.links, "model"):
+            if link.reports:
+                names = {key: f"model/{index}.{key}" for key in link.reports}
+                told = {key: folded.sums.get(name, torch.zeros(1, dtype=torch.float64)) for key, name in names.items()}
+                kept |= {_of_link(index, link) + key: value for key, value in link.learn(told, round).items()}
+        return kept
+
+    def norm(self, server: Tensors) -> float:
+        """The norm that no update exceeds in the next round."""
+        names = [_of_link(index, link) + "norm" for index, link in enumerate(self.links)]
+        return next((float(server[name]) for name in names if name in server), self.bound)
+
+    @property
+    def private(self) -> bool:
+        return any(link.private for link in self.links)
+
+    @property
+    def bound(self) -> float:
+        """The norm that no update exceeds."""
+        return next((link.bound for link in self.links if link.bound is not None), math.inf)
+
+
+def _of_link(index: int, link: Link) -> str:
+    """Return how names begin of what a link keeps."""
+    return f"link{index}.{type(link).__name__.lower()}/"
 
 
 def counted(payload: Payload, uncounted: frozenset[str]) -> int:
@@ -158,12 +219,13 @@ def _of(links: tuple[Link, ...], name: str) -> list[tuple[int, Link]]:
 
 def _unpack(links: tuple[Link, ...], payload: Payload, round: Round, verb: str) -> Tensors:
     message = {name: as_tensor(array) for name, array in payload.items()}
-    tensors = {}
+    tensors: Tensors = {}
     for name in [name for name in message if not _beside(name, message)]:
         x = message[name]
         for index, link in reversed(_of(links, name)):
             prefix = f"{name}/{index}."
             beside = {key.removeprefix(prefix): each for key, each in message.items() if key.startswith(prefix)}
+            tensors |= {prefix + key: beside.pop(key) for key in link.reports if key in beside}
             x = getattr(link, verb)({VALUES: x, **beside} if beside else x, round)
         tensors[name] = x
     return tensors

@@ -22,6 +22,7 @@ class TopK(Link):
 
     lossy = True
     sparse = True
+    contracts = True
 
     def __post_init__(self) -> None:
         check_share(self.share)

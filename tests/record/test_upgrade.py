@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import sha, train
 from safetensors.torch import load_file
 
 from fedray.cli import main
@@ -69,3 +70,16 @@ def test_what_todays_version_writes_is_read_as_it_is(toy_config):
     assert values["algorithm"] == "ema:0.5:fedavg"
     plain = Config(local_epochs=1, algorithm="ema:0.5", wire="float16")
     assert Config.from_json(json.loads(json.dumps(plain.to_json()))) == plain
+
+
+def test_a_run_that_was_begun_before_a_setting_existed_goes_on(toy_config, tmp_path):
+    config = toy_config(evaluate_samples=0)
+    train(config, tmp_path / "run", rounds=1)
+    path = tmp_path / "run/config.json"
+    saved = json.loads(path.read_text())
+    for name in ("cohort", "target_epsilon", "delta", "max_epsilon", "secure_noise"):
+        del saved["config"][name]
+    path.write_text(json.dumps(saved))
+    train(config, tmp_path / "run", resume=True)
+    train(config, tmp_path / "whole")
+    assert sha(tmp_path / "run") == sha(tmp_path / "whole")

@@ -62,6 +62,15 @@ SETTINGS = {
     },
     "ditto, sparse": {"algorithm": "ema:0.9:ditto:0.5", "wire": "feedback:topk:0.25", "keep_optimizer": True},
     "flora, warm": {"adapters": True, "algorithm": "flora:warm=true"},
+    "poisson": {"cohort": "poisson:0.5", "fraction": 1.0},
+    "secure sums": {"fold": "secure:0.5", "algorithm": "scaffold", "optimizer": "sgd"},
+    "secure sums, noise": {"fold": "secure:0.5:bits=24:limit=1", "wire": "clip:0.3,noise:0.5"},
+    "adaptive clip, secure sums": {"wire": "clip:0.3:quantile=0.5:count_noise=2,noise:0.5", "fold": "secure:0.5"},
+    "noise": {"wire": "clip:0.3,noise:0.5"},
+    "poisson, average of momentum, noise by layers": {
+        "cohort": "poisson:0.5", "fraction": 1.0, "algorithm": "ema:0.9:fedavgm:0.1",
+        "wire": "clip:0.3:per_layer=true,noise:0.5",
+    },
 }  # fmt: skip
 
 
@@ -69,7 +78,8 @@ SETTINGS = {
 def config(request, toy_config):
     """Six clients, of whom two thirds take part in a round, and one fails whenever it does."""
     toy = {"labels": 6, "failing": (2,)}
-    return toy_config(**toy, fraction=0.67, rounds=4, learning_rate=0.05, evaluate_samples=0, **SETTINGS[request.param])
+    toy |= {"fraction": 0.67, "rounds": 4, "learning_rate": 0.05, "evaluate_samples": 0}
+    return toy_config(**toy | SETTINGS[request.param])
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)

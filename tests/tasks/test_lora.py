@@ -868,3 +868,24 @@ def test_a_round_at_the_size_of_stable_diffusion_1_5(photos, tmp_path):
     assert row["bytes_up"] == row["bytes_down"] == 3_188_736
     assert np.isfinite(row["loss"])
     assert Run(tmp_path / "run").result["rounds"] == 1
+
+
+# With noise
+
+
+@pytest.mark.slow
+def test_adapters_under_noise_move_by_the_clip_and_the_noise_alone(config, tmp_path):
+    """Clip and noise act on the vector of A and B; methods that need each client's factors are refused."""
+    noisy = replace(config, rounds=1, wire="clip:0.01,noise:0.5", use_ema=False)
+    run = train(noisy, tmp_path / "run")
+    plan = make_plan(noisy)
+    round = plan.round(noisy, 0)
+    moved = run.state(plan.layout).tensors["model"].double() - plan.initial.double()
+    noise = torch.randn(len(moved), generator=round.rng("noise"), dtype=torch.float64) * 0.5 * 0.01
+    clients = len(round.cohort)
+    assert float((clients * moved - noise).norm()) <= clients * 0.01 * (1 + 1e-3)
+    assert float((clients * moved - noise).norm()) > 0.005
+    assert run.rows[0]["aggregation"] == {}
+    for method in ("svd", "flora"):
+        with pytest.raises(fedray.UserError, match="each client's own factors"):
+            replace(noisy, algorithm=method).check()

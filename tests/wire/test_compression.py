@@ -253,4 +253,4 @@ def test_the_way_down_takes_links_that_act_on_it():
         config.check()
         assert Config.from_json(config.to_json()) == config
     assert Config(local_epochs=1).to_json()["wire_down"] is None
-    assert set(LINKS.classes) == {"bfloat16", "feedback", "float16", "int8", "randk", "topk"}
+    assert set(LINKS.classes) == {"bfloat16", "clip", "feedback", "float16", "int8", "noise", "randk", "topk"}

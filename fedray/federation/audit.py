@@ -1,0 +1,79 @@
+"""The audit of a run: what its model tells about the examples that it was trained on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fedray.errors import UserError
+from fedray.federation.evaluation import Show, silent
+from fedray.federation.local import batch_of, precision
+from fedray.federation.plan import Plan
+from fedray.federation.pool import Pool, failure, in_order
+from fedray.federation.worker import Shared, Worker
+from fedray.record.run import Row
+from fedray.scores.membership import Membership, attack
+from fedray.seeds import generator, number
+
+DRAWS = 32  # timesteps and noises, the same for every example
+BATCH = 16  # examples of a job
+
+
+@dataclass(frozen=True, eq=False)
+class LossJob:
+    """A job to measure the loss of single examples."""
+
+    start: int
+    indices: np.ndarray  # int64, into the dataset
+
+    @property
+    def key(self) -> tuple[str | int, ...]:
+        return ("audit", self.start)
+
+    def __str__(self) -> str:
+        return f"the losses of examples from {self.start} on"
+
+
+@torch.no_grad()
+def losses_of(worker: Worker, shared: Shared, job: LossJob) -> tuple[Row, np.ndarray]:
+    """Measure the loss of each example alone, the mean over `DRAWS` timesteps and noises, float64."""
+    from fedray.vector import as_tensor
+
+    config, learner = worker.config, worker.learner
+    tensors = {name: as_tensor(array) for name, array in shared.arrays.items()}
+    worker.load(tensors["model"], tensors.get("base"))
+    learner.prepare(worker.dataset, job.indices, False)
+    losses = []
+    for index in job.indices:
+        batch = batch_of(worker.dataset, np.repeat(index, DRAWS))
+        with precision(config, worker.device):
+            losses.append(learner.loss(batch, generator(config.seed, "audit")).item())
+        worker.step()
+    return {}, np.array(losses)
+
+
+def audit(pool: Pool, model: Shared, plan: Plan, seed: int, most: int, show: Show = silent) -> tuple[Membership, Row]:
+    """Attack a model by the losses of at most `most` examples that it was trained on, and as many that it was not.
+
+    Returns the attack, and how many examples of each kind it had.
+
+    Raises:
+        UserError: no examples were held out.
+        RunError: a loss could not be measured.
+    """
+    if len(plan.unseen) < 2:
+        raise UserError("an audit compares examples with such that no client trains on: the run needs --test-share.")
+    rng = np.random.default_rng(number(seed, "audit"))
+    kinds = [rng.permutation(indices)[:most] for indices in (plan.trained, plan.unseen)]
+    chosen = np.concatenate(kinds)
+    jobs = [LossJob(start, chosen[start : start + BATCH]) for start in range(0, len(chosen), BATCH)]
+    losses = []
+    for reply in in_order(pool, losses_of, model, jobs, lambda done: show("measuring losses", done, len(chosen))):
+        if not reply.ok:
+            error = reply.row["error"]
+            raise failure(f"{reply.job} could not be measured: {error}.", error, reply.row["trace"])
+        losses.append(reply.fetch())
+    members, others = np.split(np.concatenate(losses), [len(kinds[0])])
+    return attack(members, others, rng), {"trained_on": len(members), "not_trained_on": len(others), "draws": DRAWS}
