@@ -61,9 +61,10 @@ def flip(tenths):
     return flipped
 
 
-@pytest.mark.parametrize(
-    "damage", [*map(cut, range(10)), *map(flip, range(11)), lambda content: bytes(len(content))], ids=str
-)
+DAMAGES = {f"cut at {k}": cut(k) for k in range(10)} | {f"flipped at {k}": flip(k) for k in range(11)}
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES.values(), lambda content: bytes(len(content))], ids=[*DAMAGES, "zeros"])
 def test_an_entry_with_any_damage_is_made_again(task, home, capsys, damage):
     expected = contents(task.dataset())
     entries = files(home)

@@ -1,9 +1,7 @@
 """Local training of one client, and the loss on what it holds out. Knows nothing of Ray."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,9 +9,8 @@ import torch
 from torch import Tensor
 
 from fedray.algorithms import Round, Rows, Tensors
-from fedray.config import Config
-from fedray.data.dataset import Dataset
 from fedray.federation.ranks import held_by, left_out
+from fedray.federation.steps import batch_of, lr_schedule, precision, steps_of
 from fedray.federation.worker import Shared, Worker
 from fedray.record.run import Row
 from fedray.seeds import generator
@@ -305,54 +302,3 @@ def held_out_loss(worker: Worker, client: int, held_out: np.ndarray) -> float:
         with precision(config, worker.learner.flat.vector.device):
             losses.append(worker.learner.loss(batch_of(worker.dataset, indices), rng).item() * len(indices))
     return sum(losses) / len(repeated)
-
-
-def batch_of(dataset: Dataset, indices: np.ndarray, mirrored: Tensor | None = None) -> dict[str, Any]:
-    """Return examples as tensors. Only a batch is copied: the dataset is mapped, one for all processes of a node."""
-    images = torch.from_numpy(dataset.images[indices])
-    if mirrored is None:
-        mirrored = torch.zeros(len(indices), dtype=torch.bool)
-    else:
-        images[mirrored] = images[mirrored].flip(-1)
-    batch: dict[str, Any] = {"images": images, "mirrored": mirrored, "index": torch.from_numpy(indices)}
-    if dataset.labels is not None:
-        batch["labels"] = torch.from_numpy(dataset.labels[indices])
-    if "caption" in dataset.columns:
-        batch["prompts"] = dataset.columns["caption"][indices].tolist()
-    return batch
-
-
-def steps_of(examples: int, config: Config, rng: torch.Generator) -> Iterator[list[np.ndarray]]:
-    """Yield the indices of the batches of each optimizer step: epoch after epoch, each in a new order.
-
-    An epoch's last batch may be smaller (or is left out), and its last step may have fewer batches.
-    """
-    steps, size, count = config.steps(examples), config.train_batch_size, config.batches(examples)
-    while True:
-        order = torch.randperm(examples, generator=rng).numpy()
-        batches = [order[start : start + size] for start in range(0, count * size, size)]
-        for start in range(0, len(batches), config.gradient_accumulation_steps):
-            if steps == 0:
-                return
-            yield batches[start : start + config.gradient_accumulation_steps]
-            steps -= 1
-
-
-def precision(config: Config, device: torch.device) -> AbstractContextManager[object]:
-    """Return the context in which a loss is computed."""
-    if config.mixed_precision == "no":
-        return nullcontext()
-    return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[config.mixed_precision])
-
-
-@cache
-def lr_schedule(kind: str, rate: float, warmup: int, steps: int) -> Callable[[int], float]:
-    """Return the learning rate as a function of the step in a run of so many (diffusers' schedules)."""
-    if kind == "constant":
-        return lambda step: rate
-    from diffusers.optimization import get_scheduler  # takes seconds to import
-
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=rate)
-    schedule = get_scheduler(kind, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
-    factor = schedule.lr_lambdas[0]
-    return lambda step: rate * factor(step)

@@ -13,7 +13,8 @@ from diffusers.optimization import get_scheduler
 from sklearn.datasets import load_digits
 
 from fedray import vector
-from fedray.federation.local import TrainJob, client_update, lr_schedule, steps_of
+from fedray.federation.local import TrainJob, client_update
+from fedray.federation.steps import lr_schedule, steps_of
 from fedray.federation.worker import Shared, Worker, do
 from fedray.presets import PRESETS
 from fedray.record.run import Run

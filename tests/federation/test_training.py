@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from fedray.cli import main
 from fedray.cluster.alone import run_local_only
 from fedray.errors import UserError
-from fedray.federation.local import TrainJob, client_update, lr_schedule
+from fedray.federation.local import TrainJob, client_update
 from fedray.federation.plan import make_plan
+from fedray.federation.steps import lr_schedule
 from fedray.federation.worker import Shared, Worker
 from fedray.presets import PRESETS
 from fedray.record.run import Run

@@ -25,9 +25,10 @@ from fedray.algorithms.fedavg import FedAvg
 from fedray.algorithms.folds import Mean
 from fedray.algorithms.lora import FFA, SVD, FedEx, Flora, RoLoRA
 from fedray.cli import main
-from fedray.federation.local import TrainJob, batch_of, client_update
+from fedray.federation.local import TrainJob, client_update
 from fedray.federation.plan import make_plan
 from fedray.federation.pool import LocalPool
+from fedray.federation.steps import batch_of
 from fedray.federation.worker import Shared, Worker, build
 from fedray.presets import PRESETS
 from fedray.record.run import Run
