@@ -1,0 +1,82 @@
+"""fedray runs: which runs go on, are complete, or stopped."""
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fedray.errors import UserError
+from fedray.record.following import goes_on
+from fedray.record.run import Run
+from fedray.scores.metrics import deciding
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runs:
+    """List runs: which go on, which are complete, and which stopped and can be resumed."""
+
+    places: tyro.conf.Positional[tuple[Path, ...]] = (Path("runs"),)
+    """Directories of runs, of sweeps, or folders that hold such."""
+    address: str | None = None
+    """A Ray cluster (auto, or HOST:PORT): list also the runs that go on there, wherever their directories are."""
+
+
+def main(arguments: list[str]) -> None:
+    """Parse and run `fedray runs`."""
+    options = tyro.cli(Runs, args=arguments, prog="fedray runs")
+    for place in options.places:
+        if not place.is_dir() and not (options.address and place == Path("runs")):
+            raise UserError(f"there are no runs at {place}: it is no directory.")
+    table = Table("run", "state", "round", "loss", "score", "last round")
+    listed = set()
+    for directory in _below(options.places):
+        listed.add(str(directory.absolute()))
+        table.add_row(escape(str(directory)), *map(escape, _told(directory)))
+    if options.address:
+        from fedray.cluster.driver import drivers  # Ray takes seconds to import
+
+        for out, phase, rounds in drivers(options.address):
+            if out not in listed:
+                table.add_row(escape(out), f"goes on: {escape(phase)}", str(rounds), "", "", "")
+    Console().print(table)
+
+
+def _below(places: tuple[Path, ...]) -> Iterator[Path]:
+    """Find the run directories at and below the places."""
+    for place in places:
+        for path, directories, names in os.walk(place):
+            directories[:] = sorted(name for name in directories if not name.startswith("."))
+            if "config.json" in names:
+                directories.clear()  # below a run there are no runs
+                yield Path(path)
+
+
+def _told(directory: Path) -> list[str]:
+    """Return the state of a run, its round of how many, loss, deciding score, and when its last round ended."""
+    run = Run(directory)
+    try:
+        state = "goes on" if goes_on(run) else "stopped" if run.result is None else "complete"
+        rows, rounds = run.rows, run.saved["config"]["rounds"]
+    except UserError as error:
+        return [f"damaged: {error}", "", "", "", ""]
+    if not rows:
+        return [state, f"0/{rounds}", "", "", ""]
+    scores = (run.result or {}).get("scores", {})
+    name = deciding(scores)
+    score = f"{name} {scores[name]['value']:.4g}" if name else ""
+    ago = time.time() - (directory / "rounds.jsonl").stat().st_mtime
+    return [state, f"{len(rows)}/{rounds}", f"{rows[-1]['loss']:.4f}", score, f"{_words(ago)} ago"]
+
+
+def _words(seconds: float) -> str:
+    """Write a duration in words."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
