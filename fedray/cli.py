@@ -1,4 +1,4 @@
-"""The command line: fedray train, finetune, sample, evaluate, audit, sweep, report and cache."""
+"""The command line: fedray train, finetune, sample, evaluate, audit, sweep, report, runs, attach, stop and cache."""
 
 import importlib
 import signal
@@ -6,7 +6,7 @@ import sys
 
 import fedray
 
-COMMANDS = ("train", "finetune", "sample", "evaluate", "audit", "sweep", "report", "cache")
+COMMANDS = ("train", "finetune", "sample", "evaluate", "audit", "sweep", "report", "runs", "attach", "stop", "cache")
 USAGE = """fedray simulates federated training of diffusion models on Ray.
 
   fedray train [--preset digits] [--clients 4] [--rounds 20] …   train, and write a run directory
@@ -17,6 +17,9 @@ USAGE = """fedray simulates federated training of diffusion models on Ray.
   fedray audit RUN [--images 1000]                               attack a run's model: what does it tell of its data?
   fedray sweep experiments/figure2.py [--smoke] [--resume] …     train many runs that differ, and compare them
   fedray report RUN|SWEEP… [--open]                              make one page of them, to look at
+  fedray runs [PLACES…] [--address auto]                         list runs: which go on, are complete, have stopped
+  fedray attach RUN                                              follow a run that another process does
+  fedray stop RUN                                                end it at its last complete round
   fedray cache [--clean] [--unused-days 30]                      list or remove what this machine has cached
   fedray --version
 

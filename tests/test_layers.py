@@ -90,7 +90,10 @@ def test_no_code_asks_for_a_concrete_task_algorithm_or_link():
                 assert not asked & concrete, f"{name}, line {node.lineno}"
 
 
-@pytest.mark.parametrize("command", ["train", "finetune", "sample", "evaluate", "audit", "sweep", "report", "cache"])
+@pytest.mark.parametrize(
+    "command",
+    ["train", "finetune", "sample", "evaluate", "audit", "sweep", "report", "runs", "attach", "stop", "cache"],
+)
 @pytest.mark.parametrize("arguments", [["--help"], ["--bogus"]])
 def test_help_and_mistakes_need_neither_torch_nor_ray(command, arguments):
     assert not {"torch", "ray", "pandas"} & loaded_by(f"cli.main({[command, *arguments]!r})", "fedray.cli as cli")

@@ -4,6 +4,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fedray.cluster.actors import hide_gpus, make_options
-from fedray.cluster.connection import NAMESPACE, connected, send_own_code
+from fedray.cluster.connection import CONNECT_TIMEOUT, NAMESPACE, connected, send_own_code
 from fedray.cluster.ends import last_line
 from fedray.cluster.messages import Message, pack, unpack
 from fedray.cluster.nodes import count_actors
@@ -252,6 +253,20 @@ def _find_driver(name: str, timeout: float) -> Any:
         ray.kill(driver)
         _wait_until_gone(name, timeout)
     return None if finished else driver
+
+
+def drivers(address: str) -> list[tuple[str, str, int]]:
+    """Return the runs that go on on a cluster: the directory of each, its phase, and its complete rounds."""
+    found = []
+    with connected(address):
+        for actor in ray.util.list_named_actors(all_namespaces=True):
+            if actor["namespace"] == NAMESPACE and actor["name"].startswith("driver:"):
+                with suppress(ValueError, RayError):  # one that ends just now
+                    poll = ray.get_actor(actor["name"], NAMESPACE).poll.remote(0)
+                    rows, phase, finished, _ = ray.get(poll, timeout=CONNECT_TIMEOUT)
+                    if not finished:
+                        found.append((actor["name"].removeprefix("driver:"), phase[0], len(rows)))
+    return found
 
 
 def _wait_until_gone(name: str, timeout: float) -> None:

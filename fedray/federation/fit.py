@@ -35,6 +35,7 @@ from fedray.files import durably, remove, write
 from fedray.forms import check_loaded
 from fedray.record import pictures
 from fedray.record.checkpoint import State
+from fedray.record.following import stoppable
 from fedray.record.resume import check_resumable
 from fedray.record.run import Row, Run
 from fedray.record.saver import Saver
@@ -92,7 +93,8 @@ def fit(session: Session, provenance: dict[str, Any], resume: bool = False) -> I
         run.create(config, plan.data, provenance)
     else:
         run.extend(config.rounds)
-    with run.locked(), _disk(run), Saver(run) as saver:
+    with run.locked(), _disk(run), stoppable(run, session.show) as show, Saver(run) as saver:
+        session = replace(session, show=show)
         _draw_partition(run.directory, plan)
         if plan.release is not None:
             spending = Spending(run.directory, plan.release, config.delta, config.max_epsilon)

@@ -4,12 +4,12 @@ All of it goes by the run's directory, so it is the same for a run in a process,
 """
 
 import fcntl
-import os
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from contextlib import contextmanager
 
 from fedray.errors import RunError
+from fedray.files import LOCK
 from fedray.record.run import Row, Run
 
 STOP = "stop"  # a file in a run's directory: it is asked to stop
@@ -20,11 +20,13 @@ Show = Callable[[str, float, float], None]
 
 def goes_on(run: Run) -> bool:
     """Tell whether a process holds the run's directory (`Run.locked`)."""
-    with open(run.directory / "config.json") as file:
-        try:
+    try:
+        with open(run.directory / LOCK) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
+    except FileNotFoundError:  # of a run of an older version
+        return False
+    except BlockingIOError:
+        return True
     return False
 
 
@@ -45,21 +47,21 @@ def ask_to_stop(run: Run) -> None:
     (run.directory / STOP).touch()
 
 
-def stoppable(run: Run, show: Show) -> Show:
-    """Make a `show` that ends the run, with a `RunError`, once it is asked to stop."""
+@contextmanager
+def stoppable(run: Run, show: Show) -> Iterator[Show]:
+    """Yield a `show` that ends the run, with a `RunError`, once it is asked to stop."""
     path, next_look = run.directory / STOP, 0.0
+    path.unlink(missing_ok=True)  # it asked a process that had ended
 
     def watched(phase: str, done: float, total: float) -> None:
         nonlocal next_look
         if time.monotonic() >= next_look:  # on network storage a look takes milliseconds
             next_look = time.monotonic() + EVERY
-            if os.path.exists(path):
-                raise RunError("stopped, as `fedray stop` asked; complete rounds are kept.")
+            if path.exists():
+                raise RunError("stopped, as `fedray stop` asked; its complete rounds are kept.")
         show(phase, done, total)
 
-    return watched
-
-
-def forget_to_stop(directory: Path) -> None:
-    """Remove what `ask_to_stop` left."""
-    (directory / STOP).unlink(missing_ok=True)
+    try:
+        yield watched
+    finally:
+        path.unlink(missing_ok=True)

@@ -126,6 +126,8 @@ def test_the_driver_outlives_its_caller_and_can_be_attached_to(ray, tmp_path, ca
     caller.wait()
     before = len(Run.open(tmp_path / "run").rows)
     assert before < 12
+    assert main(["runs", str(tmp_path / "run/checkpoints"), "--address", "auto"]) == 0  # a folder without runs
+    assert re.search(r"run .* goes on: ", capsys.readouterr().out)
     again = [*TRAIN.split(), *flags.split(), "--out", str(tmp_path / "run")]
     with monkeypatch.context() as context:  # as where another node has not yet seen what is in the directory
         context.setattr(Run, "check_vacant", lambda self: None)

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from runs import assert_curves_equal_rows
+from runs import assert_curves_equal_rows, train
 
 from fedray.cli import main
 from fedray.commands.interrupts import interruptible
+from fedray.record.following import ask_to_stop
 from fedray.record.run import Run
 
 TOY = Path(__file__).parents[1] / "toy.py"
@@ -285,3 +286,52 @@ def test_a_full_disk_at_every_level(tmp_path):
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     assert int(re.search(r"stopped (\d+)", ran.stdout)[1]) >= 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("actors", [0, 2])
+def test_asked_to_stop_by_another_process(tmp_path, whole, capsys, actors):
+    out = tmp_path / "run"
+    process = start(*SLOW.split(), "--actors", actors, "--cpus-per-actor", "0.5", "--out", out)
+    wait_for(process, "rounds.jsonl", out)
+    follower = start("attach", out)
+    assert main(["runs", str(tmp_path)]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "goes on" in line]
+    assert re.search(r"[1-3]/3", line)
+    assert main(["stop", str(out)]) == 0
+    told = capsys.readouterr().out
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "stopped, as `fedray stop` asked" in errors
+    printed, errors = follower.communicate(timeout=60)
+    assert follower.returncode == 1
+    assert "round 1/3" in printed
+    assert "can be resumed" in errors
+    assert main(["runs", str(tmp_path)]) == 0
+    assert "stopped" in capsys.readouterr().out
+    assert main([*hint(told), "--actors", "0", "--task", f"{TOY}:Toy"]) == 0
+    assert_is_whole(out, whole)
+    capsys.readouterr()
+    assert main(["stop", str(out)]) == 2
+    assert "no process is writing the run" in capsys.readouterr().err
+    assert main(["attach", str(out)]) == 0  # to a complete run: its rounds
+    assert "round 3/3" in capsys.readouterr().out
+    assert main(["runs", str(tmp_path)]) == 0
+    assert "complete" in capsys.readouterr().out
+
+
+def test_a_request_to_stop_that_came_too_late_stops_no_later_run(toy_config, tmp_path):
+    run = Run(tmp_path / "run")
+    first = train(toy_config(), run.directory, rounds=1)
+    ask_to_stop(run)
+    assert len(first) == 1
+    assert len(train(toy_config(), run.directory, resume=True)) == 2
+    assert not (run.directory / "stop").exists()
+
+
+def test_what_is_no_run_is_told(tmp_path, capsys):
+    for command in ("stop", "attach"):
+        assert main([command, str(tmp_path)]) == 2
+        assert "there is no run at" in capsys.readouterr().err
+    assert main(["runs", str(tmp_path / "nothing")]) == 2
+    assert "it is no directory" in capsys.readouterr().err

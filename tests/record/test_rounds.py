@@ -1,11 +1,7 @@
 """More rounds than a run began with, and checkpoints that are rarer than rounds."""
 
-import fcntl
 import json
 import re
-import threading
-import time
-from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
@@ -109,31 +105,6 @@ def test_clients_alone_go_on_for_more_rounds(toy_config, tmp_path):
     runs = fedray.run_local_only(replace(config, rounds=4), tmp_path / "run")
     whole = fedray.run_local_only(replace(config, rounds=4), tmp_path / "whole")
     assert [run.result["state_sha256"] for run in runs] == [run.result["state_sha256"] for run in whole]
-
-
-def test_a_lock_holds_the_file_that_is_there(toy_config, tmp_path, monkeypatch):
-    """config.json is replaced when a run is extended: who waited for the old file does not get in by it."""
-    monkeypatch.setattr("fedray.record.run.PATIENCE", 60.0)
-    train(toy_config(), tmp_path)
-    entered = []
-
-    def enter():
-        with Run(tmp_path).locked():
-            entered.append(True)
-
-    waiting = threading.Thread(target=enter)
-    with ExitStack() as new:
-        with Run(tmp_path).locked():
-            waiting.start()
-            time.sleep(0.2)
-            (tmp_path / "new").write_text((tmp_path / "config.json").read_text())
-            file = new.enter_context(open(tmp_path / "new"))
-            fcntl.flock(file, fcntl.LOCK_EX)  # of another process, which puts it in its place
-            (tmp_path / "new").replace(tmp_path / "config.json")
-        time.sleep(0.4)
-        assert not entered
-    waiting.join()
-    assert entered
 
 
 # Checkpoints every N rounds
