@@ -1,6 +1,7 @@
 """The same bits wherever a run is placed, by the command line as users type it."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
