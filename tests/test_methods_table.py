@@ -22,15 +22,18 @@ def command(row):
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: cells(row)[0])
-def test_commands_plan_the_bytes_beside_them(row, capsys, monkeypatch):
+def test_commands_plan_the_bytes_beside_them(row, photos, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    assert main([*shlex.split(command(row))[1:], "--dry-run"]) == 0, capsys.readouterr().err
+    words = shlex.split(command(row).replace("PHOTOS", shlex.quote(str(photos))))
+    assert main([*words[1:], "--dry-run"]) == 0, capsys.readouterr().err
     (down, up) = re.search(r"([\d,]+) down to a client in a round, ([\d,]+) up", capsys.readouterr().out).groups()
     assert [down, up] == [cell for cell in cells(row) if re.fullmatch(r"[\d,]{4,}", cell)]
 
 
-def test_every_method_for_whole_models_has_a_row():
-    forms = [form for row in ROWS for form in re.findall(r"--algorithm ([^ `]+)", command(row))]
-    named = {name for form in forms for name in form.split(":")}
-    of_models = {name for name, cls in menus.ALGORITHMS.classes.items() if cls.__module__ != "fedray.algorithms.lora"}
-    assert of_models <= named
+@pytest.mark.parametrize(
+    ("flag", "menu"), [("--algorithm", menus.ALGORITHMS), ("--fold", menus.FOLDS), ("--wire", menus.LINKS)]
+)
+def test_everything_in_a_menu_has_a_row(flag, menu):
+    forms = [form for row in ROWS for form in re.findall(rf"{flag} ([^ `]+)", command(row))]
+    named = {name for form in forms for name in re.split("[:,]", form)} | {"fedavg", "mean"}  # these are the defaults
+    assert set(menu.classes) <= named
