@@ -97,6 +97,7 @@ def _clients_and_epochs(done: pd.DataFrame) -> Iterable[Claim]:
             yield Claim(about, _spread(runs, FD), sweep, runs, said, _interval(runs, FD))
     words = {
         1: "by {0:.1f} at E = 1 (95 % interval {1:.1f} to {2:.1f}, paired by the three seeds)",
+        2: "by {0:.1f} ({1:.1f} to {2:.1f}) at E = 2",
         4: "by {0:.1f} ({1:.2f} to {2:.1f}) at E = 4",
     }
     for epochs in (1, 2, 4):
@@ -104,7 +105,7 @@ def _clients_and_epochs(done: pd.DataFrame) -> Iterable[Claim]:
         gap = _gap(few, many)
         about = f"`{FD}`, C = 8 less C = 2, E = {epochs}, T = 40"
         runs, interval = pd.concat([few, many]), f"{number(gap[1])} to {number(gap[2])}"
-        said = {LOG: words[epochs].format(*gap)} if epochs in words else {}
+        said = {LOG: words[epochs].format(*gap)}
         yield Claim(about, number(gap[0]), sweep, runs, said, interval)
     chosen = _at(done, 4, 4)
     real = chosen[f"{FD}/real"].astype(float).mean()
