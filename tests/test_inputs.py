@@ -30,7 +30,7 @@ SMALL = [
     "--test-share", "0",
 ]  # fmt: skip
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600 if CHAOS else 600)]
+pytestmark = [pytest.mark.slow, pytest.mark.chaos, pytest.mark.timeout(3600 if CHAOS else 600)]
 
 
 def tried(times):
