@@ -159,7 +159,12 @@ class Unloaded:
     remembers: typing.ClassVar[bool] = False
     diverges: typing.ClassVar[bool] = False
     differences: typing.ClassVar[bool] = False
+    contracts: typing.ClassVar[bool] = False
+    private: typing.ClassVar[bool] = False
+    bound: typing.ClassVar[None] = None
+    hides: typing.ClassVar[frozenset[str]] = frozenset()
     least: typing.ClassVar[int] = 1
+    most: typing.ClassVar[float] = float("inf")
 
     def refuse(self) -> typing.NoReturn:
         """Raise `UserError` with what to type where the code may run."""

@@ -59,7 +59,7 @@ def test_the_menus_are_whole():
 
 
 def test_what_a_method_offers_is_no_value_of_it():
-    for name in ("fedavg", "ffa", "svd", "flora"):
+    for name in ("fedavg", "ffa", "svd", "rolora", "fedex"):
         assert fields_of(ALGORITHMS.classes[name]) == []
         with pytest.raises(UserError, match=f"is not of the form '{name}'"):
             ALGORITHMS.parse(f"{name}:fixed coordinates")

@@ -1,5 +1,6 @@
 """A command's own flags, beside a flag for every setting; a preset gives the defaults."""
 
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
@@ -44,13 +45,15 @@ def ask(
     """Parse a command's arguments: its own flags, and the configuration that the others make of `base`."""
     # Given on the command line, local steps replace the base's local epochs, and the other way round.
     blank = replace(base, local_epochs=None, local_steps=None)
-    parsed = tyro.cli(
-        command[type(base.task)],  # type: ignore[index]
-        default=command(preset=preset, task=base.task, config=blank),
-        args=arguments,
-        prog=f"fedray {name}",
-        description=what,
-    )
+    with warnings.catch_warnings():  # of code that a run names and that may not run: it is not of its field's type
+        warnings.simplefilter("ignore", UserWarning)
+        parsed = tyro.cli(
+            command[type(base.task)],  # type: ignore[index]
+            default=command(preset=preset, task=base.task, config=blank),
+            args=arguments,
+            prog=f"fedray {name}",
+            description=what,
+        )
     config = replace(parsed.config, task=parsed.task)
     if config.local_epochs is None and config.local_steps is None:
         config = replace(config, local_epochs=base.local_epochs, local_steps=base.local_steps)
