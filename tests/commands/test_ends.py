@@ -19,8 +19,8 @@ from fedray.record.following import ask_to_stop
 from fedray.record.run import Run
 
 TOY = Path(__file__).parents[1] / "toy.py"
-TRAIN = f"train --task {TOY}:Toy --partition by-label --local-steps 4 --features None --evaluate-samples 0"
-SLOW = f"{TRAIN} --slow 0 1 2 3 --rounds 3"  # two seconds a client
+TRAIN = f"train --task {TOY}:Toy --partition by-label --local-steps 2 --features None --evaluate-samples 0"
+SLOW = f"{TRAIN} --slow 0 1 2 3 --rounds 3"  # a second a client
 SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
 
 
