@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from fedray.algorithms.attacks import Malicious
 from fedray.errors import UserError, check_name
 from fedray.forms import Unloaded, check_types
 from fedray.menus import ALGORITHMS, COHORTS, FOLDS, LINKS, PARTITIONS, malicious_form
@@ -137,12 +138,18 @@ def _check_parts(config: "Config") -> None:
     parts: list[tuple[str, Any, type]] = [
         *((menu.kind, getattr(config, menu.kind), menu.base) for menu in (PARTITIONS, ALGORITHMS, FOLDS)),
         ("optimizer", config.optimizer, Optimizer),
-        ("wire", config.wire, tuple),
-        *(("wire", link, LINKS.base) for link in (config.wire if isinstance(config.wire, tuple) else ())),
     ]
+    for wire in ("wire", "wire_down"):
+        links = getattr(config, wire)
+        if wire == "wire" or links is not None:
+            parts.append((wire, links, tuple))
+            parts += [(wire, link, LINKS.base) for link in (links if isinstance(links, tuple) else ())]
+    for name, kind in (("cohort", COHORTS.base), ("malicious", Malicious)):
+        if getattr(config, name) is not None:
+            parts.append((name, getattr(config, name), kind))
     for name, part, kind in parts:
         if not isinstance(part, (kind, Unloaded)):
-            what = "a tuple of links" if name == "wire" else f"a short form or an object of class {kind.__name__}"
+            what = "a tuple of links" if "wire" in name else f"a short form or an object of class {kind.__name__}"
             raise UserError(f"{flag(name)} {part!r}: it must be {what}.")
     task = config.task
     if not dataclasses.is_dataclass(task) or isinstance(task, type) or not hasattr(task, "dataset"):
