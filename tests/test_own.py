@@ -27,11 +27,11 @@ from typing import ClassVar
 import numpy as np
 
 import fedray
-from fedray.data.partition import Shards
+from fedray.data.partition import Partition, Shards
 
 
 @dataclass(frozen=True)
-class Strided:
+class Strided(Partition):
     """Client k holds examples k, k + clients and so on, at most `most` of them."""
 
     name: ClassVar[str] = "strided"
