@@ -24,6 +24,7 @@ from fedray.data.images import Form
 from fedray.data.partition import ByAttribute, Dirichlet
 from fedray.data.sources import digits
 from fedray.errors import UserError
+from fedray.federation.plan import make_plan
 from fedray.federation.pool import LocalPool
 from fedray.federation.worker import Worker
 from fedray.seeds import generator
@@ -308,8 +309,13 @@ def test_aggregated_is_measured_on_the_cohort(toy_config, tmp_path):
 
 
 def test_clients_too_small_to_hold_anything_out(toy_config, tmp_path):
-    run = fedray.run(toy_config(held_out_share=0.05, each=4), tmp_path / "run")
-    assert [row["held_out"] for row in run.rows] == [{}, {}, {}]
+    """A tenth of four examples is one for some clients and none for the others."""
+    config = toy_config(held_out_share=0.1, each=4)
+    held_out = make_plan(config).held_out.sizes
+    assert 0 < held_out.sum() < 4
+    run = fedray.run(config, tmp_path / "run")
+    measured = [sorted(map(int, row["held_out"]["clients"])) for row in run.rows]
+    assert measured == [held_out.nonzero()[0].tolist()] * 3
     assert "NaN" not in (tmp_path / "run/rounds.jsonl").read_text()
 
 
