@@ -35,5 +35,6 @@ def interruptible() -> Iterator[list[int]]:
     try:
         yield caught
     finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        if not caught:  # else this process is ending, and a second signal still ends it at once
+            for each, handler in before.items():
+                signal.signal(each, handler)

@@ -113,8 +113,8 @@ def test_twice_ends_at_once_and_can_be_resumed(tmp_path, whole):
     time.sleep(0.2)
     os.killpg(process.pid, signal.SIGTERM)
     _, errors = process.communicate(timeout=30)
-    assert process.returncode == 143
-    assert "Continue this run" not in errors  # it was in Ray's shutdown
+    assert process.returncode in (143, -signal.SIGTERM)  # a shell says 143 to both; the latter on its last steps
+    assert "Traceback" not in errors
     assert_gone(others)
     assert main(["train", "--resume", str(tmp_path / "run"), "--code", str(TOY), "--actors", "0"]) == 0
     assert_is_whole(tmp_path / "run", whole)
