@@ -56,8 +56,9 @@ def key() -> str:
     """What the bits depend on, beside the code."""
     import torch
 
-    names = [line.split(":")[1].strip() for line in cpuinfo() if line.startswith("model name")]
-    return f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {names[0] if names else 'unknown'}"
+    cpu = dict(reversed([[part.strip() for part in line.split(":", 1)] for line in cpuinfo() if ":" in line]))
+    kind = ", ".join(cpu.get(name, "unknown") for name in ("model name", "cpu family", "model"))
+    return f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {kind}"
 
 
 def cpuinfo() -> list[str]:
