@@ -9,7 +9,7 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from fedray.errors import UserError
 from fedray.record.following import goes_on
@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> None:
     for place in options.places:
         if not place.is_dir() and not (options.address and place == Path("runs")):
             raise UserError(f"there are no runs at {place}: it is no directory.")
-    table = Table("run", "state", "round", "loss", "score", "last round")
+    table = Table(Column("run", overflow="fold"), "state", "round", "loss", "score", "last round")
     listed = set()
     for directory in _below(options.places):
         listed.add(str(directory.absolute()))
