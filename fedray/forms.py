@@ -150,7 +150,7 @@ class Unloaded:
 
     # Enough to sample and to score a model: none of it is asked of an algorithm, a fold or a link.
     needs: typing.ClassVar[Mapping[str, str]] = {}
-    offers: typing.ClassVar[frozenset[str]] = frozenset({"fixed coordinates", "uploads"})
+    offers: typing.ClassVar[frozenset[str]] = frozenset({"fixed coordinates", "same upload", "uploads"})
     trains: typing.ClassVar[None] = None
     uncounted: typing.ClassVar[frozenset[str]] = frozenset()
     uniform: typing.ClassVar[bool] = False

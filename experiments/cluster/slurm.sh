@@ -36,7 +36,7 @@ read -r head < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 # By number: a node may know its own name as 127.0.1.1, which other nodes cannot reach.
 read -r head_ip _ < <(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname -I)
 
-# The address is not given by --address, which the run would remember, and a resumed run has another head.
+# The address is given by the environment, so that the command is the same for a run and a resumed run.
 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --cpus-per-task="$SLURM_CPUS_PER_TASK" \
     ray symmetric-run --address "$head_ip:6379" --min-nodes "$SLURM_JOB_NUM_NODES" \
     --num-cpus="$SLURM_CPUS_PER_TASK" --num-gpus="${SLURM_GPUS_ON_NODE:-0}" \

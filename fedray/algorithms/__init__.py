@@ -150,8 +150,8 @@ class Algorithm:
 
     @property
     def offers(self) -> frozenset[str]:
-        """Properties that others may require; by default, that the vector means the same in every round."""
-        return frozenset({"fixed coordinates"})
+        """Properties that others may require; by default, that the vector and the uploads mean the same every round."""
+        return frozenset({"fixed coordinates", "same upload"})
 
     @property
     def uncounted(self) -> frozenset[str]:

@@ -43,6 +43,7 @@ class RoLoRA(Algorithm):
     """
 
     needs = ADAPTERS | {"equal ranks": "averages halves of adapters of one rank: give one --rank"}
+    offers = frozenset({"fixed coordinates"})  # but another half is sent every round
 
     def broadcast(self, server: Tensors, round: Round) -> Tensors:
         half = trained_half(round)

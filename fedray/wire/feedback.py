@@ -48,7 +48,10 @@ class Feedback(Link):
     @property
     def needs(self) -> Mapping[str, str]:
         why = "remembers factors that this algorithm replaces every round: leave feedback out"
-        return {**self.link.needs, "fixed coordinates": why}
+        parts = (
+            "remembers what it did not send, and this algorithm sends other tensors the next time: leave feedback out"
+        )
+        return {**self.link.needs, "fixed coordinates": why, "same upload": parts}
 
     @property
     def offers(self) -> frozenset[str]:

@@ -14,11 +14,13 @@ from torch import nn
 from fedray.algorithms.fedavg import FedAvg
 from fedray.algorithms.folds import Mean
 from fedray.algorithms.lora import SVD, FedEx, Flora, RaFLoRA, RoLoRA
+from fedray.errors import UserError
 from fedray.federation.fit import prepare
 from fedray.federation.local import TrainJob, client_update
 from fedray.federation.plan import make_plan
 from fedray.federation.pool import LocalPool
 from fedray.federation.worker import Shared
+from fedray.presets import PRESETS
 from fedray.record.checkpoint import load_state
 from fedray.record.run import Run
 from fedray.vector import Layout
@@ -349,3 +351,14 @@ def test_a_client_of_a_small_rank_trains_as_if_all_had_it(toy_config):
         sent.append((start if held is None else start[held], trained.payload["model"]))
     assert not torch.equal(sent[0][0], torch.from_numpy(sent[0][1]))
     assert sent[0][1] == pytest.approx(sent[1][1], abs=1e-6)
+
+
+@pytest.mark.parametrize(("method", "refused"), [("rolora", "sends other tensors the next time"), ("fedex", None)])
+def test_error_feedback_needs_the_same_tensors_every_round(photos, method, refused):
+    task = replace(PRESETS["digits-lora"].task, train_data_dir=str(photos))
+    config = replace(PRESETS["digits-lora"], task=task, algorithm=method, wire="feedback:topk:0.25")
+    if refused is None:
+        config.check()
+    else:
+        with pytest.raises(UserError, match=refused):
+            config.check()

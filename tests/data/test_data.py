@@ -109,7 +109,9 @@ def test_images_that_cannot_be_read_are_named(odd, cache, capsys, tmp_path):
         if path.name not in ("note.png", "half.jpg"):
             shutil.copy2(path, alone)
     assert np.array_equal(dataset.images, sources.image_folder(alone, Form(16, 3)).images)
-    flags = f"--preset faces --train-data-dir {odd} --partition iid --clients 2 --held-out-share 0 --test-share 0 {SHORT}"
+    flags = (
+        f"--preset faces --train-data-dir {odd} --partition iid --clients 2 --held-out-share 0 --test-share 0 {SHORT}"
+    )
     assert main(["train", *flags.split(), "--out", str(tmp_path / "run")]) == 2
     assert "2 of 11 images cannot be read" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
