@@ -45,6 +45,11 @@ def _check_rounds(run: Run, asked: Config) -> None:
             f"--rounds {asked.rounds}: the learning rate of --lr-scheduler {asked.lr_scheduler} follows from the "
             f"{run.saved['config']['rounds']} rounds that the run began with; begin another run."
         )
+    if asked.target_epsilon is not None:
+        raise UserError(
+            f"--rounds {asked.rounds}: the noise of --target-epsilon {asked.target_epsilon:g} follows from the "
+            f"{run.saved['config']['rounds']} rounds that the run began with; begin another run."
+        )
     done = max([len(run.rows), *(int(path.stem.removeprefix("round-")) for path in [run.checkpoint()] if path)])
     if asked.rounds <= done:
         raise UserError(f"--rounds {asked.rounds}: the run at {run.directory} has done {done} already; ask for more.")

@@ -57,6 +57,11 @@ def test_the_old_end_keeps_its_scores(toy_config, tmp_path):
         ({}, 1, "--rounds 1: the run at .* has done 3 already; ask for more"),
         ({"lr_scheduler": "cosine"}, 5, "learning rate of --lr-scheduler cosine follows from the 3 rounds"),
         ({"lr_scheduler": "linear"}, 5, "learning rate of --lr-scheduler linear follows from the 3 rounds"),
+        (
+            {"wire": "clip:1.0,noise", "cohort": "poisson:0.5", "target_epsilon": 8.0},
+            5,
+            "noise of --target-epsilon 8 follows from the 3 rounds",
+        ),
     ],
 )
 def test_other_rounds_that_are_refused(toy_config, tmp_path, changes, rounds, message):
