@@ -57,10 +57,10 @@ def check(config: "Config") -> None:
                 raise UserError(f"{flag(name)} {value}: it must {must}.")
     if config.cohort is not None and config.fraction != 1:
         raise UserError("--fraction and --cohort both say who takes part in a round; give one of them.")
-    config.drawn  # noqa: B018 (a fraction that is none)
+    drawn = config.drawn  # raises for a fraction that is none
     if config.min_clients is not None and config.min_clients > config.cohort_size:
         raise UserError(f"--min-clients {config.min_clients}: only {config.cohort_size} take part in a round.")
-    most = config.cohort_size if config.drawn.rate is None else config.clients
+    most = config.cohort_size if drawn.rate is None else config.clients
     if most > config.fold.most:
         raise UserError(
             f"--fold {FOLDS.form(config.fold)} can combine {config.fold.most:,} clients, and {most:,} may take part in "

@@ -87,7 +87,10 @@ def celeba(directory: Path, form: Form, skip_unreadable: bool = False) -> Datase
         if not members:
             raise UserError(f"{archive} has no .jpg in it.")
         names, stamp = [Path(member).name for member in members], [str(archive.resolve()), *_stamp([archive])]
-        read = lambda index: _member(zipped, members[index])  # noqa: E731
+
+        def read(index: int) -> bytes:
+            return _member(zipped, members[index])
+
     else:
         raise UserError(
             f"{directory} has neither img_align_celeba/ nor img_align_celeba.zip; --train-data-dir must name the "
