@@ -172,12 +172,16 @@ class Run:
 
     def check_vacant(self) -> None:
         """Raise `UserError` if a run cannot begin here."""
+        occupied = self.directory.exists() and (
+            not self.directory.is_dir() or any(map(is_content, self.directory.iterdir()))
+        )
+        # Asked second: of two that begin, the other may write its configuration meanwhile.
         if (self.directory / "config.json").exists():
             raise UserError(
                 f"{self.directory} holds another run; choose another --out, or continue that run with "
                 f"--resume {self.directory}."
             )
-        if self.directory.exists() and (not self.directory.is_dir() or any(map(is_content, self.directory.iterdir()))):
+        if occupied:
             raise UserError(f"{self.directory} exists and is not an empty directory; choose another --out.")
 
     @contextmanager
