@@ -42,6 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     from fedray.commands.interrupts import interruptible
     from fedray.errors import RunError, UserError, check_name, check_text
+    from fedray.memory import keep_freed_memory
+
+    keep_freed_memory()
 
     with interruptible() as caught:
         try:

@@ -24,6 +24,7 @@ from fedray.data.dataset import Dataset
 from fedray.federation.plan import make_plan
 from fedray.federation.pool import LocalPool
 from fedray.federation.round import Session, run_round
+from fedray.memory import keep_freed_memory
 from fedray.record.checkpoint import State
 from fedray.tasks.ddpm import DDPM
 from fedray.vector import FlatParameters
@@ -145,6 +146,7 @@ def main(repeats: int = 7, large: bool = True) -> None:
         large: the paper's U-Net too (5 GB of memory, some minutes).
     """
     torch.set_num_threads(1)
+    keep_freed_memory()  # as `fedray train` does; for both sides
     common: dict[str, Any] = dict(local_steps=1, evaluate_samples=0, actors=0, rounds=1000, optimizer=Optimizer())
     # `TinyLearner` cannot sample, which nothing here asks for: so it is no `Task` to a type checker.
     cases: dict[str, tuple[Config, Callable[[Config], Callable[[], None]]]] = {

@@ -12,7 +12,7 @@ import numpy as np
 from fedray.algorithms import Folded, Round, Rows, Tensors, Upload
 from fedray.errors import RunError
 from fedray.lazy import torch
-from fedray.vector.integers import add_term, to_floats
+from fedray.vector.integers import add_term, first_term, to_floats
 
 
 class Fold:
@@ -225,8 +225,11 @@ def _shift(name: str, round: Round) -> int:
 def _add_terms(sums: dict[str, np.ndarray], upload: Upload, round: Round) -> None:
     for name, tensor in upload.tensors.items():
         if weight := upload.weights[name]:
-            total = sums.setdefault(name, np.zeros(len(tensor), np.int64))
-            add_term(total, tensor.numpy(), weight * 2.0 ** _shift(name, round))
+            scale = weight * 2.0 ** _shift(name, round)
+            if name in sums:
+                add_term(sums[name], tensor.numpy(), scale)
+            else:
+                sums[name] = first_term(tensor.numpy(), scale)
 
 
 def _spill(partial: _Sums, round: Round) -> None:

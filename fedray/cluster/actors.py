@@ -12,6 +12,7 @@ from fedray.cluster.nodes import SHORT
 from fedray.config import Config
 from fedray.data.dataset import Source
 from fedray.federation.worker import Done, Shared, Work, Worker, do
+from fedray.memory import keep_freed_memory
 from fedray.record.run import Row
 
 
@@ -26,6 +27,7 @@ class ClientActor:
     """A process that has a fraction of the machine and does one job at a time."""
 
     def __init__(self, config: Config, index: int, source: Source | None, sha256: str | None) -> None:
+        keep_freed_memory()
         keep_to_fraction(config)
         self.index = index
         self.renew(config, source, sha256)

@@ -28,6 +28,7 @@ from fedray.federation.modes import plain
 from fedray.federation.plan import Plan, disk_needed, make_plan
 from fedray.federation.pool import LocalPool
 from fedray.federation.round import Session
+from fedray.memory import keep_freed_memory
 from fedray.record.provenance import environment
 from fedray.record.resume import check_resumable
 from fedray.record.run import Row, Run
@@ -74,6 +75,7 @@ class DriverActor:
     """An actor that runs the federation. Detached: on a running cluster it outlives the process that started it."""
 
     def __init__(self) -> None:
+        keep_freed_memory()
         hide_gpus()
         self.rows: list[Row] = []
         self.phase: tuple[str, float, float] = ("starting", 0, 1)

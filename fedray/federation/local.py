@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedray.algorithms import Round, Rows, Tensors
 from fedray.federation.ranks import held_by, left_out
-from fedray.federation.steps import batch_of, lr_schedule, precision, steps_of
+from fedray.federation.steps import batch_of, clip, lr_schedule, precision, steps_of
 from fedray.federation.worker import Shared, Worker
 from fedray.record.run import Row
 from fedray.seeds import generator
@@ -120,7 +120,7 @@ class LocalTraining:
             if held is not None:
                 flat.gradient.masked_fill_(~held, 0)
             if config.max_grad_norm is not None:
-                torch.nn.utils.clip_grad_norm_([flat.vector], config.max_grad_norm)
+                clip(flat.gradient, config.max_grad_norm)
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.step += 1

@@ -34,14 +34,22 @@ def steps_of(examples: int, config: Config, rng: torch.Generator) -> Iterator[li
     An epoch's last batch may be smaller (or is left out), and its last step may have fewer batches.
     """
     steps, size, count = config.steps(examples), config.train_batch_size, config.batches(examples)
-    while True:
+    while steps:
         order = torch.randperm(examples, generator=rng).numpy()
         batches = [order[start : start + size] for start in range(0, count * size, size)]
         for start in range(0, len(batches), config.gradient_accumulation_steps):
-            if steps == 0:
-                return
             yield batches[start : start + config.gradient_accumulation_steps]
             steps -= 1
+            if steps == 0:
+                return
+
+
+def clip(gradient: Tensor, norm: float) -> None:
+    """Scale a gradient [d] down to that norm, in place: `torch.nn.utils.clip_grad_norm_` of one vector, to the bit.
+
+    That one gathers the norms of many, which takes as long as all other operations on a tiny client's gradient.
+    """
+    gradient.mul_((norm / (torch.linalg.vector_norm(gradient) + 1e-6)).clamp(max=1.0))
 
 
 def precision(config: Config, device: torch.device) -> AbstractContextManager[object]:

@@ -8,6 +8,19 @@ import numpy as np
 CHUNK = 1 << 14  # elements at a time: both buffers stay in the processor's second cache
 
 
+def first_term(x: np.ndarray, scale: float) -> np.ndarray:
+    """Return rint(scale x) as int64: the sum of one term (`add_term`)."""
+    total = np.empty(len(x), np.int64)
+    product = np.empty(min(CHUNK, len(x)))
+    for start in range(0, len(x), CHUNK):
+        part = total[start : start + CHUNK]
+        value = product[: len(part)]
+        value[:] = x[start : start + CHUNK]
+        value *= scale
+        part[:] = np.rint(value, out=value)
+    return total
+
+
 def add_term(total: np.ndarray, x: np.ndarray, scale: float) -> None:
     """Add rint(scale x) to `total`, int64, in place. |scale x| must stay below 2^62.
 

@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 
 from fedray import vector
 from fedray.federation.local import TrainJob, client_update
-from fedray.federation.steps import lr_schedule, steps_of
+from fedray.federation.steps import clip, lr_schedule, steps_of
 from fedray.federation.worker import Shared, Worker, do
 from fedray.presets import PRESETS
 from fedray.record.run import Run
@@ -131,18 +131,28 @@ def test_learning_rate_falls_over_the_whole_run():
 
 def test_gradients_are_clipped_to_their_norm(toy_config, monkeypatch):
     norms = []
-    clip = torch.nn.utils.clip_grad_norm_
 
-    def spy(tensors, limit):
-        clip(tensors, limit)
-        norms.append(tensors[0].grad.norm().item())
+    def spy(gradient, limit):
+        clip(gradient, limit)
+        norms.append(gradient.norm().item())
 
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
+    monkeypatch.setattr("fedray.federation.local.clip", spy)
     config = toy_config(max_grad_norm=0.01)
     worker = Worker(config, torch.device("cpu"), "test")
     client_update(worker, shared(worker, 3), TrainJob(0, 3, worker.dataset.labels.nonzero()[0], NONE))
     assert norms
     assert max(norms) == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000, 100_003])
+@pytest.mark.parametrize("scale", [0.0, 1e-9, 1e-3, 1.0, 1e4])
+def test_clipping_is_torchs_to_the_bit(size, scale):
+    gradient = scale * torch.randn(size, generator=torch.Generator().manual_seed(size))
+    vector = torch.nn.Parameter(torch.zeros(size))
+    vector.grad = gradient.clone()
+    torch.nn.utils.clip_grad_norm_([vector], 0.7)
+    clip(gradient, 0.7)
+    assert torch.equal(gradient, vector.grad)
 
 
 def test_a_job_leaves_threads_and_the_global_generator_alone(toy_config):
