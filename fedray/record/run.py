@@ -172,17 +172,14 @@ class Run:
 
     def check_vacant(self) -> None:
         """Raise `UserError` if a run cannot begin here."""
-        occupied = self.directory.exists() and (
-            not self.directory.is_dir() or any(map(is_content, self.directory.iterdir()))
-        )
+        place = self.directory
+        occupied = place.exists() and (not place.is_dir() or any(map(is_content, place.iterdir())))
         # Asked second: of two that begin, the other may write its configuration meanwhile.
-        if (self.directory / "config.json").exists():
-            raise UserError(
-                f"{self.directory} holds another run; choose another --out, or continue that run with "
-                f"--resume {self.directory}."
-            )
+        if (place / "config.json").exists():
+            hint = f"or continue that run with --resume {place}"
+            raise UserError(f"{place} holds another run; choose another --out, {hint}.")
         if occupied:
-            raise UserError(f"{self.directory} exists and is not an empty directory; choose another --out.")
+            raise UserError(f"{place} exists and is not an empty directory; choose another --out.")
 
     @contextmanager
     def locked(self) -> Iterator[None]:
