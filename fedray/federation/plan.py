@@ -275,7 +275,7 @@ class Idle:
         self.round = round
         self.examples = len(plan.shards[self.client])
         self.steps = self.step = config.steps(self.examples)
-        self.weights = start
+        self.weights = start.clone()  # a method that trains by itself changes them in place
         self.total_learning_rate = self.steps * config.learning_rate
 
     def run(self, correct: Callable[[torch.Tensor], None]) -> None:

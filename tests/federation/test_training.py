@@ -1,6 +1,6 @@
 """Training options against diffusers' own, closed forms, or the same thing done another way."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import made
 import numpy as np
@@ -12,6 +12,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, compute_snr
 from safetensors.torch import load_file
 
+from fedray.algorithms import Algorithm
 from fedray.cli import main
 from fedray.cluster.alone import run_local_only
 from fedray.errors import UserError
@@ -240,6 +241,23 @@ def test_held_out_losses_are_measured_at_the_same_noise(toy_config, tmp_path):
     assert run.rows[0]["examples"] == 4 * 6
     assert len(set(second["clients"].values())) == 4
     assert second["spread"] == pytest.approx(np.std(list(second["clients"].values())))
+
+
+@dataclass(frozen=True)
+class AddOne(Algorithm):
+    """Trains by itself, in place."""
+
+    def train(self, local, down, memory):
+        local.weights.add_(1.0)
+        local.batches = 1
+
+
+def test_a_method_that_trains_by_itself_begins_at_the_initial_weights(toy_config, tmp_path):
+    config = toy_config(algorithm=AddOne(), rounds=2)
+    plan = make_plan(config)
+    before = plan.initial.clone()
+    run = train(config, tmp_path / "run")
+    assert torch.equal(run.state(plan.layout).tensors["model"], before + 1 + 1)
 
 
 def test_local_models_are_better_at_home_than_the_average(toy_config, tmp_path):
