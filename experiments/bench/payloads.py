@@ -3,9 +3,9 @@
     python experiments/bench/payloads.py [--flower /path/to/an/environment/with/flwr/bin/python]
 
 Four clients of 433.6 MiB, twenty of 40 MB, a hundred of 1 MB, on two actors. fedray writes a durable checkpoint after
-each round, beside the next one; a round's seconds are those between two rows. Flower (its simulation engine, FedAvg) writes
-nothing; its clients are handed arrays and add to them with NumPy. The two alternate. The floor is what a
-round must move through memory at least, (3 C + 1) times the model, at the speed of a copy in the same process.
+each round, beside the next one; a round's seconds are those between two rows. Flower (its simulation engine, FedAvg)
+writes nothing; its clients are handed arrays and add to them with NumPy. The two alternate. The floor is what a round
+must move through memory at least, (3 C + 1) times the model, at the speed of a copy in the same process.
 """
 
 import json
@@ -85,7 +85,8 @@ def time_fedray(clients: int, size: int, rounds: int) -> list[float]:
         run = fedray.run(config, Path(directory) / "run")
         times = [row["time"] for row in run.rows]
         model = run.state(Learner(size).flat.layout)
-        assert model is not None and (model.tensors["model"] == rounds).all()
+        assert model is not None
+        assert (model.tensors["model"] == rounds).all()
         return [after - before for before, after in zip(times, times[1:], strict=False)]
 
 

@@ -19,7 +19,8 @@ from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
 
 CLIENTS, SIZE, LAYERS, ROUNDS = map(int, sys.argv[1:5])
-client, server, ends = ClientApp(), ServerApp(), []
+client, server = ClientApp(), ServerApp()
+ends: list[float] = []
 
 
 @client.train()
@@ -34,7 +35,8 @@ class Timed(FedAvg):
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Any:
         replies = list(replies)
-        assert len(replies) == CLIENTS and not any(reply.has_error() for reply in replies)
+        assert len(replies) == CLIENTS
+        assert not any(reply.has_error() for reply in replies)
         result = super().aggregate_train(server_round, replies)
         ends.append(time.perf_counter())
         return result
@@ -50,4 +52,4 @@ def main(grid: Grid, context: Context) -> None:
 
 resources = {"client_resources": {"num_cpus": 1, "num_gpus": 0}, "init_args": {"num_cpus": 2, "log_to_driver": False}}
 run_simulation(server_app=server, client_app=client, num_supernodes=CLIENTS, backend_config=resources)
-print(json.dumps([after - before for before, after in zip(ends, ends[1:])]))
+print(json.dumps([after - before for before, after in zip(ends, ends[1:], strict=False)]))
