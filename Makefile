@@ -3,10 +3,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO ?=
+BENCH ?=
 SIDE_BY_SIDE := -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: demo demo-lora test test-fast check chaos soak help
+.PHONY: demo demo-lora test test-fast check chaos soak bench help
 
 .venv/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -33,6 +34,9 @@ chaos: .venv/installed  ## kills and simulated clusters with ten times as many s
 
 soak: .venv/installed  ## a run of ten minutes with kills: nothing grows
 	@FEDRAY_SOAK=1 $(BIN)/python -m pytest -s tests/cluster/test_soak.py
+
+bench: .venv/installed  ## measure what docs/benchmarks.md says, and write its tables (an hour)
+	@$(BIN)/python experiments/bench/all.py $(BENCH)
 
 check: .venv/installed  ## style (ruff) and types (mypy)
 	@$(BIN)/python -m ruff check .

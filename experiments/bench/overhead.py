@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from diffusers import DDPMScheduler, UNet2DModel
+from measure import spread, table
 from sklearn.datasets import load_digits
 
 import fedray
@@ -92,10 +93,10 @@ def main(rounds: int = 15, repeats: int = 4) -> None:
                 print(f"{repeat + 1}/{repeats} {name:7} {statistics.median(times):.3f} s per round")
     medians = {name: [statistics.median(times) for times in repeats] for name, repeats in measured.items()}
     ratios = [ours / theirs for ours, theirs in zip(medians["fedray"], medians["plain"], strict=True)]
-    print(
-        f"{CONFIG.clients} clients × {STEPS} steps a round; median seconds per round: "
-        f"plain {statistics.median(medians['plain']):.3f}, fedray {statistics.median(medians['fedray']):.3f}; "
-        f"ratio {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+    cells = [spread(medians["plain"]), spread(medians["fedray"]), spread(ratios), "1.10"]
+    table(
+        ["", "two plain loops, s a round", "fedray, two actors", "ratio", "goal"],
+        [[f"{CONFIG.clients} clients x {STEPS} steps", *cells]],
     )
 
 

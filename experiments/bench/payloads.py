@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import tyro
+from measure import spread, table
 from torch import nn
 
 import fedray
@@ -134,16 +135,13 @@ def main(rounds: int = 6, repeats: int = 3, flower: Path | None = None, only: st
                         f"{repeat + 1}/{repeats} {name}, {side}: {statistics.median(times):.3f} s a round", flush=True
                     )
                 found.setdefault((name, "floor"), []).append(floor(clients, size))
-    print("| | floor | Flower | fedray | ratio |\n|---|---|---|---|---|")
+    rows = []
     for name in shapes:
         ours, theirs = statistics.median(found[name, "fedray"]), found.get((name, "Flower"))
-        cell = {side: _cell(found[name, side]) for side in ("floor", "fedray", "Flower") if (name, side) in found}
         ratio = f"{statistics.median(theirs) / ours:.1f}" if theirs else "–"
-        print(f"| {name} | {cell['floor']} | {cell.get('Flower', 'not installed')} | {cell['fedray']} | {ratio} |")
-
-
-def _cell(times: list[float]) -> str:
-    return f"{statistics.median(times):.2f} ({min(times):.2f} to {max(times):.2f})"
+        flowers = spread(theirs) if theirs else "not installed"
+        rows.append([name, spread(found[name, "floor"]), flowers, spread(found[name, "fedray"]), ratio])
+    table(["clients x bytes", "floor, s", "Flower, s a round", "fedray, s a round", "ratio"], rows)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,13 @@
 and on two actors of a private Ray. Each is a new process; the floor is torch and Ray alone.
 """
 
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 
 import tyro
+from measure import spread, table
 
 FEDRAY = [sys.executable, "-m", "fedray"]
 TRAIN = [*FEDRAY, "train", "--preset", "digits", "--rounds", "1", "--evaluate-samples", "0"]
@@ -23,6 +23,12 @@ WHAT = {
     "import fedray.cluster.driver": [sys.executable, "-c", "import fedray.cluster.driver"],
     "first row, one process": [*TRAIN, "--actors", "0"],
     "first row, two actors": [*TRAIN, "--actors", "2"],
+}
+GOALS = {
+    "fedray train --help": "1.0",
+    "import fedray.cluster.driver": "2.5",
+    "first row, one process": "5",
+    "first row, two actors": "12",
 }
 
 
@@ -56,9 +62,7 @@ def main(repeats: int = 5) -> None:
     for _ in range(repeats):
         for name, command in WHAT.items():
             found[name].append(seconds(command))
-    print("| | seconds, median | range |\n|---|---|---|")
-    for name, times in found.items():
-        print(f"| {name} | {statistics.median(times):.2f} | {min(times):.2f} to {max(times):.2f} |")
+    table(["", "seconds", "goal"], [[name, spread(times), GOALS.get(name, "")] for name, times in found.items()])
 
 
 if __name__ == "__main__":

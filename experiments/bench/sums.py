@@ -7,12 +7,12 @@ doubles rounded by adding and subtracting 1.5 · 2^52 (two bits fewer of the mea
 float32 mean that depends on the order, and a copy, which is the speed of memory.
 """
 
-import statistics
 import time
 
 import numpy as np
 import torch
 import tyro
+from measure import spread, table
 
 from fedray.vector.integers import CHUNK, add_term
 
@@ -56,9 +56,7 @@ def main(repeats: int = 9) -> None:
             started = time.perf_counter()
             way()
             times[name].append((time.perf_counter() - started) / SIZE * 1e9)
-    print("| | ms per million weights, median | range |\n|---|---|---|")
-    for name, found in times.items():
-        print(f"| {name} | {statistics.median(found):.2f} | {min(found):.2f} to {max(found):.2f} |")
+    table(["", "ms per million weights and client"], [[name, spread(found)] for name, found in times.items()])
 
 
 if __name__ == "__main__":

@@ -44,9 +44,10 @@ def hold_out(shards: Shards, shares: tuple[float, ...], rng: torch.Generator) ->
     Raises:
         UserError: there are too few examples to hold out any.
     """
-    orders = [shards[client] for client in range(len(shards))]
-    if any(shares):
-        orders = [order[_permutation(len(order), rng)] for order in orders]
+    if not any(shares):  # a million clients need no loop
+        nobodys = Shards(shards.indices[:0], np.zeros_like(shards.offsets))
+        return [shards, *[nobodys] * len(shares)]
+    orders = [order[_permutation(len(order), rng)] for order in map(shards.__getitem__, range(len(shards)))]
     begins = torch.rand(len(shares), generator=rng, dtype=torch.float64).numpy()
     ends = [np.diff(np.floor(share * shards.offsets + begin)) for share, begin in zip(shares, begins, strict=True)]
     kept: list[list[np.ndarray]] = [[] for _ in range(1 + len(shares))]
@@ -79,7 +80,9 @@ class IID(Partition):
     """Examples shuffled and cut into equal parts."""
 
     def split(self, dataset: Dataset, clients: int, rng: torch.Generator) -> Shards:
-        return _shards(np.array_split(_permutation(len(dataset), rng), clients))
+        each, more = divmod(len(dataset), clients)
+        sizes = each + (np.arange(clients) < more)
+        return Shards(_permutation(len(dataset), rng), np.concatenate([[0], np.cumsum(sizes)]))
 
 
 @dataclass(frozen=True)
