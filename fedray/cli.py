@@ -1,4 +1,4 @@
-"""The command line: fedray train, finetune, sample, evaluate, audit, sweep, report, runs, attach, stop and cache."""
+"""The command line: fedray train, finetune, plan, sample, evaluate, audit, sweep, report and others."""
 
 import importlib
 import signal
@@ -6,12 +6,15 @@ import sys
 
 import fedray
 
-COMMANDS = ("train", "finetune", "sample", "evaluate", "audit", "sweep", "report", "runs", "attach", "stop", "cache")
+COMMANDS = (
+    *("train", "finetune", "plan", "sample", "evaluate", "audit", "sweep", "report", "runs", "attach", "stop", "cache"),
+)
 USAGE = """fedray simulates federated training of diffusion models on Ray.
 
   fedray train [--preset digits] [--clients 4] [--rounds 20] …   train, and write a run directory
   fedray train --resume RUN                                      continue a run that was stopped
   fedray finetune --pretrained-model-name-or-path SD …           fine-tune Stable Diffusion by LoRA
+  fedray plan [--preset digits] …                                measure a step: how long would that run take?
   fedray sample RUN [--num-images 64] [--out FILE]               draw images from a run's model
   fedray evaluate RUN|PIPELINE|FOLDER [--features inception] …   score a model, or images
   fedray audit RUN [--images 1000]                               attack a run's model: what does it tell of its data?

@@ -4,6 +4,7 @@ import argparse
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -56,6 +57,13 @@ def finetune(arguments: list[str]) -> None:
     _main(arguments, Finetune, "finetune", "sd", what)
 
 
+def plan(arguments: list[str], command: str, rehearse: Callable[[Config, Path], None]) -> None:
+    """Parse the arguments of `fedray train` or `fedray finetune`, print what a run would do, and rehearse it."""
+    what = "Measure a step, its memory and a batch of samples, and say how long a run would take. Nothing is written."
+    flags, preset = (Finetune, "sd") if command == "finetune" else (Train, "digits")
+    _main(arguments, flags, command, preset, what, rehearse)
+
+
 def _base(known: argparse.Namespace, arguments: list[str], command: str) -> Config:
     """Return the settings to start from: a run's, those of a task of the user's own, or a preset's."""
     if known.resume:
@@ -71,7 +79,14 @@ def _base(known: argparse.Namespace, arguments: list[str], command: str) -> Conf
     return PRESETS[known.preset]
 
 
-def _main(arguments: list[str], flags: type[Train], command: str, first_preset: str, what: str) -> None:
+def _main(
+    arguments: list[str],
+    flags: type[Train],
+    command: str,
+    first_preset: str,
+    what: str,
+    rehearse: Callable[[Config, Path], None] | None = None,
+) -> None:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset")
     first.add_argument("--resume", type=Path)
@@ -85,8 +100,10 @@ def _main(arguments: list[str], flags: type[Train], command: str, first_preset: 
         raise UserError("--out and --resume are both given; a resumed run stays in its directory.")
     if asked.resume and any(argument.split("=")[0] == "--preset" for argument in arguments):
         raise UserError("--preset and --resume are both given; a resumed run keeps its settings.")
-    if asked.dry_run:
+    if asked.dry_run or rehearse is not None:
         _print_plan(config)
+        if rehearse is not None:
+            rehearse(config, asked.out or Path("runs"))
         return
     if asked.local_only and asked.resume:
         raise UserError("--local-only and --resume are both given; repeat the command with the same --out to go on.")
