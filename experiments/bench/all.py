@@ -25,6 +25,7 @@ HERE = Path(__file__).parent
 PAGE, RESULTS = HERE.parent.parent / "docs" / "benchmarks.md", HERE / "results.json"
 BENCHES: dict[str, tuple[list[str], list[str] | None]] = {  # options, and those of the short form: None leaves it out
     "overhead": ([], None),
+    "shape": ([], None),
     "start": ([], None),
     "clients": ([], ["--repeats", "1", "--no-large"]),
     "sums": ([], ["--repeats", "1"]),
