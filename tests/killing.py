@@ -1,14 +1,24 @@
-"""Processes that tests kill."""
+"""Processes that tests kill, and machines of their own that tests give them."""
 
 import os
 import random
 import signal
+import subprocess
 import threading
 import time
 
 import psutil
+import pytest
 
 from fedray.record.run import Run
+
+
+def can_mount():
+    """Tell whether a process can have file systems of its own."""
+    return subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode == 0
+
+
+needs_mounts = pytest.mark.skipif(not can_mount(), reason="needs user namespaces")
 
 
 def client_actors(above=None):

@@ -31,6 +31,8 @@ class Toy:
     pause: float = 0.5  # seconds of a slow one's batch
     gate: str = ""  # if given, they are slow for as long as this file exists
     hungry: tuple[int, ...] = ()
+    greedy: tuple[int, ...] = ()  # takes memory of its machine
+    greed: int = 0  # bytes of it, a batch
     crowded: tuple[int, ...] = ()  # out of memory in an actor that has less than two CPUs
     breaking: tuple[int, ...] = ()  # the first to be trained in a process breaks it, for all that come after
     deadly: tuple[int, ...] = ()
@@ -67,6 +69,8 @@ class ToyLearner:
             raise ValueError("this client's camera is broken")
         if labels & set(self.task.hungry):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80.00 GiB.")
+        if labels & set(self.task.greedy):
+            take(self.task.greed)
         if labels & set(self.task.deadly):
             print("the camera is on fire", file=sys.stderr, flush=True)
             os._exit(1)
@@ -189,3 +193,11 @@ def assigned(resource):
     import ray
 
     return ray.get_runtime_context().get_assigned_resources().get(resource, 0)
+
+
+def take(bytes, piece=50_000_000):
+    """Hold that much of the machine's memory for a moment, taken piece by piece."""
+    taken = []
+    while len(taken) * piece < bytes:
+        taken.append(np.ones(piece, np.uint8))
+        time.sleep(0.02)

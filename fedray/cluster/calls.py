@@ -11,6 +11,7 @@ from ray.exceptions import RayError
 
 from fedray.cluster.actors import Place
 from fedray.cluster.ends import explain
+from fedray.federation.causes import BackOff
 from fedray.federation.worker import Done
 
 
@@ -25,6 +26,8 @@ class Actor:
         self.place = Place("", "")
         self.done = Done(0, 0)
         self.before = Done(0, 0)  # what those that it replaced had done
+        self.back_off = BackOff()
+        self.waits = False  # for its next process to be made, until `began`
         self._asked: Any = None
 
     def __str__(self) -> str:
@@ -45,12 +48,22 @@ class Actor:
     @property
     def has_its_share(self) -> bool:
         """Whether it has been given its share of a node, be it that its process is not ready."""
-        return self.started or bool(known_to_ray(self.handle._actor_id.hex()).get("Pid"))
+        return self.started or not self.waits and bool(known_to_ray(self.handle._actor_id.hex()).get("Pid"))
 
-    def replace(self, handle: Any) -> None:
+    def end(self, wait: float) -> None:
+        """End its process, if there still is one. It is to be made again in so many seconds."""
         ray.kill(self.handle)
-        self.handle, self.ready, self._asked = handle, handle.place.remote(), None
-        self.before, self.began, self.place = self.done, time.monotonic(), Place("", "")
+        self.before, self.place, self._asked = self.done, Place("", ""), None
+        self.waits, self.began = True, time.monotonic() + wait
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to make it again."""
+        return self.waits and time.monotonic() >= self.began
+
+    def make(self, handle: Any) -> None:
+        """Go on with a new process."""
+        self.handle, self.ready, self.waits, self.began = handle, handle.place.remote(), False, time.monotonic()
 
     def ask(self) -> Any:
         """Ask what it has done, unless an answer is still due."""

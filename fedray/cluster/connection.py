@@ -38,6 +38,9 @@ def connected(address: str | None) -> Iterator[bool]:
         # Ray listens on every interface of the machine and asks for a token, unless told otherwise: one that only
         # this process and its actors know, in place of a file in the user's home.
         os.environ.setdefault("RAY_AUTH_TOKEN", TOKEN)
+        # Where the memory is full, Ray ends several processes at a time, the run's driver too, unless told otherwise:
+        # one at a time, and client actors first.
+        os.environ.setdefault("RAY_worker_killing_policy_by_group", "true")
         ray.init(address="local", include_dashboard=False, **quiet)
     else:
         try:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fedray.cluster.actors import hide_gpus, make_options
 from fedray.cluster.connection import CONNECT_TIMEOUT, NAMESPACE, connected, send_own_code
-from fedray.cluster.ends import last_line
+from fedray.cluster.ends import explain, last_line
 from fedray.cluster.messages import Message, pack, unpack
 from fedray.cluster.nodes import count_actors
 from fedray.cluster.pool import POLL, RayPool
@@ -86,9 +86,9 @@ class DriverActor:
         config = request.config
         try:
             plan = request.unpacked()
-            pool = RayPool.start(config, plan.dataset)
+            run = Run(request.out)
+            pool = RayPool.start(config, plan.dataset, run.rows if request.resume else ())
             try:
-                run = Run(request.out)
                 plan = prepare(config, run, request.resume, plan=plan)
                 session = Session(config, plan, pool, run, self._show, request.metrics)
                 for row in fit(session, request.provenance, request.resume):
@@ -208,8 +208,8 @@ def _follow(request: Request, driver: Any, started: Any, on_row: Callable[[Row],
             rows, phase, finished, error = ray.get(report, timeout=request.config.start_timeout)
         except GetTimeoutError:
             raise RunError(f"the driver actor of {out} does not answer; {_go_on(out)}.") from None
-        except RayActorError as died:
-            raise RunError(f"the driver actor of {out} died: {last_line(died)}; {_go_on(out)}.") from None
+        except RayError as died:
+            raise RunError(f"the driver actor of {out} died: {explain(died)}; {_go_on(out)}.") from None
         for row in rows:
             on_row(row)
         seen += len(rows)
@@ -234,8 +234,8 @@ def _check_begun(started: Any, driver: Any, out: Path) -> None:
         return
     try:
         ray.get(started)
-    except RayActorError:
-        return  # it ended by itself; the next poll tells why
+    except (RayActorError, OutOfMemoryError):
+        return  # it ended; the next poll tells why
     except RayError as error:
         ray.kill(driver)
         raise RunError(
@@ -249,7 +249,7 @@ def _find_driver(name: str, timeout: float) -> Any:
     try:
         driver = ray.get_actor(name, NAMESPACE)
         finished = ray.get(driver.poll.remote(0), timeout=timeout)[2]
-    except (ValueError, RayActorError):
+    except (ValueError, RayActorError, OutOfMemoryError):
         return None
     if finished:
         ray.kill(driver)

@@ -1,8 +1,8 @@
 """Nodes of the cluster, and how many client actors fit into each."""
 
 import math
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import ray
 from ray._private.state import available_resources_per_node  # ray.available_resources() adds nodes up
@@ -33,12 +33,24 @@ class Share(NamedTuple):
             fitting.append(math.floor(have.get("GPU", 0) / self.gpus + 0.01))
         return min(fitting)
 
-    def larger(self, most: int) -> "Share":
-        """Return the share of which half as many fit, where `most` of this one fit into the largest node."""
-        if self.gpus:
+    def with_room(self, actors: int, nodes: Mapping[str, Resources]) -> "Share":
+        """Return a share of which fewer of so many actors are on the same node or GPU; itself where one is alone."""
+        if self.gpus:  # each has that much of a GPU's memory, also where it is alone
             on_a_gpu = round(1 / self.gpus)
             return self if on_a_gpu < 2 else Share(self.cpus, 1 / (on_a_gpu // 2))
-        return self if most < 2 else Share(self.cpus * 2, self.gpus)
+
+        def beside(share: Share) -> int:
+            return min(actors, max(map(share.fit, nodes.values()), default=0))
+
+        larger = self
+        while beside(larger) == beside(self) > 1:
+            larger = Share(larger.cpus * 2, self.gpus)
+        return larger
+
+    def at_last(self, rows: Iterable[Mapping[str, Any]]) -> "Share":
+        """Return the share that actors of a run came to have where they were out of memory; never less than this."""
+        found = [Share(**loss["share"]) for row in rows for loss in row.get("lost", ()) if "share" in loss]
+        return Share(max(self.cpus, found[-1].cpus), max(self.gpus, found[-1].gpus)) if found else self
 
     def times(self, count: int) -> str:
         """Describe what that many actors need."""

@@ -34,8 +34,9 @@ POLL = 0.5  # seconds between looks at the nodes, and at the progress of running
 class RayPool:
     """A pool of client actors, each doing one job at a time.
 
-    An actor that dies, hangs or breaks is replaced. There are as many as were asked for, or as fit: more when a node
-    joins, fewer when one has gone, and fewer with more memory each once there was too little.
+    An actor that dies, hangs or breaks is replaced, the later the more often in a row (`BackOff`). There are as many as
+    were asked for, or as fit: more when a node joins, fewer when one has gone, and fewer with more memory each once
+    there was too little.
     """
 
     def __init__(self, config: Config, dataset: Dataset | None, most: int, fixed: bool) -> None:
@@ -59,8 +60,11 @@ class RayPool:
         return frozenset(node["NodeID"] for node in ray.nodes() if node["Alive"])
 
     @classmethod
-    def start(cls, config: Config, dataset: Dataset | None = None) -> "RayPool":
+    def start(cls, config: Config, dataset: Dataset | None = None, rows: Iterable[Row] = ()) -> "RayPool":
         """Start the actors, and do not wait for them. They open `dataset` where their node has it.
+
+        Args:
+            rows: of the run so far: where its actors were out of memory, each has as much of it as it had at last.
 
         Raises:
             UserError: the actors do not fit.
@@ -69,6 +73,9 @@ class RayPool:
         found = count_actors(config)
         most = min(config.actors or config.cohort_size, config.cohort_size)
         pool = cls(config, dataset, most, fixed=ray.util.get_current_placement_group() is not None)
+        share = pool.share.at_last(rows)
+        if slots := room(share, alive()):  # else not on these nodes: it is found again
+            pool.share, found = share, min(found, slots)
         pool._add(found)
         return pool
 
@@ -78,6 +85,8 @@ class RayPool:
         self.config, self.dataset = config, dataset
         try:
             for actor in self.actors:
+                if actor.waits:
+                    actor.make(self._make(actor.index))
                 actor.start(config.start_timeout)
                 again = actor.handle.renew.remote(self._settings, *_data(dataset))
                 _fetch(again, f"the next run ({actor})", actor)
@@ -104,11 +113,15 @@ class RayPool:
                 (index, job), actor = item, idle.pop()
                 row, payload = actor.handle.do.remote(work, job, about, names, *arrays)
                 running[row] = Call(index, job, payload, actor, time.monotonic() + timeout, actor.done.clients)
-            starting = {actor.ready: actor for actor in self.actors if not actor.started}
-            if not running and (idle or not starting):
+            if not running and (idle or not self.actors):
                 return
+            self._make_again()
+            starting = {actor.ready: actor for actor in self.actors if not (actor.started or actor.waits)}
             waited = [*running, *starting]
-            ray.wait(waited, timeout=POLL, fetch_local=False)
+            if waited:
+                ray.wait(waited, timeout=POLL, fetch_local=False)
+            else:  # all wait to be made again
+                time.sleep(POLL)
             ready, _ = ray.wait(waited, num_returns=len(waited), timeout=0, fetch_local=False)
             for ref in [ref for ref in ready if ref in starting]:
                 try:
@@ -136,15 +149,16 @@ class RayPool:
                     yield replace(reply, lost=str(lost), cause=lost.cause)
                 else:
                     self._deaths = 0
+                    call.actor.back_off.over()
                     idle.append(call.actor)
                     yield replace(reply, row=row)
 
     def make_room(self) -> bool:
-        beside = min(len(self.actors), max(map(self.share.fit, alive().values()), default=0))
-        larger = self.share.larger(beside)
+        larger = self.share.with_room(len(self.actors), alive())
         if self.fixed or larger == self.share:
             return False
-        self._note(Cause.MEMORY, f"from now on each actor has {larger.times(1)}, so that fewer share the memory")
+        told = f"from now on each actor has {larger.times(1)}, so that fewer share the memory"
+        self._note(Cause.MEMORY, told, share=larger._asdict())  # read when the run is resumed
         self.share = larger
         self.close()
         self.actors.clear()
@@ -155,8 +169,9 @@ class RayPool:
         losses, self._losses = self._losses, []
         return losses
 
-    def _note(self, cause: Cause, reason: str) -> None:
-        self._losses.append({"clients": [], "cause": cause, "reason": reason, "seconds": 0.0, "actor": False})
+    def _note(self, cause: Cause, reason: str, **more: Any) -> None:
+        loss = {"clients": [], "cause": cause, "reason": reason, "seconds": 0.0, "actor": False}
+        self._losses.append(loss | more)
 
     @property
     def _settings(self) -> Config:
@@ -194,7 +209,17 @@ class RayPool:
         if 1 < len(self.actors) > room(self.share, alive()):
             self._drop(actor, lost.cause, "is not made again, as no node has room for it")
         else:
-            actor.replace(self._make(actor.index))
+            wait = actor.back_off.wait(lost.cause)
+            actor.end(wait)
+            if wait:
+                many = actor.back_off.ended
+                self._note(lost.cause, f"{many} processes in a row ended as {actor}; the next is made in {wait:g} s")
+
+    def _make_again(self) -> None:
+        """Make the actors whose time has come."""
+        for actor in self.actors:
+            if actor.due:
+                actor.make(self._make(actor.index))
 
     def _fit(self) -> None:
         """Have as many actors as there is room for: more where a node has joined, fewer where one has gone.

@@ -20,6 +20,29 @@ BLAMELESS = frozenset({Cause.NODE, Cause.PREEMPTION})
 COUNTED = frozenset({Cause.ACTOR, Cause.BROKEN, Cause.DEADLINE})  # what a client may have done to its process
 
 
+class BackOff:
+    """How long a place waits for its next process: not at all at first, and twice as long for each that ends in a row.
+
+    The waits are the place's own: no client's deadline, failure or loss.
+    """
+
+    FIRST, LONGEST = 0.5, 10.0  # seconds
+
+    def __init__(self) -> None:
+        self.ended = 0  # processes in a row, without a result of any
+
+    def wait(self, cause: Cause) -> float:
+        """Take note that a process ended; return the seconds until there may be another."""
+        if cause in BLAMELESS:
+            return 0.0
+        self.ended += 1
+        return 0.0 if self.ended < 2 else min(self.FIRST * 2 ** (self.ended - 2), self.LONGEST)
+
+    def over(self) -> None:
+        """Take note of a result."""
+        self.ended = 0
+
+
 class Lost(Exception):
     """A payload that is lost, with the process that made it."""
 

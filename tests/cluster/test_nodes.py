@@ -60,18 +60,31 @@ def test_other_fractions_are_refused(toy_config, gpus, better):
 
 
 @pytest.mark.parametrize(
-    ("share", "most", "larger"),
+    ("share", "actors", "nodes", "larger"),
     [
-        (Share(1, 0), 8, Share(2, 0)),
-        (Share(1, 0), 1, None),
-        (Share(2, 0.25), 4, Share(2, 0.5)),
-        (Share(2, 1 / 3), 1, Share(2, 1)),  # an actor alone has a third of the GPU's memory, too
-        (Share(2, 1), 4, None),
-        (Share(2, 4), 1, None),
+        (Share(1, 0), 8, [(8, 0)], Share(2, 0)),
+        (Share(1, 0), 2, [(8, 0)], Share(8, 0)),  # four CPUs each would leave both there
+        (Share(1, 0), 3, [(8, 0), (2, 0)], Share(4, 0)),
+        (Share(1, 0), 1, [(8, 0)], None),
+        (Share(5, 0), 2, [(8, 0), (8, 0)], None),  # one on each
+        (Share(2, 0.25), 4, [(16, 1)], Share(2, 0.5)),
+        (Share(2, 1 / 3), 1, [(16, 1)], Share(2, 1)),  # an actor alone has a third of the GPU's memory, too
+        (Share(2, 1), 4, [(16, 4)], None),
+        (Share(2, 4), 1, [(16, 4)], None),
+        (Share(1, 0), 4, [], None),
     ],
 )
-def test_a_larger_share_is_of_half_as_many(share, most, larger):
-    assert share.larger(most) == (larger or share)
-    if larger:
-        node = {"CPU": 16, "GPU": 1}
-        assert larger.fit(node) <= share.fit(node) / 2
+def test_fewer_actors_share_a_memory(share, actors, nodes, larger):
+    cluster = {str(index): {"CPU": cpus, "GPU": gpus} for index, (cpus, gpus) in enumerate(nodes)}
+    assert share.with_room(actors, cluster) == (larger or share)
+
+
+def told(**share):
+    return {"lost": [{"clients": [1]}, {"clients": [], "share": share}]}
+
+
+def test_rows_tell_what_actors_had_at_last():
+    rows = [told(cpus=2, gpus=0.5), {"lost": []}, {}, told(cpus=4, gpus=0.25), {"lost": [{"clients": []}]}]
+    assert Share(1, 0.125).at_last(rows) == Share(4, 0.25)
+    assert Share(1, 1).at_last(rows) == Share(4, 1)  # never less than was asked for
+    assert Share(1, 0).at_last(rows[1:3]) == Share(1, 0)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from killing import needs_mounts
 from runs import assert_curves_equal_rows, train
 
 from fedray.cli import main
@@ -272,13 +273,9 @@ print("stopped", stopped)
 """
 
 
-def can_mount():
-    return subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode == 0
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.skipif("not can_mount()", reason="needs user namespaces")
+@needs_mounts
 def test_a_full_disk_at_every_level(tmp_path):
     """A file system of 8 MB: the run stops with a sentence, and goes on to the same end when there is space."""
     code = FULL.format(tests=str(TOY.parent), step=200)

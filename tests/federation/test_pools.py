@@ -9,6 +9,7 @@ import pytest
 import torch
 from runs import fit, sha, train
 
+import fedray
 from fedray.errors import RunError, UserError
 from fedray.federation.causes import Cause
 from fedray.federation.local import TrainJob, client_update
@@ -193,14 +194,18 @@ def test_who_is_out_of_memory_has_more_of_it_for_the_rest_of_the_run(ray_pool, t
     config = toy_config(rounds=2, evaluate_samples=0, crowded=(1,), actors=2)
     pool = ray_pool(config)
     first, second = fit(config, pool, tmp_path / "run")
+    pool.close()
     assert sha(tmp_path / "run") == sha(tmp_path / "quiet")
     assert {client["outcome"] for row in (first, second) for client in row["clients"]} == {"ok"}
     assert {(tuple(loss["clients"]), loss["cause"]) for loss in first["lost"]} == {
         ((1,), "out of memory"), ((), "out of memory"),
     }  # fmt: skip
     assert first["lost"][-1]["reason"] == "from now on each actor has 2 CPUs, so that fewer share the memory"
-    assert not second["lost"]
-    assert [there["actors"] for there in second["nodes"].values()] == [1]
+    assert first["lost"][-1]["share"] == {"cpus": 2, "gpus": 0}
+    *_, third = fedray.run(replace(config, rounds=3), tmp_path / "run", resume=True).rows
+    for row in (second, third):
+        assert not row["lost"]
+        assert [there["actors"] for there in row["nodes"].values()] == [1]
 
 
 @pytest.mark.slow
