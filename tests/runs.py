@@ -26,10 +26,10 @@ def fit(config, pool, out, resume=False, metrics=None, dataset=None):
     yield from fit_session(Session(config, plan, pool, run, metrics=metrics or {}), environment(), resume)
 
 
-def train(config, out, resume=False, rounds=None, pool=None):
+def train(config, out, resume=False, rounds=None, pool=None, metrics=None):
     """Run in this process, or only the first `rounds` rounds; return the rows."""
     rows = []
-    for row in fit(config, pool or LocalPool(config), out, resume=resume):
+    for row in fit(config, pool or LocalPool(config), out, resume, metrics):
         rows.append(row)
         if len(rows) == rounds:
             break

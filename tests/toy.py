@@ -1,5 +1,6 @@
 """A task of a few numbers, for tests of the federation: client k can be told to fail, to return NaN …"""
 
+import ctypes
 import os
 import sys
 import time
@@ -27,6 +28,7 @@ class Toy:
     layers: int | None = None
     failing: tuple[int, ...] = ()
     infinite: tuple[int, ...] = ()
+    undefined: tuple[int, ...] = ()  # their loss is NaN
     slow: tuple[int, ...] = ()
     pause: float = 0.5  # seconds of a slow one's batch
     gate: str = ""  # if given, they are slow for as long as this file exists
@@ -36,6 +38,7 @@ class Toy:
     crowded: tuple[int, ...] = ()  # out of memory in an actor that has less than two CPUs
     breaking: tuple[int, ...] = ()  # the first to be trained in a process breaks it, for all that come after
     deadly: tuple[int, ...] = ()
+    crashing: tuple[int, ...] = ()  # by a segmentation fault
     hanging: tuple[int, ...] = ()
 
     def check(self, sampler, steps):
@@ -74,6 +77,8 @@ class ToyLearner:
         if labels & set(self.task.deadly):
             print("the camera is on fire", file=sys.stderr, flush=True)
             os._exit(1)
+        if labels & set(self.task.crashing):
+            ctypes.string_at(0)
         if labels & set(self.task.hanging):
             time.sleep(1000)
         if labels & set(self.task.slow) and (not self.task.gate or os.path.exists(self.task.gate)):
@@ -85,6 +90,8 @@ class ToyLearner:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
         target = batch["labels"].float().mean() + 0.1 * torch.randn((), generator=rng)
         loss = sum((weight - target).square().mean() for weight in self.weights())
+        if labels & set(self.task.undefined):
+            return loss * float("nan")
         return loss * float("inf") if labels & set(self.task.infinite) else loss
 
     def weights(self):

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import random
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import toy
 from ray.cluster_utils import Cluster
-from runs import sha, train
+from runs import CHAOS, sha, train
 
 from fedray.record.run import Run
 
@@ -61,7 +62,10 @@ def wait_for_row(process, out, fits):
 
 
 @pytest.mark.slow
-def test_nodes_come_and_go(toy_config, tmp_path):
+@pytest.mark.chaos
+@pytest.mark.parametrize("seed", range(10 if CHAOS else 1))
+def test_nodes_come_and_go(toy_config, tmp_path, seed):
+    rng = random.Random(seed)
     settings = {"labels": 12, "local_epochs": 1, "train_batch_size": 8, "rounds": 60, "evaluate_samples": 0}
     train(toy_config(**settings), tmp_path / "here")
     gate = tmp_path / "gate"
@@ -76,7 +80,7 @@ def test_nodes_come_and_go(toy_config, tmp_path):
             assert set(row["nodes"]) == names
             assert sum(there["clients"] for there in row["nodes"].values()) == 12
             assert all(there["actors"] == 1 and there["seconds"] >= 0.3 for there in row["nodes"].values())
-            time.sleep(0.5)
+            time.sleep(rng.uniform(0, 1.5))
             cluster.remove_node(workers[0], allow_graceful=False)
             wait_for_row(process, out, lambda row: len(row["nodes"]) == 2)
             joined = cluster.add_node(**NODE)

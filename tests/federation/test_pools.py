@@ -1,6 +1,7 @@
 import os
 import signal
 import time
+from collections import Counter
 from dataclasses import replace
 
 import made
@@ -185,6 +186,33 @@ def test_kills_and_deaths_cost_no_client_but_their_own(ray_pool, toy_config, ray
         ledger, actors = row["ledger"], [loss for loss in row["lost"] if loss["actor"]]
         assert (ledger["asked"], ledger["folded"], ledger["failed"], ledger["nodes_lost"]) == (8, 6, 2, 0)
         assert ledger["actors_lost"] == len(actors) >= 6  # three for each
+
+
+@pytest.mark.slow
+@pytest.mark.chaos
+def test_each_fault_costs_its_own_client_and_no_other(ray_pool, toy_config, tmp_path):
+    """Exceptions, infinite and undefined weights, too little memory, hanging, crashing; and ten times as slow."""
+    quiet = toy_config(labels=10, rounds=1, failing=(1, 2, 3, 4, 5, 6), keep_optimizer=True, evaluate_samples=0)
+    train(quiet, tmp_path / "quiet")
+    faults = {"failing": (1,), "infinite": (2,), "undefined": (3,), "hungry": (4,), "hanging": (5,), "crashing": (6,)}
+    task = replace(quiet.task, **faults, slow=(7,), pause=0.5)
+    config = replace(quiet, task=task, actors=2, client_timeout=15.0, client_retries=1)
+    (row,) = fit(config, ray_pool(config), tmp_path / "run")
+    assert sha(tmp_path / "run") == sha(tmp_path / "quiet")
+    outcomes = {client["client"]: client["outcome"] for client in row["clients"]}
+    assert [client for client in outcomes if outcomes[client] == "ok"] == [0, 7, 8, 9]
+    lost = Counter((client, str(loss["cause"])) for loss in row["lost"] for client in loss["clients"])
+    for client, said, cause, least in (
+        (1, "ValueError: this client's camera is broken", "client", 1),
+        (2, "FloatingPointError: the trained weights are not finite", "client", 1),
+        (3, "FloatingPointError: the trained weights are not finite", "client", 1),
+        (4, "UserError: client 4 in round 1 needs more GPU memory than it may have", "out of memory", 1),
+        (5, "its process was lost 3 times; at last: it has not answered for 15 s (--client-timeout)", "too slow", 3),
+        (6, "its process was lost 3 times; at last: its process ended (killed, or out of memory)", "actor died", 3),
+    ):
+        assert outcomes[client].startswith(said), client
+        assert lost[client, cause] >= least, client
+    assert "Segmentation fault" in outcomes[6]
 
 
 @pytest.mark.slow

@@ -33,6 +33,9 @@ METHODS = {
     "median, attackers": {"fold": "median", "wire": "int8", "malicious": "0.3:noise:1"},
 }
 
+MOST = ("fedavg", "scaffold", "top-k, feedback")  # without state, with state of clients, with that of links
+assert METHODS.keys() >= set(MOST)
+
 
 class Memories:
     """What a run directory keeps of clients, in memory."""
@@ -169,7 +172,7 @@ def seeds_for(method):
     """FEDRAY_SEED=N replays a seed; `make chaos` tries ten times as many."""
     if "FEDRAY_SEED" in os.environ:
         return [int(os.environ["FEDRAY_SEED"])]
-    most = 500 if method in ("fedavg", "control variates", "top-k, feedback") else 100
+    most = 500 if method in MOST else 100
     return range(10 * most if CHAOS else most)
 
 
