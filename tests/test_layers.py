@@ -65,6 +65,25 @@ def test_only_the_cluster_room_imports_ray():
     assert {name.split(".")[0] for name in users} == {"cluster"}
 
 
+def test_every_wait_for_another_process_has_a_deadline():
+    """Of Ray, of a command; of a thread, a lock or a queue none that has no argument."""
+    found = []
+    for name, path in FILES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            called = ast.unparse(node.func)
+            if called in ("ray.get", "ray.wait", "subprocess.run"):
+                found.append(called)
+                assert "timeout" in {keyword.arg for keyword in node.keywords}, f"{name}, line {node.lineno}"
+            if called.split(".")[-1] in ("join", "wait", "acquire", "get", "communicate", "flock"):
+                assert node.args or node.keywords, f"{name}, line {node.lineno}"
+            if called == "fcntl.flock":
+                found.append(called)
+                assert "LOCK_NB" in ast.unparse(node.args[1]), f"{name}, line {node.lineno}"
+    assert set(found) == {"ray.get", "ray.wait", "subprocess.run", "fcntl.flock"}
+
+
 def test_a_reader_can_hold_a_file_and_a_function_in_mind():
     for name, path in FILES.items():
         text = path.read_text()

@@ -1,16 +1,20 @@
 """What somebody else's run directory may not do: run code, or join a cluster."""
 
+import ast
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+import fedray
 from fedray.cli import main
 from fedray.config import Config
 from fedray.errors import UserError
 from fedray.federation.fit import prepare
 from fedray.presets import PRESETS
 from fedray.record.run import Run
+from fedray.tasks.pretrained import load
 
 
 @pytest.fixture
@@ -74,3 +78,41 @@ def test_settings_of_the_wrong_type_are_refused_before_anything_starts(changes, 
     with pytest.raises(UserError, match=said):
         Config(**({"local_epochs": 1} | changes)).check()
     Config(local_epochs=1, learning_rate=1).check()  # a whole number is a number
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        {"_class_name": ["evil", "Evil"]},
+        {"_class_name": "DDPMPipeline", "unet": ["evil", "Evil"]},
+        {"_class_name": "DDPMPipeline", "unet": ["unet", "Evil"]},
+    ],
+    ids=["class", "library", "component"],
+)
+def test_a_pipeline_that_brings_code_is_refused_and_its_code_does_not_run(tmp_path, index):
+    """As diffusers' `trust_remote_code`, which is never set."""
+    folder, ran = tmp_path / "pipeline", tmp_path / "ran"
+    (folder / "unet").mkdir(parents=True)
+    (folder / "model_index.json").write_text(json.dumps({"_diffusers_version": "0.30.0"} | index))
+    code = f"open({str(ran)!r}, 'w').close()\nfrom diffusers import DDPMPipeline\nclass Evil(DDPMPipeline):\n    pass\n"
+    for place in (folder / "evil.py", folder / "unet/evil.py", folder / "unet/unet.py", folder / "unet.py"):
+        place.write_text(code)
+    with pytest.raises(UserError, match="is no pipeline that diffusers can load"):
+        load(str(folder))
+    assert not ran.exists()
+
+
+def test_nothing_is_unpickled_but_what_ray_brings_and_no_downloaded_code_is_trusted():
+    package, seen = Path(fedray.__file__).parent, set()
+    for path in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                called, named = ast.unparse(node.func), {each.arg: ast.unparse(each.value) for each in node.keywords}
+                assert "trust_remote_code" not in named, f"{path}, line {node.lineno}"
+                assert named.get("allow_pickle", "False") == "False", f"{path}, line {node.lineno}"
+                if called.endswith(("pickle.load", "pickle.loads", "torch.load")):
+                    seen.add((path.relative_to(package).as_posix(), called, named.get("weights_only")))
+    assert seen == {
+        ("cluster/messages.py", "pickle.loads", None),
+        ("scores/networks/inception.py", "torch.load", "True"),
+    }

@@ -14,6 +14,8 @@ from fedray.cluster.ends import explain
 from fedray.federation.causes import BackOff
 from fedray.federation.worker import Done
 
+ARRIVE = 30.0  # seconds for a small result that is ready to reach this process
+
 
 class Actor:
     """A client actor, the one that replaced it, and so on; and what it was last seen to have done."""
@@ -37,7 +39,7 @@ class Actor:
     def started(self) -> bool:
         return bool(self.place.node)
 
-    def start(self, timeout: float | None = None) -> "Actor":
+    def start(self, timeout: float = ARRIVE) -> "Actor":
         """Take note of where it is, once it is ready. Raises `Lost` if it was killed meanwhile, or cannot be made."""
         try:
             self.place = ray.get(self.ready, timeout=timeout)
@@ -73,7 +75,7 @@ class Actor:
     def hear(self) -> None:
         """Take note of its answer."""
         with suppress(RayError):  # one that died: its job will tell
-            done = ray.get(self._asked)
+            done = ray.get(self._asked, timeout=ARRIVE)
             self.done = Done(self.before.steps + done.steps, self.before.clients + done.clients)
         self._asked = None
 

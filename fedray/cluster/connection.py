@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
 from fedray import own
 from fedray.errors import UserError
@@ -47,12 +48,15 @@ def connected(address: str | None) -> Iterator[bool]:
             if ":" in address:  # Ray would try for minutes
                 host, _, port = address.rpartition(":")
                 socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT).close()
+            # Ray does so by itself for "auto" alone, and for an address would try without the token.
+            maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
             ray.init(address=address, **quiet)
         except (OSError, RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(
-                f"--address {address}: no Ray cluster could be joined there ({reason}). Start one with "
-                f"`ray start --head`, or leave --address out for a private one."
+                f"--address {address}: no Ray cluster could be joined there ({reason}). Start one with `ray start "
+                f"--head`, or leave --address out for a private one. If it is up, its token must be in RAY_AUTH_TOKEN "
+                f"or ~/.ray/auth_token here."
             ) from None
     if callable(stops):
         with suppress(ValueError):  # of a thread other than the main one

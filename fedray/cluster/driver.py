@@ -233,7 +233,7 @@ def _check_begun(started: Any, driver: Any, out: Path) -> None:
     if not ray.wait([started], timeout=0)[0]:
         return
     try:
-        ray.get(started)
+        ray.get(started, timeout=CONNECT_TIMEOUT)
     except (RayActorError, OutOfMemoryError):
         return  # it ended; the next poll tells why
     except RayError as error:

@@ -18,18 +18,33 @@ def test_a_private_ray_asks_for_a_token():
 import os, subprocess, sys
 import ray
 from fedray.cluster.connection import connected
+join = '''
+import sys
+from fedray.cluster.connection import connected
+from fedray.errors import UserError
+try:
+    with connected(sys.argv[1]):
+        print("joined")
+except UserError as error:
+    print(error)
+'''
 with connected(None):
     address = ray.get_runtime_context().gcs_address
-    join = "import ray; ray.init(address=sys.argv[1], log_to_driver=False); print('joined', ray.cluster_resources())"
     env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    for token in ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 64}, {"RAY_AUTH_MODE": "disabled"}):
-        ran = subprocess.run([sys.executable, "-c", "import sys; " + join, address], env=env | token,
-                             capture_output=True, text=True, timeout=100)
-        print(ran.returncode != 0, "joined" in ran.stdout)
+    right, wrong = ({"RAY_AUTH_TOKEN": token} for token in (os.environ["RAY_AUTH_TOKEN"], "a" * 64))
+    given = [right, wrong, {"RAY_AUTH_MODE": "disabled"}]
+    ran = [subprocess.Popen([sys.executable, "-c", join, address], env=env | token, stdout=subprocess.PIPE, text=True)
+           for token in given]
+    for each in ran:
+        print(each.communicate(timeout=200)[0].strip())
 """
     env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     ran = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
-    assert ran.stdout.splitlines() == ["True False"] * 2, ran.stdout + ran.stderr
+    with_it, wrong, without = ran.stdout.splitlines()
+    assert with_it == "joined", ran.stderr
+    for said in (wrong, without):
+        assert "no Ray cluster could be joined there" in said
+        assert said.endswith("If it is up, its token must be in RAY_AUTH_TOKEN or ~/.ray/auth_token here.")
 
 
 def test_no_cluster_at_the_address(monkeypatch):
