@@ -1,5 +1,6 @@
 """A connection to Ray: to a running cluster, or to a private one that ends with this process."""
 
+import logging
 import os
 import secrets
 import signal
@@ -48,7 +49,8 @@ def connected(address: str | None) -> Iterator[bool]:
             if ":" in address:  # Ray would try for minutes
                 host, _, port = address.rpartition(":")
                 socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT).close()
-            # Ray does so by itself for "auto" alone, and for an address would try without the token.
+            # Ray does so by itself for "auto" alone, and would try any other address without the token.
+            logging.getLogger(maybe_enable_token_auth_if_token_available.__module__).setLevel(logging.ERROR)
             maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
             ray.init(address=address, **quiet)
         except (OSError, RuntimeError, ValueError) as error:

@@ -285,6 +285,53 @@ def test_a_full_disk_at_every_level(tmp_path):
     assert int(re.search(r"stopped (\d+)", ran.stdout)[1]) >= 10
 
 
+READ_ONLY = """
+import subprocess, sys, warnings
+from pathlib import Path
+sys.path[:0] = [{tests!r}]
+import toy
+from runs import assert_curves_equal_rows, fit, sha, train
+from fedray.config import Config
+from fedray.data.partition import ByLabel
+from fedray.errors import RunError
+from fedray.federation.pool import LocalPool
+from fedray.record.run import Run
+
+place = Path(sys.argv[1])
+checkpoints = str(place / "run/checkpoints")
+warnings.simplefilter("ignore")
+config = Config(task=toy.Toy(), clients=4, partition=ByLabel(), rounds=4, local_epochs=1, learning_rate=0.1,
+                evaluate_samples=4, actors=0, keep_optimizer=True)
+train(config, place / "whole")
+try:
+    for row in fit(config, LocalPool(config), place / "run"):
+        if row["round"] == 2:
+            for how in (["--bind", checkpoints], ["-o", "remount,bind,ro"]):
+                subprocess.run(["mount", *how, checkpoints], check=True)
+except RunError as error:
+    print(error)
+subprocess.run(["umount", checkpoints], check=True)
+print(len(Run.open(place / "run").rows))
+train(config, place / "run", resume=True)
+assert sha(place / "run") == sha(place / "whole")
+assert [row["round"] for row in Run.open(place / "run").rows] == [1, 2, 3, 4]
+assert_curves_equal_rows(place / "run")
+assert not list((place / "run").rglob("*.part"))
+"""
+
+
+@pytest.mark.slow
+@needs_mounts
+def test_a_file_system_that_becomes_read_only_in_a_run(tmp_path):
+    code = READ_ONLY.format(tests=str(TOY.parent))
+    command = ["unshare", "-rm", sys.executable, "-c", code, str(tmp_path)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    sentence, rows = ran.stdout.splitlines()
+    assert sentence.endswith("Read-only file system; the run's complete rounds are kept.")
+    assert rows == "2"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("actors", [0, 2])
 def test_asked_to_stop_by_another_process(tmp_path, whole, capsys, actors):
