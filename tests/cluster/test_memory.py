@@ -14,7 +14,7 @@ from runs import sha, train
 
 from fedray.record.run import Run
 
-pytestmark = [pytest.mark.slow, pytest.mark.chaos]
+pytestmark = pytest.mark.slow
 TOY = Path(toy.__file__)
 
 # On a machine of 3.5 GB, of which nothing is used but by this run: what others do does not count.

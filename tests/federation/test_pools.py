@@ -189,7 +189,6 @@ def test_kills_and_deaths_cost_no_client_but_their_own(ray_pool, toy_config, ray
 
 
 @pytest.mark.slow
-@pytest.mark.chaos
 def test_each_fault_costs_its_own_client_and_no_other(ray_pool, toy_config, tmp_path):
     """Exceptions, infinite and undefined weights, too little memory, hanging, crashing; and ten times as slow."""
     quiet = toy_config(labels=10, rounds=1, failing=(1, 2, 3, 4, 5, 6), keep_optimizer=True, evaluate_samples=0)
