@@ -20,6 +20,7 @@ TOY = Path(toy.__file__)
 # On a machine of 3.5 GB, of which nothing is used but by this run: what others do does not count.
 SCRIPT = """
 import pickle, subprocess, sys, threading, time
+from functools import partial
 from pathlib import Path
 import psutil
 
@@ -47,6 +48,8 @@ with open(place, "w") as file:
     subprocess.run(["mount", "--bind", str(place), "/proc/meminfo"], check=True)
     threading.Thread(target=lambda: [(tell(), time.sleep(0.05)) for _ in iter(int, 1)], daemon=True).start()
     import fedray, toy, ray
+    # Ray takes its own shares from what is used of the whole machine, by its cgroup.
+    ray.init = partial(ray.init, _memory=1_000_000_000, object_store_memory=100_000_000)
     ray.cloudpickle.register_pickle_by_value(toy)
     fedray.run(pickle.load(open(sys.argv[1], "rb")), sys.argv[2])
 """
