@@ -23,10 +23,11 @@ def explain(error: RayError, node: str = "", log: str = "") -> Lost:
         return Lost(f"its node{where} was taken away", Cause.PREEMPTION)
     if "its node has died" in said or (node and node not in alive()):  # an actor, or what it had sent
         return Lost(f"its node{where} died", Cause.NODE)
-    if isinstance(error, ActorDiedError) and "creation" not in said:
+    begun = not getattr(error, "actor_init_failed", False)
+    if isinstance(error, ActorDiedError) and begun:
         last = tail(node, log) if log else ""
         return Lost(ENDED + (f"; the end of its log: {last}" if last else ""), Cause.ACTOR)
-    return Lost(last_line(error), Cause.START if "creation" in said else Cause.ACTOR)
+    return Lost(last_line(error), Cause.ACTOR if begun else Cause.START)
 
 
 def last_line(error: RayError) -> str:
