@@ -27,7 +27,7 @@ def check_versions(label: str | None = None) -> None:
     for ref in ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER)[0] if asked else ():
         node = asked[ref]
         try:
-            found = ray.get(ref)
+            found = ray.get(ref, timeout=ANSWER)
         except RayError as error:
             if node not in alive():
                 continue
