@@ -104,7 +104,11 @@ class Crossing:
                         yield Reply(-1, None, {}, partial(_same, None), str(lost), lost.cause, keys)
 
     def look(self, about: Any, arrays: list[Any]) -> None:
-        """Count the copies of a map's inputs, where Ray says they are; an object reaches a node once."""
+        """Count the copies of a map's inputs, where Ray says they are; an object reaches a node once.
+
+        Args:
+            arrays: all that were put and are kept, also of maps before.
+        """
         places = get_local_object_locations([about, *arrays])
         self._reached = {ref.hex(): self._reached.get(ref.hex(), {self.here}) for ref in places}
         for ref, place in places.items():

@@ -122,7 +122,7 @@ class RayPool:
             if not running and (able or not self.actors):  # so there are no more jobs
                 yield from self._crossing.gather(self._crossing.nodes, self.actors, about)
                 self._crossing.rest(*idle)
-                self._crossing.look(about, arrays)
+                self._crossing.look(about, [ref for _, ref in self._sent.values()])
                 return
             self._make_again()
             starting = {actor.ready: actor for actor in self.actors if not (actor.started or actor.waits)}
@@ -143,7 +143,7 @@ class RayPool:
                 looked = time.monotonic()
                 self._look(0.2)
                 progress(sum(actor.done.steps for actor in self.actors) - begin)
-                self._crossing.look(about, arrays)
+                self._crossing.look(about, [ref for _, ref in self._sent.values()])
                 busy, nodes = {call.actor for call in running.values()}, self._usable()
                 yield from self._crossing.gather(self._endangered(busy), self.actors, about)
                 self._fit(nodes, busy)
