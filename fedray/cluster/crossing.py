@@ -41,6 +41,10 @@ class Crossing:
         """The nodes that hold partials."""
         return [node for node, held in self._held.items() if held]
 
+    def drop(self) -> None:
+        """Forget what an earlier map has left that was broken off."""
+        self._held.clear()
+
     def begin(self, actor: Actor, job: Any, shared: Shared) -> Held | None:
         """Take note of a job that an actor is given; return the partial on its node that it goes on with."""
         self.rest(actor)

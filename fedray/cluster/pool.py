@@ -103,6 +103,7 @@ class RayPool:
         return pools
 
     def map(self, work: Work, shared: Shared, jobs: Iterable[Any], progress: Progress) -> Iterator[Reply]:
+        self._crossing.drop()
         about = ray.put(shared._replace(arrays={}))
         names, arrays = tuple(shared.arrays), [self._put(name, array) for name, array in shared.arrays.items()]
         queue, looked, timeout = enumerate(jobs), time.monotonic(), self.config.client_timeout
