@@ -74,6 +74,8 @@ def check(config: "Config") -> None:
             f"--gpus-per-actor {config.gpus_per_actor}: actors that share a GPU have equal parts of it, or Ray may let "
             f"some wait for ever; give {1 / (several + 1):.3g} or {1 / several:.3g}."
         )
+    if config.node_label is not None and not re.fullmatch(r"[^=]+=[^=]+", config.node_label):
+        raise UserError(f"--node-label {config.node_label!r}: it must be KEY=VALUE.")
     if config.kid_subset_size < 2:
         raise UserError(f"--kid-subset-size {config.kid_subset_size}: it must be at least 2.")
     if config.evaluate_samples == 1 and config.features:

@@ -32,7 +32,7 @@ FORMAT = 2  # of config.json: 1 knew `rule` and `codec`
 
 # Where a run is computed. It does not change the result, but for threads and for GPUs, whose float sums differ:
 # `check_resumable` holds a run to those.
-PLACEMENT = ("actors", "cpus_per_actor", "gpus_per_actor", "address", "client_timeout", "start_timeout",
+PLACEMENT = ("actors", "cpus_per_actor", "gpus_per_actor", "node_label", "address", "client_timeout", "start_timeout",
              "client_retries", "min_clients", "inception_weights", "checkpoint_every")  # fmt: skip
 
 
@@ -124,6 +124,8 @@ class Config(Federation):
     """CPUs of an actor; it computes with as many threads (at least one)."""
     gpus_per_actor: float = 0.0
     """GPUs of an actor: a whole number, or 1/n for n actors on each GPU (0.5, 0.333, 0.25 …); 0 computes on CPUs."""
+    node_label: str | None = None
+    """KEY=VALUE, a label that Ray's nodes must have for actors to be on them, such as ray.io/accelerator-type=A100."""
     address: str | None = None
     """A running Ray cluster to join (auto, or HOST:PORT); None starts a private one, unless RAY_ADDRESS is set."""
     client_timeout: float = 86_400.0

@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -40,6 +41,7 @@ class Toy:
     deadly: tuple[int, ...] = ()
     crashing: tuple[int, ...] = ()  # by a segmentation fault
     hanging: tuple[int, ...] = ()
+    seats: str = ""  # if given, a folder, where each process with GPUs leaves a file NODE-GPU-PID
 
     def check(self, sampler, steps):
         pass
@@ -57,6 +59,8 @@ class ToyLearner:
 
     def __init__(self, task, device):
         self.task = task
+        if task.seats:
+            take_seats(task.seats)
         if task.layers is None:
             self.network = nn.Linear(task.size, 1, bias=False).to(device)
         else:
@@ -208,3 +212,13 @@ def take(bytes, piece=50_000_000):
     while len(taken) * piece < bytes:
         taken.append(np.ones(piece, np.uint8))
         time.sleep(0.02)
+
+
+def take_seats(folder):
+    """Leave a file for each GPU that Ray says this process may use."""
+    import ray
+
+    if ray.is_initialized():
+        node = ray.get_runtime_context().get_node_id()[:12]
+        for gpu in ray.get_gpu_ids():
+            Path(folder, f"{node}-{gpu}-{os.getpid()}").touch()

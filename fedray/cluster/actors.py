@@ -1,18 +1,21 @@
 """Client actors: processes that do jobs, and their share of the machine."""
 
 import os
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import ray
 import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from fedray.cluster.messages import Message, pack
+from fedray.cluster.messages import Message, pack, unpack
 from fedray.cluster.nodes import SHORT
 from fedray.config import Config
 from fedray.data.dataset import Source
-from fedray.federation.worker import Done, Shared, Work, Worker, do
+from fedray.federation.worker import Done, Parts, Shared, Work, Worker, device_of, do
 from fedray.memory import keep_freed_memory
+from fedray.record.provenance import versions
 from fedray.record.run import Row
 
 
@@ -21,6 +24,7 @@ class Place(NamedTuple):
 
     node: str
     log: str  # the file of its stderr, if that is known
+    versions: dict[str, str]  # of what its process has installed
 
 
 class ClientActor:
@@ -34,8 +38,7 @@ class ClientActor:
 
     def renew(self, config: Config, source: Source | None, sha256: str | None) -> None:
         """Do jobs of another run from now on, with the same share of the machine."""
-        device = torch.device("cuda" if config.gpus_per_actor else "cpu")
-        self.worker = Worker(config, device, f"actor {self.index}", source, sha256)
+        self.worker = Worker(config, device_of(config), f"actor {self.index}", source, sha256)
         self.worker.node = ray.get_runtime_context().get_node_id()[:SHORT]
 
     def place(self) -> Place:
@@ -43,30 +46,60 @@ class ClientActor:
             log = os.readlink("/proc/self/fd/2")  # Ray leads it there
         except OSError:
             log = ""
-        return Place(ray.get_runtime_context().get_node_id(), log)
+        return Place(ray.get_runtime_context().get_node_id(), log, versions())
 
-    @ray.method(num_returns=2)
-    def do(self, work: Work, job: Any, about: Any, names: tuple[str, ...], *arrays: np.ndarray) -> tuple[Row, Message]:
-        row, payload = do(self.worker, work, Shared(dict(zip(names, arrays, strict=True)), about), job)
-        return row, pack(payload)
+    @ray.method(num_returns=3)
+    def do(
+        self, work: Work, job: Any, shared: Shared, onto: Message | None, names: tuple[str, ...], *arrays: np.ndarray
+    ) -> tuple[Row, Message, Message]:
+        """Do a job: return its row, its payload, and apart from that its partial, merged with `onto`.
+
+        Args:
+            shared: without its arrays, which follow, with their names.
+        """
+        shared = shared._replace(arrays=dict(zip(names, arrays, strict=True)))
+        row, payload = do(self.worker, work if onto is None else partial(_go_on, work, onto), shared, job)
+        if not isinstance(payload, Parts):
+            return row, pack(payload), pack(None)
+        return row, pack(payload._replace(partial=None)), pack(payload.partial)
+
+    def merge(self, shared: Shared, *partials: Message) -> Message:
+        """Make one partial of several."""
+        assert shared.merge is not None
+        return pack(shared.merge(self.worker, shared, None, *map(unpack, partials)))
 
     @ray.method(concurrency_group="progress")
     def progress(self) -> Done:
         return self.worker.done
 
 
+def _go_on(work: Work, onto: Message, worker: Worker, shared: Shared, job: Any) -> tuple[Row, Any]:
+    """Do work whose partial goes on with one that an earlier job has left."""
+    row, payload = work(worker, shared, job)
+    if isinstance(payload, Parts):
+        assert shared.merge is not None
+        payload = payload._replace(partial=shared.merge(worker, shared, payload.partial, unpack(onto)))
+    return row, payload
+
+
 def keep_to_fraction(config: Config) -> None:
     """Hold this process to its share of a GPU's memory: the fraction that Ray counts is bookkeeping only."""
     if not config.gpus_per_actor:
         hide_gpus()
-    if 0 < config.gpus_per_actor < 1:
+    if 0 < config.gpus_per_actor < 1 and device_of(config).type == "cuda":
         torch.cuda.set_per_process_memory_fraction(config.gpus_per_actor)
 
 
-def make_options(cpus: float, gpus: float) -> dict[str, Any]:
-    """Make the options of an actor with that share of the machine."""
+def make_options(cpus: float, gpus: float, node: str = "", label: str | None = None) -> dict[str, Any]:
+    """Make the options of an actor with that share of the machine; on that node, or elsewhere if it is full by then."""
     # No restarts: Ray's own lose the actor's state and may run a call twice.
-    return {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": 0}
+    options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": 0}
+    if node:
+        there = NodeAffinitySchedulingStrategy(node, soft=True, _spill_on_unavailable=True)
+        options["scheduling_strategy"] = there
+    if label is not None:
+        options["label_selector"] = dict([label.split("=", 1)])
+    return options
 
 
 def hide_gpus() -> None:

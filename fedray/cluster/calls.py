@@ -2,8 +2,8 @@
 
 import time
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import ray
 from ray._private.state import actors as known_to_ray
@@ -12,9 +12,16 @@ from ray.exceptions import RayError
 from fedray.cluster.actors import Place
 from fedray.cluster.ends import explain
 from fedray.federation.causes import BackOff
-from fedray.federation.worker import Done
+from fedray.federation.worker import Done, Key
 
 ARRIVE = 30.0  # seconds for a small result that is ready to reach this process
+
+
+class Held(NamedTuple):
+    """A partial on a node: an object of Ray's that the driver owns, and the keys of the jobs that it is made of."""
+
+    ref: Any
+    keys: tuple[Key, ...]
 
 
 class Actor:
@@ -25,7 +32,8 @@ class Actor:
         self.handle = handle
         self.ready = handle.place.remote()
         self.began = time.monotonic()
-        self.place = Place("", "")
+        self.place = Place("", "", {})
+        self.rests = self.began  # since when it has had no job
         self.done = Done(0, 0)
         self.before = Done(0, 0)  # what those that it replaced had done
         self.back_off = BackOff()
@@ -55,7 +63,7 @@ class Actor:
     def end(self, wait: float) -> None:
         """End its process, if there still is one. It is to be made again in so many seconds."""
         ray.kill(self.handle)
-        self.before, self.place, self._asked = self.done, Place("", ""), None
+        self.before, self.place, self._asked = self.done, Place("", "", {}), None
         self.waits, self.began = True, time.monotonic() + wait
 
     @property
@@ -66,6 +74,11 @@ class Actor:
     def make(self, handle: Any) -> None:
         """Go on with a new process."""
         self.handle, self.ready, self.waits, self.began = handle, handle.place.remote(), False, time.monotonic()
+
+    def rest(self) -> "Actor":
+        """Take note that it has no job from now on."""
+        self.rests = time.monotonic()
+        return self
 
     def ask(self) -> Any:
         """Ask what it has done, unless an answer is still due."""
@@ -87,9 +100,15 @@ class Call:
     index: int
     job: Any
     payload: Any
+    partial: Any  # apart from the payload: it may stay on the actor's node
+    onto: Held | None  # the partial there that it goes on with
     actor: Actor
     deadline: float  # for the next client
-    clients: int  # that the actor had done when it was looked at
+    clients: int = field(init=False)  # that the actor had done when it was looked at
+    place: Place = field(init=False)  # where the actor is
+
+    def __post_init__(self) -> None:
+        self.clients, self.place = self.actor.done.clients, self.actor.place
 
     def overdue(self, timeout: float) -> bool:
         """Tell whether the deadline has passed; it is set anew when another client is done."""

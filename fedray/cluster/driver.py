@@ -19,6 +19,7 @@ from fedray.cluster.ends import explain, last_line
 from fedray.cluster.messages import Message, pack, unpack
 from fedray.cluster.nodes import count_actors
 from fedray.cluster.pool import POLL, RayPool
+from fedray.cluster.versions import check_versions
 from fedray.config import Config
 from fedray.data.dataset import Dataset, Source
 from fedray.errors import Detached, RunError, UserError
@@ -174,6 +175,7 @@ def check_outside_images(out: Path, config: Config) -> None:
 def _drive(request: Request, private: bool, on_row: Callable[[Row], None], show: Show) -> None:
     """Start the run's driver actor, or attach to it, and pass on what it reports until the run is over."""
     count_actors(request.config)
+    check_versions(request.config.node_label)
     out, name = request.out, f"driver:{request.out}"
     driver = _find_driver(name, request.config.start_timeout)
     if driver is not None and not request.resume:

@@ -20,6 +20,10 @@ class Message(NamedTuple):
     pickled: bytes
     arrays: list[np.ndarray]
 
+    @property
+    def nbytes(self) -> int:
+        return len(self.pickled) + sum(array.nbytes for array in self.arrays)
+
 
 class _Pickler(cloudpickle.Pickler):
     def reducer_override(self, obj: Any) -> Any:

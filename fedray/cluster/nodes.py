@@ -1,11 +1,12 @@
 """Nodes of the cluster, and how many client actors fit into each."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import ray
 from ray._private.state import available_resources_per_node  # ray.available_resources() adds nodes up
+from ray._private.state import state as global_state
 
 from fedray.config import Config
 from fedray.errors import UserError
@@ -57,14 +58,30 @@ class Share(NamedTuple):
         return f"{count * self.cpus:g} CPUs" + (f" and {count * self.gpus:g} GPUs" if self.gpus else "")
 
 
-def alive() -> dict[str, Resources]:
-    """Return what each node has, by its id, of those that live."""
-    return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+def alive(label: str | None = None) -> dict[str, Resources]:
+    """Return what each node has, by its id, of those that live and have a label KEY=VALUE, if one is given."""
+    key, _, value = (label or "").partition("=")
+    nodes = [node for node in ray.nodes() if node["Alive"] and (label is None or node["Labels"].get(key) == value)]
+    return {node["NodeID"]: node["Resources"] for node in nodes}
 
 
-def free() -> dict[str, Resources]:
-    """Return what nobody holds of each node, by its id."""
-    return available_resources_per_node()
+def draining() -> frozenset[str]:
+    """Return the ids of nodes that are to go: an autoscaler, or `ray drain-node`, has said so."""
+    return frozenset(global_state.get_draining_nodes())
+
+
+def free(nodes: Collection[str] | None = None) -> dict[str, Resources]:
+    """Return what nobody holds of each node, by its id; of these nodes, if they are given."""
+    return {node: have for node, have in available_resources_per_node().items() if nodes is None or node in nodes}
+
+
+def assign(share: Share, nodes: Mapping[str, Resources], first: str, count: int) -> list[str]:
+    """Choose the nodes of so many actors, as few as will do: each node costs a copy of the model and a partial a round.
+
+    The `first` is filled before all others, then the largest; fewer are chosen where no more fit.
+    """
+    order = sorted(nodes, key=lambda node: (node != first, -share.fit(nodes[node]), node))
+    return [node for node in order for _ in range(share.fit(nodes[node]))][:count]
 
 
 def room(share: Share, nodes: Mapping[str, Resources]) -> int:
@@ -88,7 +105,9 @@ def count_slots(config: Config) -> int:
     Raises:
         UserError: fewer fit than asked for, or none.
     """
-    nodes, share = alive(), Share.of(config)
+    nodes, share = alive(config.node_label), Share.of(config)
+    if config.node_label is not None and not nodes:
+        raise UserError(f"--node-label {config.node_label}: no node of this machine (or cluster) has this label.")
     if share.gpus and not any(have.get("GPU") for have in nodes.values()):
         raise UserError(f"--gpus-per-actor {config.gpus_per_actor:g}: this machine (or cluster) has no GPU.")
     slots, wanted = room(share, nodes), config.actors or 1

@@ -41,6 +41,7 @@ from fedray.cluster.driver import check_outside_images
 from fedray.cluster.nodes import Share, alive, count_slots, describe, free
 from fedray.cluster.pool import open_pool
 from fedray.cluster.trials import Experiment, expand, images_planned, settings_of
+from fedray.cluster.versions import check_versions
 from fedray.config import Config
 from fedray.errors import RunError, UserError, check_name, reason
 from fedray.federation.evaluation import Metric, check_features
@@ -108,6 +109,7 @@ def sweep(
         if config.task == experiment.base.task:
             check_features(config, dataset)
     with connected(experiment.base.address):
+        check_versions(experiment.base.node_label)
         left = [trial for trial in trials if not settled(trial)]
         left = [replace(trial, config=_with_actors(trial, len(left))) for trial in left]
         save_record(experiment, out, trials)
@@ -132,7 +134,7 @@ def _with_actors(trial: Trial, trials: int) -> Config:
         raise UserError(f"the trial {trial.directory.name}: {error}") from None
     if config.actors is None:
         share = min(config.cohort_size, slots // trials)
-        several = len(alive()) > 1
+        several = len(alive()) > 1 or config.node_label is not None
         # The trial's own process stays on this node; an actor can be on any.
         return replace(config, actors=max(1, share) if several else share if share > 1 else 0)
     return replace(config, actors=min(config.actors, config.cohort_size))
@@ -144,6 +146,16 @@ def bundles(config: Config) -> list[dict[str, float]]:
     share = Share.of(config)
     actor = {"CPU": share.cpus, "GPU": share.gpus}
     return [here, *[actor] * config.actors] if config.actors else [here | actor]
+
+
+def group_of(config: Config) -> tune.PlacementGroupFactory:
+    """Make what a trial asks Ray for: its bundles, close to each other, those of actors where their label is."""
+    asked = bundles(config)
+    if config.node_label is None:
+        return tune.PlacementGroupFactory(asked)
+    key, value = config.node_label.split("=", 1)
+    labels: list[dict[str, str]] = [{key: value} if "CPU" in bundle else {} for bundle in asked]
+    return tune.PlacementGroupFactory(asked, bundle_label_selector=labels)
 
 
 def _tune(
@@ -166,9 +178,7 @@ def _tune(
         )
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial that fails is told by us
     train = tune.with_parameters(_train, trials=by_name, provenance=environment(), metrics=metrics, asha=asha)
-    resources = tune.with_resources(
-        train, lambda chosen: tune.PlacementGroupFactory(bundles(by_name[chosen["trial"]].config))
-    )
+    resources = tune.with_resources(train, lambda chosen: group_of(by_name[chosen["trial"]].config))
     with tempfile.TemporaryDirectory(prefix="fedray-tune-") as scratch:  # all that matters is in the runs
         tuner = tune.Tuner(
             resources,

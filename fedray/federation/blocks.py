@@ -8,6 +8,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from fedray.federation.causes import COUNTED, Cause, Lost
 from fedray.federation.local import TrainJob, client_update
 from fedray.federation.pool import Reply
 from fedray.federation.ranks import filled_in
-from fedray.federation.worker import Shared, Worker, do
+from fedray.federation.worker import Key, Parts, Shared, Worker, do
 from fedray.record.run import Row
 from fedray.wire import Payload
 
@@ -40,20 +41,23 @@ class TrainBlock:
 
 
 class Block(NamedTuple):
-    """Trained clients: a row for each, the partial of their uploads, and what each keeps, by client."""
+    """Trained clients: a row for each, the partial of their uploads, and what each keeps, by client.
+
+    Or a partial alone, that had stayed on its node when its clients' rows came.
+    """
 
     rows: list[Row]
     partial: Any
     memories: dict[int, Payload]
 
 
-def train_block(worker: Worker, shared: Shared, block: TrainBlock) -> tuple[Row, Block | None]:
+def train_block(worker: Worker, shared: Shared, block: TrainBlock) -> tuple[Row, Parts | None]:
     """Train clients and fold what they send. One that fails has a row that says why, and changes nothing else.
 
     If one breaks this process, the block has failed.
     """
     fold, round = worker.config.fold, shared.about
-    done = Block([], fold.start(round), {})
+    done, keys = Block([], fold.start(round), {}), list[Key]()
     for job in block.jobs:
         row, changed = do(worker, _train_and_fold, (shared, done.partial), job)
         if row.get("cause") == Cause.BROKEN:
@@ -61,11 +65,19 @@ def train_block(worker: Worker, shared: Shared, block: TrainBlock) -> tuple[Row,
         if "error" not in row:
             partial, memory = changed
             done = done._replace(partial=partial)
+            keys.append(job.key)
             if memory:
                 done.memories[job.client] = memory
         done.rows.append({"client": job.client, "examples": len(job.indices), **row})
         worker.client()
-    return {}, done
+    return {}, Parts(done._replace(partial=None), done.partial, tuple(keys))
+
+
+def merge_partials(worker: Worker, shared: Shared, first: Any, *others: Any) -> Any:
+    """Make one partial of several blocks'."""
+    fold, round = worker.config.fold, shared.about
+    start = fold.start(round) if first is None else first
+    return reduce(lambda merged, other: fold.merge(merged, other, round), others, start)
 
 
 def _train_and_fold(worker: Worker, inputs: tuple[Shared, Any], job: TrainJob) -> tuple[Row, tuple[Any, Payload]]:
@@ -145,13 +157,15 @@ class Queue:
         self.alone: deque[int] = deque()  # to be done again
         self.cramped: dict[int, Row] = {}  # out of memory though alone; the rows of clients that are left out
         self.accepted: set[int] = set()
+        self.held: set[int] = set()  # of these, those whose partial is still on the node that made it
+        self.reopened: set[int] = set()  # those whose partial was lost after that
         self.deaths: Counter[int] = Counter()
         self.losses: list[Row] = []  # for the record: what was done in vain, and whether its process was lost
         self.began: dict[int, float] = {}  # when a client's last block was taken
 
     @property
     def empty(self) -> bool:
-        return not (self.todo or self.alone or self.cramped)
+        return not (self.todo or self.alone or self.cramped or self.held)
 
     def take(self, pace: Pace, steps: Callable[[int], int], workers: int) -> list[int]:
         """Take the clients of the next block; none where none is left."""
@@ -174,6 +188,8 @@ class Queue:
         Args:
             nothing: the partial of no client.
         """
+        if reply.holds:
+            return self._arrive(reply)
         jobs = {job.client: job for job in reply.job.jobs if job.client not in self.accepted}
         if any(job.round != self.round.number for job in reply.job.jobs):
             return None  # of a round that is over
@@ -181,7 +197,7 @@ class Queue:
         lost = Lost(reply.lost, reply.cause) if reply.lost else None
         if whole and not lost:
             try:
-                block = reply.fetch() if reply.ok else Block(failed(jobs.values(), reply.row), nothing, {})
+                block = self._open(reply, nothing) if reply.ok else Block(failed(jobs.values(), reply.row), nothing, {})
             except Lost as error:
                 lost = error
         if lost:
@@ -195,6 +211,33 @@ class Queue:
         rows = block.rows if lost else [row for row in block.rows if not self._again(row, len(block.rows) == 1)]
         self.accepted |= {row["client"] for row in rows}
         return block._replace(rows=rows)
+
+    def _open(self, reply: Reply, nothing: Any) -> Block:
+        """Fetch a block; take note of its clients if their partial stays where it is."""
+        parts: Parts = reply.fetch()
+        if parts.partial is None:
+            self.held.update(int(client) for _, _, client in parts.keys)
+        return parts.now._replace(partial=nothing if parts.partial is None else parts.partial)
+
+    def _arrive(self, reply: Reply) -> Block | None:
+        """Return a partial that had stayed on its node; have its clients done again if it is lost."""
+        clients = {int(client) for _, number, client in reply.holds if number == self.round.number}
+        ours, lost = sorted(clients & self.held), Lost(reply.lost, reply.cause)
+        if not ours:
+            return None
+        self.held -= clients
+        if len(ours) < len(reply.holds):
+            lost = Lost("some of its clients were done again meanwhile", Cause.NODE)
+        elif not reply.lost:
+            try:
+                return Block([], reply.fetch(), {})
+            except Lost as error:
+                lost = error
+        self._note(ours, lost.cause, str(lost), time.perf_counter() - min(self.began[client] for client in ours))
+        self.accepted.difference_update(ours)
+        self.reopened.update(ours)
+        self.todo.extend(ours)
+        return None
 
     def after(self, room: bool, nothing: Any) -> Block:
         """Have clients that were out of memory done again, if the pool has made room for them; else leave them out."""

@@ -11,7 +11,7 @@ from fedray.config import Config
 from fedray.data.dataset import Dataset
 from fedray.errors import RunError, UserError
 from fedray.federation.causes import Cause, Lost
-from fedray.federation.worker import Work, Worker, do
+from fedray.federation.worker import Key, Work, Worker, device_of, do
 from fedray.record.run import Row
 
 Progress = Callable[[int], None]  # how many steps of this map are done
@@ -29,6 +29,7 @@ class Reply:
     fetch: Callable[[], Any]  # the payload, moved only when asked for
     lost: str = ""  # why, where the job was lost with the process that did it: to be done again
     cause: Cause = Cause.ACTOR  # of the loss
+    holds: tuple[Key, ...] = ()  # not the answer to a job, but a partial that had stayed on a node, of these
 
     @property
     def ok(self) -> bool:
@@ -58,7 +59,11 @@ class Pool(Protocol):
         """Return as many pools as can work in parallel."""
 
     def map(self, work: Work, shared: Any, jobs: Iterable[Any], progress: Progress) -> Iterator[Reply]:
-        """Yield one reply per job, in any order; jobs are drawn as workers become free."""
+        """Yield one reply per job, in any order; jobs are drawn as workers become free.
+
+        Where `shared` has a `merge`, partials (`Parts`) whose replies are fetched may stay on their nodes and are
+        merged there; they come as replies that say what they hold, the last of them at the end.
+        """
 
     def make_room(self) -> bool:
         """Do fewer jobs at a time from now on, each with more memory; return False where that is not possible.
@@ -69,6 +74,9 @@ class Pool(Protocol):
     def losses(self) -> list[Row]:
         """Return what its processes suffered since it was last asked, beside the jobs that were lost."""
 
+    def usage(self) -> dict[str, Row]:
+        """Return what each node's workers waited, and what crossed between it and this one, since it was last asked."""
+
 
 class LocalPool:
     """A pool that does jobs sequentially in this process, without Ray."""
@@ -77,9 +85,10 @@ class LocalPool:
     nodes = frozenset[str]()
 
     def __init__(self, config: Config, dataset: Dataset | None = None) -> None:
-        if config.gpus_per_actor and not torch.cuda.is_available():
+        device = device_of(config)
+        if device.type == "cuda" and not torch.cuda.is_available():
             raise UserError(f"--gpus-per-actor {config.gpus_per_actor:g}: this machine has no GPU.")
-        self.worker = Worker(config, torch.device("cuda" if config.gpus_per_actor else "cpu"), "local")
+        self.worker = Worker(config, device, "local")
         if dataset is not None:
             self.worker.dataset = dataset
 
@@ -98,6 +107,9 @@ class LocalPool:
 
     def losses(self) -> list[Row]:
         return []
+
+    def usage(self) -> dict[str, Row]:
+        return {}
 
 
 def _same(payload: Any) -> Any:

@@ -65,10 +65,10 @@ def rehearse(worker: Worker, shared: Shared, job: RehearsalJob) -> tuple[Row, No
     def client(steps: int) -> float:
         config, worker.config = worker.config, replace(worker.config, local_steps=steps, local_epochs=None)
         try:
-            _, block = train_block(worker, down, TrainBlock((job.train,)))
+            _, parts = train_block(worker, down, TrainBlock((job.train,)))
         finally:
             worker.config = config
-        row: Row = block.rows[0] if block else {"error": "its GPU broke"}
+        row: Row = parts.now.rows[0] if parts else {"error": "its GPU broke"}
         if "error" in row:
             raise RunError(row["error"])
         return float(row["seconds"])

@@ -16,7 +16,7 @@ import numpy as np
 from fedray.algorithms import Folded, Round, Rows
 from fedray.config import Config
 from fedray.errors import RunError
-from fedray.federation.blocks import Block, Pace, Queue, TrainBlock, train_block
+from fedray.federation.blocks import Block, Pace, Queue, TrainBlock, merge_partials, train_block
 from fedray.federation.evaluation import Metric, Show, silent
 from fedray.federation.local import TrainJob, ValidateJob, validate
 from fedray.federation.personal import memories
@@ -59,7 +59,7 @@ def run_round(session: Session, state: State) -> Generator[None, None, tuple[Sta
         session.spending.check(round)
     started, queue, ledger = time.perf_counter(), Queue(round, config.client_retries), Ledger(round)
     broadcast = method.broadcast(server, round)
-    nodes = session.pool.nodes
+    nodes, _ = session.pool.nodes, session.pool.usage()  # of what was done since the last round
     try:
         down = wire.send(broadcast, round)
     except OverflowError as error:
@@ -91,8 +91,10 @@ def run_round(session: Session, state: State) -> Generator[None, None, tuple[Sta
             found = method.diagnose(server, after, folded, round)
     if config.malicious is not None:
         found["malicious"] = len(session.plan.malicious.intersection(survivors))
-    row = ledger.row(found, queue.losses + session.pool.losses()) | {"privacy": spent}
-    if row["ledger"]["actors_lost"]:
+    for client in queue.reopened & ledger.failures.keys():
+        forget(session.run, client, round.number)
+    row = ledger.row(found, queue.losses + session.pool.losses(), session.pool.usage()) | {"privacy": spent}
+    if row["lost"]:
         row["ledger"]["nodes_lost"] = len(nodes - session.pool.nodes)
     row["seconds"]["round"] = time.perf_counter() - started
     return State(round.number + 1, after), row
@@ -101,7 +103,9 @@ def run_round(session: Session, state: State) -> Generator[None, None, tuple[Sta
 def train(session: Session, queue: Queue, down: Payload) -> Iterator[Block]:
     """Train the cohort, and yield its blocks as they come, until each client was accepted once."""
     config, plan, run, pool, pace = session.config, session.plan, session.run, session.pool, session.pace
-    round, shared = queue.round, Shared(down, queue.round)
+    round = queue.round
+    # A fold that keeps uploads needs them one by one: merged, they would be as long.
+    shared = Shared(down, round, None if config.fold.memory(round) else merge_partials)
 
     def steps(client: int) -> int:
         return config.steps(len(plan.shards[client]))
@@ -133,6 +137,12 @@ def train(session: Session, queue: Queue, down: Payload) -> Iterator[Block]:
             yield queue.after(pool.make_room(), config.fold.start(round))
 
 
+def forget(run: Run, client: int, rounds: int) -> None:
+    """Make a client's memory that of so many rounds again: the next had come, but not the partial that it is about."""
+    if run.generation(client, rounds + 1) == rounds + 1:
+        run.remember(client, rounds + 1, run.recall(client, run.generation(client, rounds)))
+
+
 class Ledger:
     """The record of a round: a row for each client of the cohort, and their totals."""
 
@@ -140,24 +150,21 @@ class Ledger:
         self.round = round
         self.bytes_down = 0  # to each client
         self.folding = 0.0  # seconds
-        self.rows: list[Row] = []
-        self.nodes: dict[str, dict[str, Any]] = {}  # by id: its actors, its clients, and how long these took
-        self.failures: list[tuple[int, str, str]] = []  # client, reason, trace
+        self.rows: dict[int, Row] = {}  # by client; the last, of one that was done again
+        self.nodes: dict[int, str] = {}  # by client, where it was done
+        self.failures: dict[int, str] = {}  # by client, the trace
 
     def add(self, rows: list[Row]) -> None:
         """Record the clients of a block."""
         for row in rows:
-            trace, node = row.pop("trace", ""), row.pop("node", "")
+            client, trace = row["client"], row.pop("trace", "")
+            self.nodes[client] = row.pop("node", "")
             row["outcome"] = row.pop("error", "ok")
             row["bytes_down"] = self.bytes_down
-            self.rows.append(row)
-            if node:
-                there = self.nodes.setdefault(node, {"actors": set(), "clients": 0, "seconds": 0.0})
-                there["actors"].add(row["actor"])
-                there["clients"] += 1
-                there["seconds"] += row["seconds"]
+            self.rows[client] = row
+            self.failures.pop(client, None)
             if row["outcome"] != "ok":
-                self.failures.append((row["client"], row["outcome"], trace))
+                self.failures[client] = trace
 
     @property
     def took_part(self) -> int:
@@ -172,7 +179,8 @@ class Ledger:
         number = self.round.number + 1
         if not self.failures:
             raise RunError(f"round {number}: only {took_part} clients were drawn, fewer than {what}.")
-        client, reason, trace = min(self.failures)
+        client, trace = min(self.failures.items())
+        reason = self.rows[client]["outcome"]
         if took_part == 0:
             raise failure(f"round {number}: no client returned a model. Client {client}: {reason}.", reason, trace)
         raise failure(
@@ -180,15 +188,16 @@ class Ledger:
             f"Client {client}: {reason}.", reason, trace,
         )  # fmt: skip
 
-    def row(self, aggregation: Mapping[str, float], losses: list[Row]) -> Row:
+    def row(self, aggregation: Mapping[str, float], losses: list[Row], usage: dict[str, Row]) -> Row:
         """Return the round's row. Means are weighted by examples.
 
         Args:
             losses: of `Queue`: what was done in vain, to be done again.
+            usage: of the pool, by node.
         """
-        self.rows.sort(key=lambda row: row["client"])
-        took_part = [row for row in self.rows if row["outcome"] == "ok"]
-        examples = sum(row["examples"] for row in took_part)
+        rows = [self.rows[client] for client in sorted(self.rows)]
+        took_part = [row for row in rows if row["outcome"] == "ok"]
+        examples, nodes = sum(row["examples"] for row in took_part), {*self.nodes.values(), *usage} - {""}
         return {
             "round": self.round.number + 1,
             "cohort": list(self.round.cohort),
@@ -197,30 +206,36 @@ class Ledger:
             "steps": sum(row["steps"] for row in took_part),
             "sequential_steps": max((row["steps"] for row in took_part), default=0),
             "images": sum(row["images"] for row in took_part),
-            "bytes_down": sum(row["bytes_down"] for row in self.rows),
+            "bytes_down": sum(row["bytes_down"] for row in rows),
             "bytes_up": sum(row["bytes_up"] for row in took_part),
             "seconds": {"fold": self.folding},
-            "nodes": {name: there | {"actors": len(there["actors"])} for name, there in self.nodes.items()},
+            "bytes_crossed": sum(there["bytes_to"] + there["bytes_from"] for there in usage.values()),
+            "nodes": {node: self._at(node) | usage.get(node, {}) for node in sorted(nodes)},
             "aggregation": dict(aggregation),
             "held_out": {},
             "scores": {},
             "evaluation": {},
-            "clients": self.rows,
+            "clients": rows,
             "time": time.time(),
             "lost": losses,
             "ledger": {
-                "asked": len(self.rows),
+                "asked": len(rows),
                 "folded": len(took_part),
                 "retried": len({client for loss in losses for client in loss["clients"]}),
                 "failed": len(self.failures),
                 "actors_lost": sum(loss["actor"] for loss in losses),
                 "nodes_lost": 0,
                 "seconds_lost": math.fsum(
-                    [loss["seconds"] for loss in losses]
-                    + [row["seconds"] for row in self.rows if row["outcome"] != "ok"]
+                    [loss["seconds"] for loss in losses] + [row["seconds"] for row in rows if row["outcome"] != "ok"]
                 ),
             },
         }
+
+    def _at(self, node: str) -> Row:
+        """Sum up the clients of a node."""
+        rows = [self.rows[client] for client, there in self.nodes.items() if there == node]
+        actors = len({row["actor"] for row in rows})
+        return {"actors": actors, "clients": len(rows), "seconds": math.fsum(row["seconds"] for row in rows)}
 
 
 def validate_round(session: Session, state: State, row: Row) -> Row:

@@ -1,5 +1,6 @@
 """A process that does jobs, and the state that it keeps between them. Knows nothing of Ray."""
 
+import os
 import threading
 import time
 import traceback
@@ -27,15 +28,25 @@ from fedray.wire import Payload
 if TYPE_CHECKING:
     from fedray.scores.networks.network import Network
 
+Key = tuple[str | int, ...]  # of a job: equal for equal work
 SAID = 1000  # characters of an exception that are kept
 BUILDING = threading.Lock()  # torch's global generator is seeded for it
 
 
 class Shared(NamedTuple):
-    """Inputs that the jobs of one map share: named arrays, each sent to a process once, and a small object."""
+    """Inputs that the jobs of one map share: named arrays, each sent to a node once, and a small object."""
 
     arrays: Payload
     about: Any = None
+    merge: "Merge | None" = None  # makes one partial of several (`Parts`); None if they may not stay where they are
+
+
+class Parts(NamedTuple):
+    """A payload in two parts: one that is needed now, and a partial that can be merged with those of other jobs."""
+
+    now: Any
+    partial: Any  # None where it stays on the node that made it
+    keys: tuple[Key, ...]  # of what is in the partial
 
 
 class Done(NamedTuple):
@@ -43,6 +54,11 @@ class Done(NamedTuple):
 
     steps: int
     clients: int
+
+
+def device_of(config: Config) -> torch.device:
+    """Return the device of a process: a GPU where it asks for a share of one, or what FEDRAY_DEVICE says, for tests."""
+    return torch.device(os.environ.get("FEDRAY_DEVICE", "cuda") if config.gpus_per_actor else "cpu")
 
 
 class Worker:
@@ -159,6 +175,7 @@ def shared_part(config: Config, learner: Learner) -> Part | None:
 
 
 Work = Callable[[Worker, Any, Any], tuple[Row, Any]]
+Merge = Callable[..., Any]  # of (worker, shared, a partial that may be changed or None, and others that may not)
 
 
 def build(config: Config, device: torch.device) -> Learner:

@@ -1,5 +1,7 @@
 """The provenance of a run: versions, machine, commit, command."""
 
+from __future__ import annotations
+
 import importlib.metadata
 import os
 import platform
@@ -9,20 +11,24 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
+from fedray.lazy import torch
 
 
 def environment() -> dict[str, Any]:
     """Return versions, machine, git commit of fedray (None if it is not a checkout), command and time."""
-    packages = ("fedray", "torch", "diffusers", "ray", "numpy")
     return {
-        "versions": {name: importlib.metadata.version(name) for name in packages}
-        | {"python": platform.python_version()},
+        "versions": versions(),
         "machine": {"platform": platform.platform(), "cpus": os.cpu_count(), "gpus": torch.cuda.device_count()},
         "git_commit": _git_commit(),
         "command": sys.argv,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions, in this process, of what a run's bits depend on."""
+    packages = ("fedray", "torch", "diffusers", "ray", "numpy")
+    return {name: importlib.metadata.version(name) for name in packages} | {"python": platform.python_version()}
 
 
 def _git_commit() -> str | None:

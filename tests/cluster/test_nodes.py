@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from fedray.cluster import nodes
-from fedray.cluster.nodes import Share, count_actors
+from fedray.cluster.nodes import Share, assign, count_actors
 from fedray.errors import UserError
 
 
@@ -13,9 +13,12 @@ def these(monkeypatch, *each, dead=()):
     """Have a cluster of these nodes, given as (CPUs, GPUs)."""
     listed = [(True, cpus, gpus) for cpus, gpus in each] + [(False, cpus, gpus) for cpus, gpus in dead]
     rows = [
-        {"NodeID": str(index), "Alive": lives, "Resources": {"CPU": cpus} | ({"GPU": gpus} if gpus else {})}
+        {
+            "NodeID": str(index), "Alive": lives, "Resources": {"CPU": cpus} | ({"GPU": gpus} if gpus else {}),
+            "Labels": {"ray.io/accelerator-type": "A100"} if gpus else {},
+        }
         for index, (lives, cpus, gpus) in enumerate(listed)
-    ]
+    ]  # fmt: skip
     monkeypatch.setattr(nodes.ray, "nodes", lambda: rows)
 
 
@@ -37,6 +40,39 @@ def test_dead_nodes_do_not_count(toy_config, monkeypatch):
     assert count_actors(toy_config(actors=None, labels=100)) == 2
     with pytest.raises(UserError, match="no GPU"):
         count_actors(toy_config(actors=None, gpus_per_actor=1.0))
+
+
+def test_only_nodes_with_the_label_count(toy_config, monkeypatch):
+    these(monkeypatch, (8, 0), (2, 1), (3, 2), dead=[(4, 4)])
+    config = toy_config(actors=None, labels=100, node_label="ray.io/accelerator-type=A100")
+    config.check()
+    assert count_actors(config) == 5
+    assert count_actors(replace(config, gpus_per_actor=0.5, cpus_per_actor=0.5)) == 6
+    with pytest.raises(UserError, match="--actors 6 needs 6 CPUs, and there are 5 CPUs"):
+        count_actors(replace(config, actors=6))
+    with pytest.raises(UserError, match="--node-label ray.io/accelerator-type=T4: no node .* has this label"):
+        count_actors(replace(config, node_label="ray.io/accelerator-type=T4"))
+    for wrong in ("A100", "a=", "=b", "a=b=c"):
+        with pytest.raises(UserError, match=f"--node-label '{wrong}': it must be KEY=VALUE"):
+            replace(config, node_label=wrong).check()
+
+
+@pytest.mark.parametrize(
+    ("share", "count", "places"),
+    [
+        (Share(1, 0), 2, "aa"),  # the driver's node, as long as it has room
+        (Share(1, 0), 3, "aac"),  # then the largest
+        (Share(1, 0), 7, "aaccccb"),
+        (Share(1, 0), 9, "aaccccb"),  # no more fit
+        (Share(1, 1), 2, "cc"),  # on one node, where it has two GPUs
+        (Share(1, 0.5), 5, "ccccb"),
+        (Share(0.25, 0.25), 9, "cccccccc" "b"),
+        (Share(3, 0), 1, "c"),
+    ],
+)  # fmt: skip
+def test_actors_are_on_as_few_nodes_as_will_do(share, count, places):
+    nodes = {"a": {"CPU": 2}, "b": {"CPU": 1, "GPU": 1}, "c": {"CPU": 4, "GPU": 2}}
+    assert assign(share, nodes, "a", count) == list(places)
 
 
 @pytest.mark.parametrize(

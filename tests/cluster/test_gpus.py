@@ -1,0 +1,93 @@
+"""Which actor is on which GPU: two nodes with one GPU each, as Ray counts them; the actors compute on CPUs."""
+
+import os
+import pickle
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import toy
+from ray.cluster_utils import Cluster
+from runs import sha, train
+
+NODE = {"num_cpus": 2, "num_gpus": 1, "object_store_memory": 80_000_000, "include_dashboard": False}
+A100 = {"ray.io/accelerator-type": "A100"}
+
+SCRIPT = """
+import pickle, sys, ray, fedray, toy
+from fedray.cluster.connection import connected
+from fedray.cluster.pool import RayPool
+from fedray.errors import UserError
+from runs import fit
+runs, trials, address = pickle.load(open(sys.argv[1], "rb"))
+ray.cloudpickle.register_pickle_by_value(toy)
+with connected(address):
+    for out, config in runs.items():
+        pool = RayPool.start(config)
+        for actor in pool.actors:
+            actor.start()
+        list(fit(config, pool, out))
+        pool.close()
+    for out, experiment in trials.items():
+        done = fedray.sweep(experiment, out)
+        assert not done.missing, done.missing
+"""
+
+
+def seats(folder):
+    """The number of processes on each GPU of each node."""
+    return Counter(tuple(path.name.split("-")[:2]) for path in Path(folder).iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_which_actor_is_on_which_gpu(toy_config, tmp_path, monkeypatch):
+    from fedray.cluster.trials import Experiment
+
+    monkeypatch.setenv("FEDRAY_DEVICE", "cpu")
+    settings = {"labels": 6, "rounds": 2, "local_epochs": 1, "evaluate_samples": 0, "cpus_per_actor": 0.25}
+
+    def on_gpus(name, **changes):
+        (tmp_path / name).mkdir()
+        slow = {"slow": tuple(range(6)), "pause": 0.1, "seats": str(tmp_path / name)}
+        return toy_config(**settings, **slow, **changes)
+
+    runs = {
+        "whole": on_gpus("whole", actors=2, gpus_per_actor=1.0),
+        "half": on_gpus("half", actors=3, gpus_per_actor=0.5),
+        "quarter": on_gpus("quarter", actors=5, gpus_per_actor=0.25),
+        "label": on_gpus("label", actors=2, gpus_per_actor=0.5, node_label="ray.io/accelerator-type=A100"),
+    }
+    trials = {
+        "trials": on_gpus("trials", actors=2, gpus_per_actor=0.25),
+        "label-trials": on_gpus(
+            "label-trials", actors=1, gpus_per_actor=0.5, node_label="ray.io/accelerator-type=A100"
+        ),
+    }
+    cluster = Cluster(initialize_head=True, connect=False, head_node_args=NODE)
+    try:
+        other = cluster.add_node(**NODE, labels=A100)
+        first, second = (cluster.head_node.node_id[:12], "0"), (other.node_id[:12], "0")
+        runs_of = {str(tmp_path / f"run-{name}"): config for name, config in runs.items()}
+        trials_of = {
+            str(tmp_path / f"run-{name}"): Experiment(config, {"seed": [0, 1]}) for name, config in trials.items()
+        }
+        (tmp_path / "asked").write_bytes(pickle.dumps((runs_of, trials_of, cluster.address)))
+        path = os.pathsep.join([str(Path(toy.__file__).parent), *sys.path])
+        command = [sys.executable, "-c", SCRIPT, str(tmp_path / "asked")]
+        subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, check=True, timeout=300)
+    finally:
+        cluster.shutdown()
+    assert seats(tmp_path / "whole") == {first: 1, second: 1}
+    assert seats(tmp_path / "half") == {first: 2, second: 1}  # the driver's node is filled
+    assert seats(tmp_path / "quarter") == {first: 4, second: 1}
+    assert seats(tmp_path / "label") == {second: 2}
+    found = seats(tmp_path / "trials")
+    assert found.total() == 4
+    assert max(found.values()) <= 4
+    assert seats(tmp_path / "label-trials") in ({second: 2}, {second: 1})  # of a process that both trials used
+    train(toy_config(**settings), tmp_path / "here")
+    for name in runs:
+        assert sha(tmp_path / f"run-{name}") == sha(tmp_path / "here"), name
