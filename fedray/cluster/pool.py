@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -16,6 +16,7 @@ from fedray.cluster.actors import ClientActor, make_options
 from fedray.cluster.calls import Actor, Call
 from fedray.cluster.connection import connected, send_own_code
 from fedray.cluster.ends import explain
+from fedray.cluster.logs import Log, OwnLog
 from fedray.cluster.messages import unpack
 from fedray.cluster.nodes import Share, alive, count_actors, describe, free, room
 from fedray.config import Config
@@ -39,15 +40,17 @@ class RayPool:
     there was too little.
     """
 
-    def __init__(self, config: Config, dataset: Dataset | None, most: int, fixed: bool) -> None:
+    def __init__(self, config: Config, dataset: Dataset | None, most: int, fixed: bool, run: str = "") -> None:
         self.config = config
         self.dataset = dataset
         self.most = most  # actors
         self.fixed = fixed  # each actor's share
+        self.run = run  # a name for Ray's dashboard
         self.share = Share.of(config)
         self.actors: list[Actor] = []
         self._class = ray.remote(concurrency_groups={"progress": 1})(ClientActor)
         self._losses: list[Row] = []
+        self._logs: list[Log] = [OwnLog("driver")]  # and of actors that it goes on without
         self._deaths = 0  # of actors since the last result
         self._sent: dict[str, tuple[np.ndarray, Any]] = {}  # arrays that have been put, and where they are, by name
 
@@ -60,7 +63,9 @@ class RayPool:
         return frozenset(node["NodeID"] for node in ray.nodes() if node["Alive"])
 
     @classmethod
-    def start(cls, config: Config, dataset: Dataset | None = None, rows: Iterable[Row] = ()) -> "RayPool":
+    def start(
+        cls, config: Config, dataset: Dataset | None = None, rows: Iterable[Row] = (), run: str = ""
+    ) -> "RayPool":
         """Start the actors, and do not wait for them. They open `dataset` where their node has it.
 
         Args:
@@ -72,7 +77,7 @@ class RayPool:
         send_own_code()
         found = count_actors(config)
         most = min(config.actors or config.cohort_size, config.cohort_size)
-        pool = cls(config, dataset, most, fixed=ray.util.get_current_placement_group() is not None)
+        pool = cls(config, dataset, most, fixed=ray.util.get_current_placement_group() is not None, run=run)
         share = pool.share.at_last(rows)
         if slots := room(share, alive()):  # else not on these nodes: it is found again
             pool.share, found = share, min(found, slots)
@@ -161,6 +166,8 @@ class RayPool:
         self._note(Cause.MEMORY, told, share=larger._asdict())  # read when the run is resumed
         self.share = larger
         self.close()
+        for actor in self.actors:
+            self._leave(actor)
         self.actors.clear()
         self._add(min(self.most, room(larger, alive())))
         return True
@@ -168,6 +175,22 @@ class RayPool:
     def losses(self) -> list[Row]:
         losses, self._losses = self._losses, []
         return losses
+
+    def printed(self, last: bool = False) -> dict[str, str]:
+        if last:
+            with suppress(RayError):  # a cluster that is gone
+                self._look(1.0)
+        found: dict[str, str] = {}
+        for log in [*self._logs, *(actor.log for actor in self.actors)]:
+            if text := log.take():
+                found[log.name] = found.get(log.name, "") + text
+        del self._logs[1:]
+        return found
+
+    def _leave(self, actor: Actor) -> None:
+        """Keep what an actor that has ended had printed."""
+        actor.log.end()
+        self._logs.append(actor.log)
 
     def _note(self, cause: Cause, reason: str, **more: Any) -> None:
         loss = {"clients": [], "cause": cause, "reason": reason, "seconds": 0.0, "actor": False}
@@ -179,7 +202,8 @@ class RayPool:
 
     def _make(self, index: int) -> Any:
         """Make a client actor, by its number."""
-        return self._class.options(**make_options(*self.share)).remote(self._settings, index, *_data(self.dataset))
+        options = make_options(*self.share)
+        return self._class.options(**options).remote(self._settings, index, *_data(self.dataset), self.run)
 
     def _add(self, number: int) -> None:
         """Add so many actors, under numbers that are free."""
@@ -190,6 +214,7 @@ class RayPool:
     def _drop(self, actor: Actor, cause: Cause, reason: str) -> None:
         """Go on without an actor."""
         ray.kill(actor.handle)
+        self._leave(actor)
         self.actors.remove(actor)
         self._note(cause, f"{actor} {reason}; the run goes on with {len(self.actors)}")
 
@@ -286,13 +311,13 @@ def _open(ref: Any, what: str, actor: Actor) -> Any:
 
 
 @contextmanager
-def open_pool(config: Config, dataset: Dataset | None = None) -> Iterator[Pool]:
+def open_pool(config: Config, dataset: Dataset | None = None, run: str = "") -> Iterator[Pool]:
     """Open the pool that the configuration asks for, and close it after the block."""
     if config.actors == 0:
         yield LocalPool(config, dataset)
         return
     with connected(config.address):
-        pool = RayPool.start(config, dataset)
+        pool = RayPool.start(config, dataset, run=run)
         try:
             yield pool
         finally:

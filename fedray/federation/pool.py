@@ -69,6 +69,13 @@ class Pool(Protocol):
     def losses(self) -> list[Row]:
         """Return what its processes suffered since it was last asked, beside the jobs that were lost."""
 
+    def printed(self, last: bool = False) -> dict[str, str]:
+        """Return what its processes printed since it was last asked, by their names; nothing of this process itself.
+
+        Args:
+            last: all of it, until now; else what is known without asking them.
+        """
+
 
 class LocalPool:
     """A pool that does jobs sequentially in this process, without Ray."""
@@ -98,6 +105,9 @@ class LocalPool:
 
     def losses(self) -> list[Row]:
         return []
+
+    def printed(self, last: bool = False) -> dict[str, str]:
+        return {}
 
 
 def _same(payload: Any) -> Any:

@@ -125,6 +125,9 @@ class Simulated:
         self.each //= 2
         return True
 
+    def printed(self, last=False):
+        return {}
+
     def losses(self):
         return []
 
