@@ -1,9 +1,11 @@
 """A task of a few numbers, for tests of the federation: client k can be told to fail, to return NaN …"""
 
 import ctypes
+import logging
 import os
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -42,6 +44,7 @@ class Toy:
     crashing: tuple[int, ...] = ()  # by a segmentation fault
     hanging: tuple[int, ...] = ()
     seats: str = ""  # if given, a folder, where each process with GPUs leaves a file NODE-GPU-PID
+    chatty: tuple[int, ...] = ()  # print, warn and log
 
     def check(self, sampler, steps):
         pass
@@ -83,6 +86,10 @@ class ToyLearner:
             os._exit(1)
         if labels & set(self.task.crashing):
             ctypes.string_at(0)
+        if labels & set(self.task.chatty):
+            print("a line of a client's", labels)
+            warnings.warn("a warning of a client's", stacklevel=1)
+            logging.getLogger("camera").error("an error that a client logs")
         if labels & set(self.task.hanging):
             time.sleep(1000)
         if labels & set(self.task.slow) and (not self.task.gate or os.path.exists(self.task.gate)):

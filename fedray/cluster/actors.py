@@ -9,6 +9,7 @@ import ray
 import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from fedray.cluster.logs import Printed, printed, stderr_file
 from fedray.cluster.messages import Message, pack, unpack
 from fedray.cluster.nodes import SHORT
 from fedray.config import Config
@@ -30,11 +31,16 @@ class Place(NamedTuple):
 class ClientActor:
     """A process that has a fraction of the machine and does one job at a time."""
 
-    def __init__(self, config: Config, index: int, source: Source | None, sha256: str | None) -> None:
+    def __init__(self, config: Config, index: int, source: Source | None, sha256: str | None, run: str) -> None:
         keep_freed_memory()
         keep_to_fraction(config)
         self.index = index
+        self.run = run
         self.renew(config, source, sha256)
+
+    def __repr__(self) -> str:
+        """Name it in Ray's dashboard."""
+        return f"fedray client actor {self.index}" + (f" of {self.run}" if self.run else "")
 
     def renew(self, config: Config, source: Source | None, sha256: str | None) -> None:
         """Do jobs of another run from now on, with the same share of the machine."""
@@ -42,11 +48,7 @@ class ClientActor:
         self.worker.node = ray.get_runtime_context().get_node_id()[:SHORT]
 
     def place(self) -> Place:
-        try:
-            log = os.readlink("/proc/self/fd/2")  # Ray leads it there
-        except OSError:
-            log = ""
-        return Place(ray.get_runtime_context().get_node_id(), log, versions())
+        return Place(ray.get_runtime_context().get_node_id(), stderr_file(), versions())
 
     @ray.method(num_returns=3)
     def do(
@@ -69,8 +71,9 @@ class ClientActor:
         return pack(shared.merge(self.worker, shared, None, *map(unpack, partials)))
 
     @ray.method(concurrency_group="progress")
-    def progress(self) -> Done:
-        return self.worker.done
+    def progress(self, read: tuple[int, int]) -> tuple[Done, Printed]:
+        """Return what it has done, and what it has printed since its files were read so far."""
+        return self.worker.done, printed(stderr_file(), read)
 
 
 def _go_on(work: Work, onto: Message, worker: Worker, shared: Shared, job: Any) -> tuple[Row, Any]:

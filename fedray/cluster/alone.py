@@ -79,7 +79,7 @@ def run_local_only(
 
     show("clients alone", 0, config.clients)
     # All at once in a "cohort", so that there is an actor for each that fits.
-    with open_pool(replace(config, fraction=1.0, cohort=None), dataset) as pool:
+    with open_pool(replace(config, fraction=1.0, cohort=None), dataset, str(out)) as pool:
         pools = pool.apart()
         with ThreadPoolExecutor(len(pools)) as threads:
             try:

@@ -11,6 +11,7 @@ from ray.exceptions import RayError
 
 from fedray.cluster.actors import Place
 from fedray.cluster.ends import explain
+from fedray.cluster.logs import Log
 from fedray.federation.causes import BackOff
 from fedray.federation.worker import Done, Key
 
@@ -29,6 +30,7 @@ class Actor:
 
     def __init__(self, index: int, handle: Any) -> None:
         self.index = index
+        self.log = Log(f"actor-{index}")
         self.handle = handle
         self.ready = handle.place.remote()
         self.began = time.monotonic()
@@ -53,6 +55,7 @@ class Actor:
             self.place = ray.get(self.ready, timeout=timeout)
         except RayError as error:
             raise explain(error) from None
+        self.log.begin(self.place.node, self.place.log)
         return self
 
     @property
@@ -63,6 +66,7 @@ class Actor:
     def end(self, wait: float) -> None:
         """End its process, if there still is one. It is to be made again in so many seconds."""
         ray.kill(self.handle)
+        self.log.end()
         self.before, self.place, self._asked = self.done, Place("", "", {}), None
         self.waits, self.began = True, time.monotonic() + wait
 
@@ -82,13 +86,14 @@ class Actor:
 
     def ask(self) -> Any:
         """Ask what it has done, unless an answer is still due."""
-        self._asked = self._asked or self.handle.progress.remote()
+        self._asked = self._asked or self.handle.progress.remote(self.log.read)
         return self._asked
 
     def hear(self) -> None:
         """Take note of its answer."""
         with suppress(RayError):  # one that died: its job will tell
-            done = ray.get(self._asked, timeout=ARRIVE)
+            done, printed = ray.get(self._asked, timeout=ARRIVE)
+            self.log.hear(printed)
             self.done = Done(self.before.steps + done.steps, self.before.clients + done.clients)
         self._asked = None
 

@@ -4,13 +4,17 @@ import logging
 import os
 import secrets
 import signal
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import grpc
 import ray
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+from ray._private.grpc_utils import init_grpc_channel
+from ray._private.services import canonicalize_bootstrap_address
+from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+from ray.exceptions import AuthenticationError
 
 from fedray import own
 from fedray.errors import UserError
@@ -46,19 +50,20 @@ def connected(address: str | None) -> Iterator[bool]:
         ray.init(address="local", include_dashboard=False, **quiet)
     else:
         try:
-            if ":" in address:  # Ray would try for minutes
-                host, _, port = address.rpartition(":")
-                socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT).close()
             # Ray does so by itself for "auto" alone, and would try any other address without the token.
             logging.getLogger(maybe_enable_token_auth_if_token_available.__module__).setLevel(logging.ERROR)
             maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
-            ray.init(address=address, **quiet)
+            ray.init(address=_checked(address), **quiet)
+        except AuthenticationError:
+            raise UserError(
+                f"--address {address}: the cluster refuses the token of this process, or it has none. Set "
+                f"RAY_AUTH_MODE=token, and have the cluster's token in ~/.ray/auth_token or in RAY_AUTH_TOKEN."
+            ) from None
         except (OSError, RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(
-                f"--address {address}: no Ray cluster could be joined there ({reason}). Start one with `ray start "
-                f"--head`, or leave --address out for a private one. If it is up, its token must be in RAY_AUTH_TOKEN "
-                f"or ~/.ray/auth_token here."
+                f"--address {address}: no Ray cluster could be joined there ({reason}). Start one with "
+                f"`ray start --head`, or leave --address out for a private one."
             ) from None
     if callable(stops):
         with suppress(ValueError):  # of a thread other than the main one
@@ -67,6 +72,29 @@ def connected(address: str | None) -> Iterator[bool]:
         yield address == "local"
     finally:
         ray.shutdown()
+
+
+def _checked(address: str) -> str:
+    """Return HOST:PORT of the cluster at an address, which answers and accepts this process's token.
+
+    `ray.init` would try for minutes.
+
+    Raises:
+        AuthenticationError: it does not accept the token, or there is none.
+        OSError: it does not answer.
+    """
+    there = canonicalize_bootstrap_address(address)
+    if there is None:
+        raise OSError("no cluster was started on this machine")
+    with init_grpc_channel(there) as channel:
+        heads = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
+        try:
+            heads.CheckAlive(gcs_service_pb2.CheckAliveRequest(), timeout=CONNECT_TIMEOUT)
+        except grpc.RpcError as error:
+            if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+                raise AuthenticationError(error.details()) from None
+            raise OSError(f"{there} does not answer: {error.details()}") from None
+    return there
 
 
 def send_own_code() -> None:

@@ -6,7 +6,7 @@ merges what is left, and one partial crosses. The bits are those of any other or
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from ray.experimental import get_local_object_locations
 from fedray.cluster.calls import Actor, Call, Held
 from fedray.cluster.ends import explain
 from fedray.cluster.messages import pack, unpack
-from fedray.cluster.nodes import SHORT
+from fedray.cluster.nodes import SHORT, alive
 from fedray.federation.causes import BLAMELESS, Cause, Lost
 from fedray.federation.pool import Reply
 from fedray.federation.worker import Parts, Shared
@@ -40,6 +40,11 @@ class Crossing:
     def nodes(self) -> list[str]:
         """The nodes that hold partials."""
         return [node for node, held in self._held.items() if held]
+
+    def endangered(self, leaving: Collection[str], busy: Iterable[Actor]) -> list[str]:
+        """List the nodes that hold partials, and have gone, or are to go and have no actor that is busy."""
+        working, living = {actor.place.node for actor in busy}, alive()
+        return [node for node in self.nodes if node not in living or (node in leaving and node not in working)]
 
     def drop(self) -> None:
         """Forget what an earlier map has left that was broken off."""

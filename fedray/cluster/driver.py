@@ -17,6 +17,7 @@ from fedray.cluster.actors import hide_gpus, make_options
 from fedray.cluster.connection import CONNECT_TIMEOUT, NAMESPACE, connected, send_own_code
 from fedray.cluster.ends import explain, last_line
 from fedray.cluster.messages import Message, pack, unpack
+from fedray.cluster.metrics import Metrics
 from fedray.cluster.nodes import count_actors
 from fedray.cluster.pool import POLL, RayPool
 from fedray.cluster.versions import check_versions
@@ -83,15 +84,17 @@ class DriverActor:
         self.finished = False
         self.error: Exception | None = None
 
-    def run(self, request: Request) -> None:
+    def run(self, request: Request, watched: bool) -> None:
+        """Do a run; its numbers are offered to Prometheus where it is `watched`."""
         config = request.config
         try:
             plan = request.unpacked()
             run = Run(request.out)
-            pool = RayPool.start(config, plan.dataset, run.rows if request.resume else ())
+            pool = RayPool.start(config, plan.dataset, run.rows if request.resume else (), str(request.out))
             try:
                 plan = prepare(config, run, request.resume, plan=plan)
-                session = Session(config, plan, pool, run, self._show, request.metrics)
+                trackers = [Metrics(str(request.out))] if watched else []
+                session = Session(config, plan, pool, run, self._show, request.metrics, trackers=trackers)
                 for row in fit(session, request.provenance, request.resume):
                     self.rows.append(row)
             finally:
@@ -192,7 +195,7 @@ def _drive(request: Request, private: bool, on_row: Callable[[Row], None], show:
         detached = make_options(0, 0) | {"name": name, "namespace": NAMESPACE, "lifetime": "detached"}
         # On this node, since the run directory is; two threads, to answer while it runs.
         driver = ray.remote(max_concurrency=2, scheduling_strategy=here, **detached)(DriverActor).remote()
-        started = driver.run.remote(request)
+        started = driver.run.remote(request, not private)
     try:
         _follow(request, driver, started, on_row, show)
     except KeyboardInterrupt:

@@ -2,16 +2,14 @@
 
 import os
 
-import ray
 from ray.exceptions import ActorDiedError, OutOfMemoryError, RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from fedray.cluster.logs import NOISE, on_node
 from fedray.cluster.nodes import SHORT, alive
 from fedray.federation.causes import Cause, Lost
 
 ENDED = "its process ended (killed, or out of memory)"
 LINES, LETTERS = 4, 400  # of a log
-LOG_TIMEOUT = 10.0  # seconds for another node to read one
 
 
 def explain(error: RayError, node: str = "", log: str = "") -> Lost:
@@ -25,7 +23,7 @@ def explain(error: RayError, node: str = "", log: str = "") -> Lost:
         return Lost(f"its node{where} died", Cause.NODE)
     begun = not getattr(error, "actor_init_failed", False)
     if isinstance(error, ActorDiedError) and begun:
-        last = tail(node, log) if log else ""
+        last = on_node(node, read_tail, log) if log else ""
         return Lost(ENDED + (f"; the end of its log: {last}" if last else ""), Cause.ACTOR)
     return Lost(last_line(error), Cause.ACTOR if begun else Cause.START)
 
@@ -36,21 +34,9 @@ def last_line(error: RayError) -> str:
     return lines[-1].rstrip(".") if lines else type(error).__name__
 
 
-def tail(node: str, log: str) -> str:
-    """Return the last lines of a log, "" where its node does not give them."""
-    try:
-        if node == ray.get_runtime_context().get_node_id():
-            return read_tail(log)
-        there = NodeAffinitySchedulingStrategy(node, soft=False)
-        read = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(read_tail)
-        return ray.get(read.remote(log), timeout=LOG_TIMEOUT)
-    except (OSError, RayError):
-        return ""
-
-
 def read_tail(log: str) -> str:
     """Return the last lines of a file, without Ray's marks and the places in a traceback."""
-    noise = (":job_id:", ":actor_name:", ":task_name:", "File ", "Extension modules:")
+    noise = (*NOISE, "File ", "Extension modules:")
     with open(log, "rb") as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - 10_000))
         lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]

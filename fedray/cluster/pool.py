@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray.exceptions import RayError
 
 from fedray.cluster.actors import ClientActor, make_options
 from fedray.cluster.calls import Actor, Call
 from fedray.cluster.connection import connected, send_own_code
 from fedray.cluster.crossing import Crossing, fetch
+from fedray.cluster.logs import Logs
 from fedray.cluster.nodes import SHORT, Resources, Share, alive, assign, count_actors, describe, draining, free, room
 from fedray.cluster.versions import check_versions, difference
 from fedray.config import Config
@@ -38,15 +40,17 @@ class RayPool:
     more jobs.
     """
 
-    def __init__(self, config: Config, dataset: Dataset | None, most: int, fixed: bool) -> None:
+    def __init__(self, config: Config, dataset: Dataset | None, most: int, fixed: bool, run: str = "") -> None:
         self.config = config
         self.dataset = dataset
         self.most = most  # actors
         self.fixed = fixed  # each actor's share
+        self.run = run  # a name for Ray's dashboard
         self.share = Share.of(config)
         self.actors: list[Actor] = []
         self._class = ray.remote(concurrency_groups={"progress": 1})(ClientActor)
         self._losses: list[Row] = []
+        self._logs = Logs()
         self._deaths = 0  # of actors since the last result
         self._sent: dict[str, tuple[np.ndarray, Any]] = {}  # arrays that have been put, and where they are, by name
         self._crossing = Crossing()
@@ -63,7 +67,9 @@ class RayPool:
         return frozenset(node["NodeID"] for node in ray.nodes() if node["Alive"])
 
     @classmethod
-    def start(cls, config: Config, dataset: Dataset | None = None, rows: Iterable[Row] = ()) -> "RayPool":
+    def start(
+        cls, config: Config, dataset: Dataset | None = None, rows: Iterable[Row] = (), run: str = ""
+    ) -> "RayPool":
         """Start the actors, and do not wait for them. They open `dataset` where their node has it.
 
         Args:
@@ -75,26 +81,12 @@ class RayPool:
         send_own_code()
         found = count_actors(config)
         most = min(config.actors or config.cohort_size, config.cohort_size)
-        pool = cls(config, dataset, most, fixed=ray.util.get_current_placement_group() is not None)
+        pool = cls(config, dataset, most, fixed=ray.util.get_current_placement_group() is not None, run=run)
         nodes, share = pool._usable(), pool.share.at_last(rows)
         if slots := room(share, nodes):  # else not on these nodes: it is found again
             pool.share, found = share, min(found, slots)
         pool._add(found, nodes)
         return pool
-
-    def renew(self, config: Config, dataset: Dataset | None = None) -> None:
-        """Make the actors those of another run that asks for the same share of the machine: they keep their imports."""
-        send_own_code()
-        self.config, self.dataset = config, dataset
-        try:
-            for actor in self.actors:
-                if actor.waits:
-                    actor.make(self._make(actor.index))
-                actor.start(config.start_timeout)
-                again = actor.handle.renew.remote(self._settings, *_data(dataset))
-                fetch(again, f"the next run ({actor})", *actor.place[:2])
-        except Lost as error:
-            raise RunError(f"an actor cannot go on to the next run: {error}.") from None
 
     def apart(self) -> list["RayPool"]:
         pools = [RayPool(self.config, self.dataset, 1, fixed=True) for _ in self.actors]
@@ -146,7 +138,7 @@ class RayPool:
                 progress(sum(actor.done.steps for actor in self.actors) - begin)
                 self._crossing.look(about, [ref for _, ref in self._sent.values()])
                 busy, nodes = {call.actor for call in running.values()}, self._usable()
-                yield from self._crossing.gather(self._endangered(busy), self.actors, about)
+                yield from self._crossing.gather(self._crossing.endangered(self._leaving, busy), self.actors, about)
                 self._fit(nodes, busy)
                 overdue = {ref for ref, call in running.items() if ref not in ready and call.overdue(timeout)}
             for ref in [ref for ref in [*ready, *overdue] if ref in running]:
@@ -177,6 +169,8 @@ class RayPool:
         self._note(Cause.MEMORY, told, share=larger._asdict())  # read when the run is resumed
         self.share = larger
         self.close()
+        for actor in self.actors:
+            self._logs.keep(actor.log)
         self.actors.clear()
         self._add(min(self.most, room(larger, nodes)), nodes)
         return True
@@ -197,12 +191,6 @@ class RayPool:
         self._leaving = frozenset(nodes.keys() - staying.keys())
         return staying
 
-    def _endangered(self, busy: Collection[Actor]) -> list[str]:
-        """List the nodes that hold partials, and have gone, or are to go and have no actor that is busy."""
-        working, living = {actor.place.node for actor in busy}, alive()
-        held = self._crossing.nodes
-        return [node for node in held if node not in living or (node in self._leaving and node not in working)]
-
     def _fits_in(self, actor: Actor) -> bool:
         """Tell whether an actor has the versions of this process; else do without it, and without its node.
 
@@ -218,6 +206,12 @@ class RayPool:
         self._drop(actor, Cause.START, f"is on node {node}, which has {differs}, and is not used")
         return False
 
+    def printed(self, last: bool = False) -> dict[str, str]:
+        if last:
+            with suppress(RayError):  # a cluster that is gone
+                self._look(1.0)
+        return self._logs.take(actor.log for actor in self.actors)
+
     def _note(self, cause: Cause, reason: str, **more: Any) -> None:
         loss = {"clients": [], "cause": cause, "reason": reason, "seconds": 0.0, "actor": False}
         self._losses.append(loss | more)
@@ -229,7 +223,7 @@ class RayPool:
     def _make(self, index: int, node: str | None = None) -> Any:
         """Make a client actor, by its number; on a node, if one is given."""
         options = make_options(*self.share, *(() if self._grouped else (node, self.config.node_label)))
-        return self._class.options(**options).remote(self._settings, index, *_data(self.dataset))
+        return self._class.options(**options).remote(self._settings, index, *_data(self.dataset), self.run)
 
     def _add(self, number: int, nodes: Mapping[str, Resources]) -> None:
         """Add so many actors, under numbers that are free, on these nodes."""
@@ -241,6 +235,7 @@ class RayPool:
     def _drop(self, actor: Actor, cause: Cause, reason: str) -> None:
         """Go on without an actor."""
         ray.kill(actor.handle)
+        self._logs.keep(actor.log)
         self.actors.remove(actor)
         self._note(cause, f"{actor} {reason}; the run goes on with {len(self.actors)}")
 
@@ -335,14 +330,14 @@ def _data(dataset: Dataset | None) -> tuple[Any, Any]:
 
 
 @contextmanager
-def open_pool(config: Config, dataset: Dataset | None = None) -> Iterator[Pool]:
+def open_pool(config: Config, dataset: Dataset | None = None, run: str = "") -> Iterator[Pool]:
     """Open the pool that the configuration asks for, and close it after the block."""
     if config.actors == 0:
         yield LocalPool(config, dataset)
         return
     with connected(config.address):
         check_versions(config.node_label)
-        pool = RayPool.start(config, dataset)
+        pool = RayPool.start(config, dataset, run=run)
         try:
             yield pool
         finally:

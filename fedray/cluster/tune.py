@@ -38,6 +38,7 @@ from fedray.cluster.directories import (
     settled,
 )
 from fedray.cluster.driver import check_outside_images
+from fedray.cluster.metrics import Metrics
 from fedray.cluster.nodes import Share, alive, count_slots, describe, free
 from fedray.cluster.pool import open_pool
 from fedray.cluster.trials import Experiment, expand, images_planned, settings_of
@@ -108,7 +109,7 @@ def sweep(
     for config in {trial.config.features: trial.config for trial in trials if not settled(trial)}.values():
         if config.task == experiment.base.task:
             check_features(config, dataset)
-    with connected(experiment.base.address):
+    with connected(experiment.base.address) as private:
         check_versions(experiment.base.node_label)
         left = [trial for trial in trials if not settled(trial)]
         left = [replace(trial, config=_with_actors(trial, len(left))) for trial in left]
@@ -118,7 +119,7 @@ def sweep(
             rounds = len(Run(trial.directory).rows)
             on_news(News(trial, "waiting" if trial.directory in waiting else outcome(trial), rounds))
         if left:
-            _tune(left, len(dataset), asha, metrics or {}, on_news)
+            _tune(left, len(dataset), asha, metrics or {}, on_news, not private)
     return collect(trials)
 
 
@@ -164,6 +165,7 @@ def _tune(
     asha: str | None,
     metrics: Mapping[str, Metric],
     on_news: Callable[[News], None],
+    watched: bool,
 ) -> None:
     """Run trials on Tune until each is complete, stopped or failed."""
     send_own_code()
@@ -177,7 +179,8 @@ def _tune(
             time_attr="images", metric=asha, mode=mode, max_t=most, grace_period=most // 16 + 1, stop_last_trials=False
         )
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial that fails is told by us
-    train = tune.with_parameters(_train, trials=by_name, provenance=environment(), metrics=metrics, asha=asha)
+    given = {"provenance": environment(), "metrics": metrics, "asha": asha, "watched": watched}
+    train = tune.with_parameters(_train, trials=by_name, **given)
     resources = tune.with_resources(train, lambda chosen: group_of(by_name[chosen["trial"]].config))
     with tempfile.TemporaryDirectory(prefix="fedray-tune-") as scratch:  # all that matters is in the runs
         tuner = tune.Tuner(
@@ -203,7 +206,12 @@ def _tune(
 
 
 def _train(
-    chosen: dict[str, Any], trials: dict[str, Trial], provenance: dict[str, Any], metrics: Any, asha: str | None
+    chosen: dict[str, Any],
+    trials: dict[str, Trial],
+    provenance: dict[str, Any],
+    metrics: Any,
+    asha: str | None,
+    watched: bool,
 ) -> None:
     """Train a trial in its own process, which is the driver of a new run or continues one from its last round."""
     trial = trials[chosen["trial"]]
@@ -216,8 +224,10 @@ def _train(
             keep_to_fraction(config)
         images = sum(row["images"] for row in run.rows)
         dataset = config.task.dataset()
-        with open_pool(config, dataset) as pool:
-            session = Session(config, prepare(config, run, begun, dataset), pool, run, metrics=metrics)
+        with open_pool(config, dataset, str(run.directory)) as pool:
+            trackers = [Metrics(str(run.directory))] if watched else []
+            plan = prepare(config, run, begun, dataset)
+            session = Session(config, plan, pool, run, metrics=metrics, trackers=trackers)
             for row in fit(session, provenance, begun):
                 images += row["images"]
                 scores = {name: score["value"] for name, score in row["scores"].items()}

@@ -36,6 +36,7 @@ from fedray.forms import check_loaded
 from fedray.record import pictures
 from fedray.record.checkpoint import State
 from fedray.record.following import stoppable
+from fedray.record.logs import logged
 from fedray.record.resume import check_resumable
 from fedray.record.run import Row, Run
 from fedray.record.saver import Saver
@@ -93,7 +94,8 @@ def fit(session: Session, provenance: dict[str, Any], resume: bool = False) -> I
         run.create(config, plan.data, provenance)
     else:
         run.extend(config.rounds)
-    with run.locked(), _disk(run), stoppable(run, session.show) as show, Saver(run) as saver:
+    logs = logged(run, session.pool.printed, session.show)
+    with run.locked(), _disk(run), logs as writing, stoppable(run, writing) as show, Saver(run) as saver:
         session = replace(session, show=show)
         _draw_partition(run.directory, plan)
         if plan.release is not None:
@@ -106,7 +108,7 @@ def fit(session: Session, provenance: dict[str, Any], resume: bool = False) -> I
             run.prune(state.round, found, config.checkpoints_total_limit)
             *before, row = found
             saver.recovered(before)
-        trackers = Trackers(run, [TensorBoard(run.directory / "tensorboard")])
+        trackers = Trackers(run, [TensorBoard(run.directory / "tensorboard"), *session.trackers])
         if state.round == 0 and prompts_of(config, plan.dataset):
             draw_prompts(session, state)
         while row is not None or state.round < config.rounds:

@@ -77,6 +77,13 @@ class Pool(Protocol):
     def usage(self) -> dict[str, Row]:
         """Return what each node's workers waited, and what crossed between it and this one, since it was last asked."""
 
+    def printed(self, last: bool = False) -> dict[str, str]:
+        """Return what its processes printed since it was last asked, by their names; nothing of this process itself.
+
+        Args:
+            last: all of it, until now; else what is known without asking them.
+        """
+
 
 class LocalPool:
     """A pool that does jobs sequentially in this process, without Ray."""
@@ -109,6 +116,9 @@ class LocalPool:
         return []
 
     def usage(self) -> dict[str, Row]:
+        return {}
+
+    def printed(self, last: bool = False) -> dict[str, str]:
         return {}
 
 

@@ -7,7 +7,7 @@ where clients run.
 
 import math
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,7 @@ from fedray.menus import FOLDS
 from fedray.record.checkpoint import State
 from fedray.record.run import Row, Run
 from fedray.record.spending import Spending
+from fedray.record.trackers import Tracker
 from fedray.vector import as_tensor
 from fedray.wire import Payload, counted
 
@@ -43,6 +44,7 @@ class Session:
     metrics: Mapping[str, Metric] = field(default_factory=dict)  # scores of the user's own, by name
     pace: Pace = field(default_factory=Pace)
     spending: Spending | None = None  # of privacy
+    trackers: Sequence[Tracker] = ()  # beside those that every run has
 
 
 def run_round(session: Session, state: State) -> Generator[None, None, tuple[State, Row]]:

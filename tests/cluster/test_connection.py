@@ -43,8 +43,8 @@ with connected(None):
     with_it, wrong, without = ran.stdout.splitlines()
     assert with_it == "joined", ran.stderr
     for said in (wrong, without):
-        assert "no Ray cluster could be joined there" in said
-        assert said.endswith("If it is up, its token must be in RAY_AUTH_TOKEN or ~/.ray/auth_token here.")
+        assert "the cluster refuses the token of this process, or it has none" in said
+        assert said.endswith("have the cluster's token in ~/.ray/auth_token or in RAY_AUTH_TOKEN.")
 
 
 def test_no_cluster_at_the_address(monkeypatch):

@@ -167,6 +167,9 @@ class Simulated:
         self.each //= 2
         return True
 
+    def printed(self, last=False):
+        return {}
+
     def losses(self):
         return []
 
@@ -233,7 +236,7 @@ def test_any_schedule_gives_the_same_bits(case):
         assert trained(config, plan, pool, AnySize(rng)) == expected, f"replay it with FEDRAY_SEED={seed}"
         suffered += pool.suffered
         merged += pool.merged
-    assert len(seeds) == 1 or merged > len(seeds) or (merged == 0 and config.fold.memory(plan.round(config, 0)))
+    assert len(seeds) == 1 or merged > len(seeds) / 2 or (merged == 0 and config.fold.memory(plan.round(config, 0)))
     assert len(seeds) == 1 or min(suffered[cause] for cause in (Cause.NODE, Cause.MEMORY, Cause.ACTOR)) > len(seeds) / 2
 
 

@@ -14,6 +14,7 @@ import torch
 from runs import fit, sha, train
 from scipy.optimize import minimize
 
+from fedray.cluster.connection import send_own_code
 from fedray.cluster.pool import RayPool
 from fedray.config import Config
 from fedray.errors import UserError
@@ -125,10 +126,20 @@ def pool(ray):
     pool.close()
 
 
+def renew(pool, config):
+    """Make the pool's actors those of another run: they keep their imports."""
+    import ray
+
+    send_own_code()
+    pool.config = config
+    started = [actor.start(60) for actor in pool.actors]
+    ray.get([actor.handle.renew.remote(config, None, None) for actor in started], timeout=60)
+
+
 @pytest.mark.slow
 def test_the_same_on_two_actors_and_after_a_stop_on_one(config, tmp_path, pool):
     train(config, tmp_path / "here")
-    pool.renew(config)
+    renew(pool, config)
     for row in fit(config, pool, tmp_path / "stopped"):
         if row["round"] == 2:
             break
