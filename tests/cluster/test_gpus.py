@@ -16,15 +16,18 @@ NODE = {"num_cpus": 2, "num_gpus": 1, "object_store_memory": 80_000_000, "includ
 A100 = {"ray.io/accelerator-type": "A100"}
 
 SCRIPT = """
-import pickle, sys, ray, fedray, toy
+import pickle, sys, time, ray, fedray, toy
 from fedray.cluster.connection import connected
+from fedray.cluster.nodes import Share, free, room
 from fedray.cluster.pool import RayPool
-from fedray.errors import UserError
 from runs import fit
 runs, trials, address = pickle.load(open(sys.argv[1], "rb"))
 ray.cloudpickle.register_pickle_by_value(toy)
 with connected(address):
     for out, config in runs.items():
+        deadline = time.monotonic() + 60
+        while room(Share(0.25, 0.25), free()) < 8 and time.monotonic() < deadline:
+            time.sleep(0.1)  # until Ray has taken back what the actors of the run before had
         pool = RayPool.start(config)
         for actor in pool.actors:
             actor.start()
