@@ -71,9 +71,10 @@ def plan(arguments: list[str], command: str, rehearse: Callable[[Config, Path], 
 def _base(known: argparse.Namespace, arguments: list[str], command: str) -> Config:
     """Return the settings to start from: a run's, those of a task of the user's own, or a preset's."""
     if known.resume:
-        base = Run.open(known.resume).config_with(files_named(arguments))
+        run = Run.open(known.resume)
+        base = run.config_with(files_named(arguments))
         if command_of(base) != command:
-            raise UserError(f"{known.resume} is a run of `fedray {command_of(base)}`; resume it with that.")
+            raise UserError(f"{run} is a run of `fedray {command_of(base)}`; resume it with that.")
         return base
     if known.task:
         task = task_class(known.task)()

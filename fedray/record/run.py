@@ -62,9 +62,9 @@ class Run:
         """Open an existing run, at a path or a URL. Raises `UserError` where there is none."""
         run = cls(local(directory, whole=True))
         if not run.directory.is_dir():
-            raise UserError(f"there is no run at {directory}: the directory does not exist.")
+            raise UserError(f"there is no run at {run}: the directory does not exist.")
         if not (run.directory / "config.json").is_file():
-            raise UserError(f"there is no run at {directory}: it has no config.json.")
+            raise UserError(f"there is no run at {run}: it has no config.json.")
         return run
 
     def __str__(self) -> str:

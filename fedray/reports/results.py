@@ -83,7 +83,7 @@ def load(*places: str | Path) -> Results:
     records: dict[Path, None] = {}
     for place in map(local, places):
         if not place.exists():
-            raise UserError(f"there are no results at {place}: it does not exist.")
+            raise UserError(f"there are no results at {shown(place)}: it does not exist.")
         if place.is_file():
             tables[place] = True
             continue
@@ -112,7 +112,7 @@ def load(*places: str | Path) -> Results:
                 tables.setdefault(directory / TABLE, False)
                 empty = False
         if empty:
-            problems.append(f"{place} holds no runs.")
+            problems.append(f"{shown(place)} holds no runs.")
     for table, given in tables.items():
         folder = table.parent.resolve()
         if given or not any(directory.is_relative_to(folder) for directory in seen):

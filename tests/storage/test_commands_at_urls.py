@@ -193,8 +193,10 @@ def test_mistakes_are_one_sentence(bucket, node, monkeypatch, capsys):
 
     new = [*TRAIN.split(), "--out"]
     assert "s3://no-such-bucket/a: there is no bucket no-such-bucket" in told(*new, "s3://no-such-bucket/a")
-    assert "there is no run at s3" in told("train", "--resume", f"{bucket}/none")
+    assert f"there is no run at {bucket}/none" in told("train", "--resume", f"{bucket}/none")
     assert "there is no storage xyz:// that fsspec knows" in told(*new, "xyz://bucket/a")
+    assert f"there are no results at {bucket}/none" in told("report", f"{bucket}/none")
+    assert f"there are no runs at {bucket}/none" in told("runs", f"{bucket}/none")
     assert "is no URL of a storage" in told(*new, "s3://bucket/../a")
     assert "--take-over is for runs at URLs" in told(*new, "runs/a", "--take-over")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):

@@ -9,7 +9,7 @@ from runs import CHAOS, fit, sha, train
 
 from fedray.errors import RunError, UserError
 from fedray.federation.pool import LocalPool
-from fedray.record import publishing
+from fedray.record import copies, publishing
 from fedray.record.copies import Copy, local
 from fedray.record.manifests import Manifest, now
 from fedray.record.publishing import take_over
@@ -70,6 +70,25 @@ def test_a_run_at_a_url_has_the_bits_and_files_of_one_at_a_path(toy_config, tmp_
 
     assert names(run.directory) - {".lock"} == names(tmp_path / "here") - {".lock"}
     assert [row["loss"] for row in run.rows] == [row["loss"] for row in rows]
+
+
+def test_large_files_are_objects_of_their_own(toy_config, tmp_path, place, node, monkeypatch):
+    """As they would be with a model of millions of parameters: here all of some hundred bytes are."""
+    config = toy_config(**REMEMBERING)
+    rows = train(config, tmp_path / "here")
+    for module in (publishing, copies):
+        monkeypatch.setattr(module, "LARGE", 500)
+    monkeypatch.setattr(publishing, "PACK", 2000)
+    train(config, f"{place}/a", rounds=2)
+    listed, manifest = now(Store(f"{place}/a"))
+    checkpoint = manifest.files["checkpoints/round-000002.safetensors"]
+    assert (checkpoint.offset, checkpoint.size) == (0, listed[checkpoint.object]["size"])
+    assert [file.object for file in manifest.files.values()].count(checkpoint.object) == 1
+    assert len(manifest.objects) < len(manifest.files)
+    node("another")
+    local(f"{place}/a", whole=True)
+    assert train(config, f"{place}/a", resume=True)[-1]["loss"] == rows[-1]["loss"]
+    assert sha(located(f"{place}/a")) == sha(tmp_path / "here")
 
 
 def test_objects_do_not_grow_in_number(toy_config, place, node):
