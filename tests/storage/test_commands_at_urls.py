@@ -137,8 +137,7 @@ def test_killed_and_resumed_on_another_node_it_has_the_bits_of_a_run_at_a_path(b
 def test_a_run_is_attached_to_and_stopped_from_another_node(bucket, node, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("fedray.record.following.REMOTE", 0.5)
     out = f"{bucket}/a"
-    train = TRAIN.replace("--actors 0", "--actors 1").split()  # by a driver actor, on a private Ray
-    process = start(*train, "--rounds", "1000", "--slow", "0", "--pause", "0.2", "--out", out)
+    process = start(*TRAIN.split(), "--rounds", "1000", "--slow", "0", "--pause", "0.2", "--out", out)
     wait_until(lambda: "rounds.jsonl" in now(Store(out))[1].files, process)
     node("another")
     assert goes_on(Run.open(out))
