@@ -19,11 +19,13 @@ from typing import NamedTuple
 from rich.console import Console
 
 from fedray.errors import UserError
-from fedray.files import LOCK, flush
+from fedray.files import LOCK, flush, is_locked
 
 FORMAT = 2  # of entries: 1 had no sums
 SEAL = "seal.json"  # in each entry: what it is, and its files' sums; it is touched when those are checked
 ASIDE = ".aside"  # how the name of an entry ends that is being made
+COPIES = "storage"  # the directory of copies of what URLs name (`fedray.storage`); below it, one for each kind: `s3:`
+KNOWN = f"{COPIES}-known"  # what is known of copies of runs: copy.json, and a lock, in a directory for each
 
 PATIENCE = 3.0  # seconds to wait for another process before saying so
 LOCK_TIMEOUT = 86_400.0  # seconds to wait for another process that makes the same entry
@@ -46,6 +48,11 @@ def home() -> Path:
     return Path(os.environ.get("FEDRAY_CACHE") or Path(base) / "fedray").absolute()
 
 
+def place_of(key: object) -> Path:
+    """Return the directory that an entry of that key has, or would have."""
+    return home() / hashlib.sha256(json.dumps([FORMAT, key]).encode()).hexdigest()[:24]
+
+
 def kept(what: str, key: object, make: Callable[[Path], None]) -> Path:
     """Return the directory of an entry; `make` fills it, unless it is cached already.
 
@@ -62,7 +69,7 @@ def kept(what: str, key: object, make: Callable[[Path], None]) -> Path:
     Raises:
         UserError: another process has held the entry for a day, or another user made it.
     """
-    place = home() / hashlib.sha256(json.dumps([FORMAT, key]).encode()).hexdigest()[:24]
+    place = place_of(key)
     with locked(place, what):
         if os.path.lexists(place):
             _check_owner(place)
@@ -102,7 +109,7 @@ def is_whole(place: Path) -> bool:
 
 
 def entries() -> list[Entry]:
-    """List the entries, those used last first; also those of older versions, and what a killed maker left."""
+    """List the entries, those used last first; also copies of runs, and what older versions and killed makers left."""
     found = []
     for path in home().iterdir() if home().is_dir() else ():
         if path.is_symlink() or not path.is_dir() or not _is_name(path.name):
@@ -115,11 +122,24 @@ def entries() -> list[Entry]:
         except (OSError, ValueError, KeyError, TypeError):
             size, used, what = 0, 0.0, "damaged"
         found.append(Entry(path, str(what), size, used))
+    for known in (home() / KNOWN).rglob("copy.json"):
+        name = known.parent.relative_to(home() / KNOWN)
+        path = home() / COPIES / name
+        size = sum(file.lstat().st_size for file in path.rglob("*") if not file.is_dir())
+        found.append(
+            Entry(path, f"copy of the run {name.parts[0]}//{'/'.join(name.parts[1:])}", size, known.stat().st_mtime)
+        )
     return sorted(found, key=lambda entry: -entry.used)
 
 
 def remove(entry: Entry) -> bool:
     """Remove an entry, unless another process is making or checking it. What has it mapped goes on undisturbed."""
+    if entry.path.is_relative_to(home() / COPIES):
+        if is_locked(entry.path / LOCK):  # a process writes the run
+            return False
+        for place in (entry.path, home() / KNOWN / entry.path.relative_to(home() / COPIES)):
+            shutil.rmtree(place, ignore_errors=True)
+        return True
     try:
         with locked(entry.path, entry.what, wait=False) as lock:
             shutil.rmtree(entry.path)

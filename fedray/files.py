@@ -1,5 +1,6 @@
 """Reading files that anybody may have made, and atomic writes."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -95,6 +96,18 @@ def remove(path: Path) -> None:
 def is_content(path: Path) -> bool:
     """Tell whether a file is more than what a killed process left of one, or a lock."""
     return not (path.name.startswith(".") and path.name.endswith((ASIDE, LOCK)))
+
+
+def is_locked(path: Path) -> bool:
+    """Tell whether a process of this machine holds the lock of that file."""
+    try:
+        with open(path) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 def remove_leftovers(directory: Path) -> None:

@@ -13,8 +13,8 @@ import fedray
 
 PACKAGE = Path(fedray.__file__).parent
 ROOMS = [
-    *("errors", "lazy", "memory", "own", "forms", "seeds", "files", "cache", "vector", "data", "tasks", "algorithms"),
-    *("wire", "scores", "menus", "privacy", "checks", "federated"),
+    *("errors", "lazy", "memory", "own", "forms", "seeds", "files", "cache", "storage", "vector", "data", "tasks"),
+    *("algorithms", "wire", "scores", "menus", "privacy", "checks", "federated"),
     *("config", "presets", "record", "federation", "reports", "cluster", "commands", "cli", "__main__"),
 ]
 FILES = {

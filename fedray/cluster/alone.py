@@ -17,9 +17,11 @@ from fedray.federation.modes import plain
 from fedray.federation.plan import make_plan
 from fedray.federation.pool import Pool
 from fedray.federation.round import Session
+from fedray.record.copies import local
 from fedray.record.provenance import environment
 from fedray.record.resume import check_resumable
 from fedray.record.run import Row, Run
+from fedray.storage import shown
 
 
 @plain()
@@ -36,13 +38,13 @@ def run_local_only(
     Each client has a run, in `out`/client-0000 and so on: incomplete ones are continued, complete ones kept. Raises as
     `run` does.
     """
-    out = Path(out).absolute()
+    out = local(out).absolute()
     config.check()
     check_outside_images(out, config)
     if config.only_client is not None:
         raise UserError("--only-client and --local-only are both given; give one of them.")
     if (out / "config.json").exists():
-        raise UserError(f"{out} holds another run; choose another --out for one run per client.")
+        raise UserError(f"{shown(out)} holds another run; choose another --out for one run per client.")
     dataset = config.task.dataset() if dataset is None else dataset
     provenance = environment()
     runs = [Run(out / f"client-{client:04d}") for client in range(config.clients)]

@@ -13,6 +13,7 @@ from fedray.errors import UserError
 from fedray.files import as_json, read_json, write
 from fedray.record.provenance import environment
 from fedray.record.run import FAILED, RECORD, STOPPED, Run
+from fedray.storage import shown, upload
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,12 @@ def place(experiment: Experiment, configs: list[Config], out: Path, *, resume: b
         raise UserError("--resume and --again are both given; give one of them.")
     if resume and not record.exists():
         raise UserError(
-            f"there is no sweep {experiment.name!r} in {out} to resume; leave --resume out, or name its --out."
+            f"there is no sweep {experiment.name!r} in {shown(out)} to resume; leave --resume out, or name its --out."
         )
     if record.exists() and not (resume or again):
-        raise UserError(f"{out} holds this sweep already; go on with it by --resume, or choose another --out.")
+        raise UserError(f"{shown(out)} holds this sweep already; go on with it by --resume, or choose another --out.")
     if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is not a directory; choose another --out.")
+        raise UserError(f"{shown(out)} is not a directory; choose another --out.")
     settings = list(experiment.space)
     varied = [name for name in settings if len({str(settings_of(config, [name])) for config in configs}) > 1]
     recorded = [trial["directory"] for trial in read_json(record)["trials"]] if resume else []
@@ -71,8 +72,8 @@ def place(experiment: Experiment, configs: list[Config], out: Path, *, resume: b
     lost = set(recorded) - {trial.directory.name for trial in trials}
     if lost:
         raise UserError(
-            f"the sweep in {out} has a trial {min(lost)}, which is not among those asked for now; a resumed sweep "
-            f"keeps its settings (it may have more values)."
+            f"the sweep in {shown(out)} has a trial {min(lost)}, which is not among those asked for now; a resumed "
+            f"sweep keeps its settings (it may have more values)."
         )
     return trials
 
@@ -95,8 +96,9 @@ def save_record(experiment: Experiment, out: Path, trials: list[Trial]) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         write(record, as_json(content))
+        upload(record)
     except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror}; choose another --out.") from None
+        raise UserError(f"{shown(out)} cannot be written: {error.strerror}; choose another --out.") from None
 
 
 def settled(trial: Trial) -> bool:
@@ -115,6 +117,7 @@ def leave_reason(trial: Trial, name: str, why: str) -> None:
     """Leave a file in a trial's directory, FAILED or STOPPED, that says why it is not complete."""
     trial.directory.mkdir(parents=True, exist_ok=True)
     (trial.directory / name).write_text(f"{why}\n")
+    upload(trial.directory / name)
 
 
 def collect(trials: list[Trial]) -> Sweep:

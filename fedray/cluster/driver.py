@@ -31,9 +31,11 @@ from fedray.federation.plan import Plan, disk_needed, make_plan
 from fedray.federation.pool import LocalPool
 from fedray.federation.round import Session
 from fedray.memory import keep_freed_memory
+from fedray.record.copies import local
 from fedray.record.provenance import environment
 from fedray.record.resume import check_resumable
 from fedray.record.run import Row, Run
+from fedray.storage import located, shown
 
 LINGER = 60.0  # seconds that a driver keeps its last rows for a caller that may be gone
 
@@ -132,7 +134,9 @@ def run(
 
     Rows go to `on_row` as rounds complete, progress to `show`. `metrics` are scores of your own, by name: functions
     of (samples, the dataset's images), both uint8 [n, c, h, w], that return a number. With `resume`, a stopped run
-    in `out` continues from its last complete round; if it is still running on the cluster, we attach to it.
+    in `out` continues from its last complete round; if it is still running on the cluster, we attach to it. `out` may
+    be a URL, as s3://bucket/run: then the run is written in a copy of it on this node, and each round counts when it is
+    in that storage.
     `dataset` is the task's, if it is loaded already.
 
     Raises:
@@ -141,13 +145,15 @@ def run(
         Detached: it was interrupted, and the run goes on on the cluster that it had joined.
     """
     config.check()
-    out = Path(out).absolute()
     provenance = environment()
     if resume:
-        check_resumable(Run.open(out), config)
-        if Run(out).complete_after(config.rounds):
-            return Run.open(out)
+        begun = Run.open(out)
+        check_resumable(begun, config)
+        if begun.complete_after(config.rounds):
+            return begun
+        out = begun.directory.absolute()
     else:
+        out = local(out).absolute()
         check_outside_images(out, config)
         Run(out).check_vacant()
     dataset = config.task.dataset() if dataset is None else dataset
@@ -162,16 +168,16 @@ def run(
         Run(out).check_disk(disk_needed(config, plan))
         with connected(config.address) as private:
             _drive(Request.of(config, out, resume, provenance, metrics or {}, plan), private, on_row, show)
-    return Run.open(out)
+    return Run.open(shown(out))
 
 
 def check_outside_images(out: Path, config: Config) -> None:
     """Raise `UserError` if a run would put its pictures among the images it learns from."""
     folder = getattr(config.task, "train_data_dir", None)
-    if folder is not None and out.resolve().is_relative_to(Path(folder).resolve()):
+    if folder is not None and out.resolve().is_relative_to(located(folder).resolve()):
         raise UserError(
-            f"--out {out} lies below --train-data-dir {folder}, where the run's pictures would become images to learn "
-            f"from; choose another --out."
+            f"--out {shown(out)} lies below --train-data-dir {folder}, where the run's pictures would become images to "
+            f"learn from; choose another --out."
         )
 
 
@@ -179,15 +185,16 @@ def _drive(request: Request, private: bool, on_row: Callable[[Row], None], show:
     """Start the run's driver actor, or attach to it, and pass on what it reports until the run is over."""
     count_actors(request.config)
     check_versions(request.config.node_label)
-    out, name = request.out, f"driver:{request.out}"
+    out, name = request.out, f"driver:{shown(request.out)}"
     driver = _find_driver(name, request.config.start_timeout)
     if driver is not None and not request.resume:
         raise UserError(
-            f"a run with the directory {out} is still going on this cluster; attach to it with --resume, or choose "
-            f"another --out."
+            f"a run with the directory {shown(out)} is still going on this cluster; attach to it with --resume, or "
+            f"choose another --out."
         )
     if driver is not None and Run.open(out).saved["config"]["rounds"] != request.config.rounds:
-        raise UserError(f"the run at {out} is still going on this cluster; ask for other --rounds when it is over.")
+        asked = "ask for other --rounds when it is over"
+        raise UserError(f"the run at {shown(out)} is still going on this cluster; {asked}.")
     started = None  # of a driver that was there already, another process knows
     if driver is None:
         send_own_code()
@@ -201,7 +208,8 @@ def _drive(request: Request, private: bool, on_row: Callable[[Row], None], show:
     except KeyboardInterrupt:
         if private:
             raise
-        raise Detached(f"the run in {out} goes on on its Ray cluster; resuming it there attaches to it") from None
+        where = f"the run in {shown(out)} goes on on its Ray cluster"
+        raise Detached(f"{where}; resuming it there attaches to it") from None
 
 
 def _follow(request: Request, driver: Any, started: Any, on_row: Callable[[Row], None], show: Show) -> None:
@@ -212,9 +220,9 @@ def _follow(request: Request, driver: Any, started: Any, on_row: Callable[[Row],
             report = driver.poll.remote(seen)
             rows, phase, finished, error = ray.get(report, timeout=request.config.start_timeout)
         except GetTimeoutError:
-            raise RunError(f"the driver actor of {out} does not answer; {_go_on(out)}.") from None
+            raise RunError(f"the driver actor of {shown(out)} does not answer; {_go_on(out)}.") from None
         except RayError as died:
-            raise RunError(f"the driver actor of {out} died: {explain(died)}; {_go_on(out)}.") from None
+            raise RunError(f"the driver actor of {shown(out)} died: {explain(died)}; {_go_on(out)}.") from None
         for row in rows:
             on_row(row)
         seen += len(rows)
@@ -244,8 +252,8 @@ def _check_begun(started: Any, driver: Any, out: Path) -> None:
     except RayError as error:
         ray.kill(driver)
         raise RunError(
-            f"the driver actor of {out} could not begin: {last_line(error)}. Classes of your own must be in a file "
-            f"that its process can import, or in the script that calls fedray.run."
+            f"the driver actor of {shown(out)} could not begin: {last_line(error)}. Classes of your own must be in a "
+            f"file that its process can import, or in the script that calls fedray.run."
         ) from None
 
 

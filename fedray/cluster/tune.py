@@ -48,9 +48,11 @@ from fedray.errors import RunError, UserError, check_name, reason
 from fedray.federation.evaluation import Metric, check_features
 from fedray.federation.fit import fit, prepare
 from fedray.federation.round import Session
+from fedray.record.copies import local
 from fedray.record.provenance import environment
 from fedray.record.run import FAILED, STOPPED, Run
 from fedray.scores.metrics import higher_is_better
+from fedray.storage import discard
 
 RETRIES = 2  # of a trial that fails; it continues from its last complete round
 
@@ -91,7 +93,7 @@ def sweep(
         UserError: the request cannot be carried out; nothing was started.
         RunError: no trial could start. (A trial that fails is in `missing`.)
     """
-    out = Path(out).absolute()
+    out = local(out).absolute()
     configs = expand(experiment.base, experiment.space)
     for config in configs:
         try:
@@ -217,7 +219,7 @@ def _train(
     trial = trials[chosen["trial"]]
     config, run = trial.config, Run(trial.directory)
     for name in (FAILED, STOPPED):
-        (run.directory / name).unlink(missing_ok=True)
+        discard(run.directory / name)
     begun = (run.directory / "config.json").exists()
     try:
         if config.actors == 0:

@@ -8,6 +8,7 @@ import tyro
 
 from fedray.commands.terminal import print_table, program, progress
 from fedray.errors import RunError
+from fedray.record.copies import local
 from fedray.record.following import follow
 from fedray.record.run import Run
 
@@ -20,13 +21,13 @@ class Attach:
     """
 
     run: tyro.conf.Positional[Path]
-    """Directory of the run."""
+    """Directory of the run, or its URL."""
 
 
 def main(arguments: list[str]) -> None:
     """Parse and run `fedray attach`."""
     options = tyro.cli(Attach, args=arguments, prog="fedray attach")
-    run = Run.open(options.run)
+    run = Run.open(local(options.run))
     rounds, done = run.saved["config"]["rounds"], 0
     try:
         with progress(rounds) as (on_row, show):
@@ -36,8 +37,8 @@ def main(arguments: list[str]) -> None:
                 done += len(rows)
                 show("rounds", done, rounds)
     except KeyboardInterrupt:
-        print(f"\nThe run goes on. End it with: {program()} stop {run.directory}", file=sys.stderr)
+        print(f"\nThe run goes on. End it with: {program()} stop {run}", file=sys.stderr)
         raise
     if run.result is None:
-        raise RunError(f"the run at {run.directory} ended after round {done} of {rounds}; it can be resumed.")
-    print_table({str(options.run): run.directory})
+        raise RunError(f"the run at {run} ended after round {done} of {rounds}; it can be resumed.")
+    print_table({str(run): run.directory})

@@ -14,6 +14,7 @@ from fedray.errors import UserError
 from fedray.files import write
 from fedray.forms import files_named
 from fedray.record.run import Run
+from fedray.storage import upload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,7 @@ class Audit(Draw):
     """Attack a run's model by membership inference: images that it was trained on, against images held out."""
 
     run: tyro.conf.Positional[Path]
-    """Directory of the run; it needs images that nobody trained on (--test-share)."""
+    """Directory of the run, or its URL; it needs images that nobody trained on (--test-share)."""
     images: int = 1000
     """How many images of each kind to compare, at most."""
 
@@ -46,10 +47,10 @@ def main(arguments: list[str]) -> None:
     saved = {name: value for name, value in plan.data.items() if name != "features"}
     run.check_data(saved)
     with open_pool(config, plan.dataset) as pool, progress(config.rounds) as (_, show):
-        found, about = audit(pool, model_of(options.run, config), plan, options.seed, options.images, show)
+        found, about = audit(pool, model_of(run.directory, config), plan, options.seed, options.images, show)
     table = Table("membership inference", "value", "95 % interval", "by guessing", title_justify="left")
     kinds = f"{about['trained_on']:,} images trained on, {about['not_trained_on']:,} held out"
-    table.title = f"{options.run}: {kinds}, each at {about['draws']} timesteps and noises"
+    table.title = f"{run}: {kinds}, each at {about['draws']} timesteps and noises"
     table.add_row("area under the curve", f"{found.auc[0]:.3f}", _interval(found.auc), "0.5")
     for rate, share in found.rates.items():
         name = f"true positives at {rate:.1%} false ones"
@@ -59,8 +60,9 @@ def main(arguments: list[str]) -> None:
     if len(found.rates) < 2:
         print("lower rates of false positives need more images that nobody trained on (1,000 for 0.1 %)")
     result = found._asdict() | {"rates": {str(rate): share for rate, share in found.rates.items()}} | about
-    write(options.run / "audit.json", json.dumps(result, indent=1) + "\n")
-    print(f"audit     {options.run / 'audit.json'}")
+    write(run.directory / "audit.json", json.dumps(result, indent=1) + "\n")
+    upload(run.directory / "audit.json")
+    print(f"audit     {run}/audit.json")
 
 
 def _interval(of: tuple[float, float, float]) -> str:

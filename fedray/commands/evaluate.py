@@ -13,7 +13,9 @@ from fedray.config import Config
 from fedray.data.images import form_of
 from fedray.errors import UserError
 from fedray.forms import files_named
+from fedray.record.copies import local
 from fedray.scores import networks
+from fedray.storage import folder, is_url, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +26,7 @@ class Evaluate(Draw):
     """
 
     target: tyro.conf.Positional[Path]
-    """Directory of a run, of a pipeline (unconditional, in pixel space), or of images."""
+    """Directory of a run, of a pipeline (unconditional, in pixel space), or of images; or its URL."""
     samples: int | None = None
     """How many images to score; by default as many as the run did, of a pipeline 2048, of a folder all."""
     repeats: int = 1
@@ -39,11 +41,16 @@ class Evaluate(Draw):
     dataset_name: str | None = None
     """What to score a pipeline or a folder against: digits, imagefolder, celeba, a .parquet file, a hub name."""
     train_data_dir: str | None = None
-    """Folder of those images."""
+    """Folder of those images, or its URL."""
     crop: int | None = None
     """Side of the central square that is kept of each of those images."""
     resolution: int | None = None
     """Resize those images to this, the size of what is scored; without it they must have it already."""
+
+    @property
+    def where(self) -> str:
+        """The target, for messages."""
+        return shown(self.target)
 
     def settings(self, base: Config) -> Config:
         """Change a configuration as the options say. Raises `UserError` if it does not fit, or names no features."""
@@ -54,7 +61,7 @@ class Evaluate(Draw):
         given = {name: getattr(self, name) for name in ("features", "inception_weights", "kid_subset_size")}
         config = replace(config, **{name: value for name, value in given.items() if value is not None})
         if config.features is None:
-            raise UserError(f"{self.target}: say what to measure on, with --features inception, digits or your own.")
+            raise UserError(f"{self.where}: say what to measure on, with --features inception, digits or your own.")
         config.check()
         return config
 
@@ -65,14 +72,14 @@ class Evaluate(Draw):
             UserError: they have another size or mode. To resize them moves scores, so it must be asked for.
         """
         if self.dataset_name is None:
-            raise UserError(f"{self.target}: say what to score against, with --dataset-name (and --train-data-dir).")
+            raise UserError(f"{self.where}: say what to score against, with --dataset-name (and --train-data-dir).")
         if self.resolution not in (None, resolution):
-            raise UserError(f"--resolution {self.resolution}: {self.target} is {resolution}×{resolution}; give that.")
+            raise UserError(f"--resolution {self.resolution}: {self.where} is {resolution}×{resolution}; give that.")
         if self.dataset_name == "imagefolder" and self.train_data_dir and self.resolution is None:
-            form = form_of(Path(self.train_data_dir))
+            form = form_of(folder(self.train_data_dir, "--train-data-dir "))
             if form != (resolution, channels):
                 raise UserError(
-                    f"{self.target} is {resolution}×{resolution} in {channels} channels, and {self.train_data_dir} "
+                    f"{self.where} is {resolution}×{resolution} in {channels} channels, and {self.train_data_dir} "
                     f"{form[0]}×{form[0]} in {form[1]}; to resize (or convert) it, say --resolution {resolution}."
                 )
         return {
@@ -91,6 +98,10 @@ def main(arguments: list[str]) -> None:
 
     from fedray.commands import scoring  # Ray and torch take seconds to import: mistakes are told before
 
+    target = local(options.target, whole=True)
+    if is_url(options.target) and not (target / "config.json").is_file():
+        target = folder(str(options.target), "")
+    options = replace(options, target=target)
     if (options.target / "model_index.json").is_file():
         scoring.score_pipeline(options)
     elif options.target.is_dir() and not (options.target / "config.json").is_file():

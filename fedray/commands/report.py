@@ -7,6 +7,8 @@ from pathlib import Path
 import tyro
 
 from fedray.errors import UserError
+from fedray.record.copies import local
+from fedray.storage import located, shown, upload, url_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +16,7 @@ class Report:
     """Make one page of runs or sweeps: question, answer, tables, curves and samples. It needs no network."""
 
     places: tyro.conf.Positional[tuple[Path, ...]]
-    """Directories of runs, of sweeps, or folders that hold such."""
+    """Directories of runs, of sweeps, or folders that hold such; or their URLs."""
     out: Path | None = None
     """The page's file; by default report.html in the first of the directories."""
     open: bool = False
@@ -26,15 +28,19 @@ def main(arguments: list[str]) -> None:
     options = tyro.cli(Report, args=arguments, prog="fedray report")
     if not options.places:
         raise UserError("say what to report on: the directory of a run or of a sweep.")
-    out = options.out or (options.places[0] if options.places[0].is_dir() else options.places[0].parent) / "report.html"
+    places = [local(place) for place in options.places]
+    first = places[0] if places[0].is_dir() else places[0].parent
+    out = first / "report.html" if options.out is None else located(options.out)
     if out.is_dir():
         raise UserError(f"--out {out} is a directory; give the name of a file in it, such as {out / 'report.html'}.")
-    if options.places[0].exists() and not out.parent.is_dir():
+    if places[0].exists() and not out.parent.is_dir() and url_of(out) is None:
         raise UserError(f"--out {out}: the directory {out.parent} does not exist.")
 
     from fedray.reports import page  # pandas and plotly take seconds to import: mistakes are told before
 
-    page.write(options.places, out)
-    print(f"report    {out}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    page.write(places, out)
+    upload(out)
+    print(f"report    {shown(out)}")
     if options.open:
         webbrowser.open(out.absolute().as_uri())

@@ -12,9 +12,11 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from fedray.errors import UserError
+from fedray.record.copies import local
 from fedray.record.following import goes_on
 from fedray.record.run import Run
 from fedray.scores.metrics import deciding
+from fedray.storage import shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +24,7 @@ class Runs:
     """List runs: which go on, which are complete, and which stopped and can be resumed."""
 
     places: tyro.conf.Positional[tuple[Path, ...]] = (Path("runs"),)
-    """Directories of runs, of sweeps, or folders that hold such."""
+    """Directories of runs, of sweeps, or folders that hold such; or their URLs."""
     address: str | None = None
     """A Ray cluster (auto, or HOST:PORT): list also the runs that go on there, wherever their directories are."""
 
@@ -30,14 +32,15 @@ class Runs:
 def main(arguments: list[str]) -> None:
     """Parse and run `fedray runs`."""
     options = tyro.cli(Runs, args=arguments, prog="fedray runs")
-    for place in options.places:
+    places = [local(place) for place in options.places]
+    for place in places:
         if not place.is_dir() and not (options.address and place == Path("runs")):
-            raise UserError(f"there are no runs at {place}: it is no directory.")
+            raise UserError(f"there are no runs at {shown(place)}: it is no directory.")
     table = Table(Column("run", overflow="fold"), "state", "round", "loss", "score", "last round")
     listed = set()
-    for directory in _below(options.places):
-        listed.add(str(directory.absolute()))
-        table.add_row(escape(str(directory)), *map(escape, _told(directory)))
+    for directory in _below(places):
+        listed.add(shown(directory.absolute()))
+        table.add_row(escape(shown(directory)), *map(escape, _told(directory)))
     if options.address:
         from fedray.cluster.driver import drivers  # Ray takes seconds to import
 
@@ -47,7 +50,7 @@ def main(arguments: list[str]) -> None:
     Console().print(table)
 
 
-def _below(places: tuple[Path, ...]) -> Iterator[Path]:
+def _below(places: list[Path]) -> Iterator[Path]:
     """Find the run directories at and below the places."""
     for place in places:
         for path, directories, names in os.walk(place):

@@ -16,6 +16,7 @@ from fedray.errors import UserError
 from fedray.forms import files_named
 from fedray.lazy import torch
 from fedray.record.run import Run
+from fedray.storage import located, shown, upload
 
 if TYPE_CHECKING:
     from fedray.federation.worker import Shared
@@ -61,7 +62,7 @@ class Sample(Draw):
     """Draw images from a run's model, into one picture."""
 
     run: tyro.conf.Positional[Path]
-    """Directory of the run."""
+    """Directory of the run, or its URL."""
     num_images: int = 64
     """How many images to draw."""
     prompt: tuple[str, ...] = ()
@@ -77,13 +78,14 @@ def main(arguments: list[str]) -> None:
     options = tyro.cli(Sample, args=arguments, prog="fedray sample")
     if options.num_images < 1:
         raise UserError(f"--num-images {options.num_images}: it must be above 0.")
-    out = options.out or options.run / "samples" / f"sample-seed{options.seed}.png"
+    out = located(options.out or options.run / "samples" / f"sample-seed{options.seed}.png")
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError(f"--out {out}: the name of the picture must end in .png, .jpg or .webp.")
-    config = replace(options.settings(Run.open(options.run).config_with(files_named(arguments))), features=None)
+    run = Run.open(options.run)
+    config = replace(options.settings(run.config_with(files_named(arguments))), features=None)
     config.check()
     if "adapters" not in config.task_offers and (options.prompt or options.strength != 1):
-        raise UserError(f"--prompt and --strength are for fine-tuned models; {options.run} is a run of `fedray train`.")
+        raise UserError(f"--prompt and --strength are for fine-tuned models; {run} is a run of `fedray train`.")
     if not 0 <= options.strength < math.inf:
         raise UserError(f"--strength {options.strength}: it must not be negative.")
 
@@ -93,16 +95,16 @@ def main(arguments: list[str]) -> None:
     from fedray.federation.sampling import Sampling
     from fedray.record.pictures import grid
 
-    shared = model_of(options.run, config, options.strength)
+    shared = model_of(run.directory, config, options.strength)
     prompts = options.prompt or getattr(config.task, "validation_prompt", ()) or prompts_of(config)
     sampling = replace(Sampling.of(config, options.num_images, prompts), seed=options.seed)
-    run = Run.open(options.run)
     sampling = by_clients(sampling, config, run, run.complete_rounds)
     with open_pool(config) as pool, progress(config.rounds) as (_, show):
         _, images = sample(pool, shared, sampling, show)
     out.parent.mkdir(parents=True, exist_ok=True)
     grid(torch.from_numpy(images)).save(out)
-    print(f"samples   {out}")
+    upload(out)
+    print(f"samples   {shown(out)}")
 
 
 def model_of(directory: Path, config: Config, strength: float = 1.0) -> Shared:
@@ -115,14 +117,14 @@ def model_of(directory: Path, config: Config, strength: float = 1.0) -> Shared:
 
     learner = build(config, torch.device("cpu"))
     shared = shared_part(config, learner)
-    if shared is not None and strength != 1:
-        raise UserError(f"--strength {strength:g}: the clients of {directory} share a part of their adapters only.")
     run = Run.open(directory)
+    if shared is not None and strength != 1:
+        raise UserError(f"--strength {strength:g}: the clients of {run} share a part of their adapters only.")
     state = run.state(learner.flat.layout if shared is None else shared.layout)
     if run.gone_back:
         print(f"fedray: {run.gone_back}", file=sys.stderr)
     if state is None:
-        raise UserError(f"the run at {directory} has no complete round yet.")
+        raise UserError(f"the run at {run} has no complete round yet.")
     delivered = sampled(state.tensors)
     if strength == 1:
         return model(delivered)

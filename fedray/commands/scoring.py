@@ -53,16 +53,16 @@ def score_run(options: Evaluate, allowed: Collection[Path]) -> None:
     run = Run.open(options.target)
     if options.dataset_name or options.train_data_dir or options.crop or options.resolution:
         raise UserError(
-            f"{options.target} is a run, which is scored against its own data; leave out --dataset-name, "
+            f"{options.where} is a run, which is scored against its own data; leave out --dataset-name, "
             f"--train-data-dir, --crop and --resolution."
         )
     config = options.settings(run.config_with(allowed))
     n = config.evaluate_samples if options.samples is None else options.samples
     if n < 1:
-        raise UserError(f"the run at {options.target} was not evaluated; say how many samples (--samples).")
+        raise UserError(f"the run at {options.where} was not evaluated; say how many samples (--samples).")
     plan = make_plan(replace(config, evaluate_samples=n))
     run.check_data(plan.data)
-    shared = model_of(options.target, config)
+    shared = model_of(run.directory, config)
     sampling = Sampling.of(config, n, prompts_of(config, plan.dataset))
     sampling = replace(sampling, seed=options.seed, repeats=options.repeats)
     sampling = by_clients(sampling, config, run, run.complete_rounds)
@@ -96,7 +96,7 @@ def score_pipeline(options: Evaluate) -> None:
 def score_folder(options: Evaluate) -> None:
     """Score a folder of images, made by any model."""
     if options.repeats > 1:
-        raise UserError(f"--repeats {options.repeats}: {options.target} is a folder of images, and nothing is drawn.")
+        raise UserError(f"--repeats {options.repeats}: {options.where} is a folder of images, and nothing is drawn.")
     resolution, channels = form_of(options.target)
     reference = Images(**options.reference(resolution, channels))
     folder = Images("imagefolder", str(options.target), resolution=resolution, channels=channels)
@@ -104,7 +104,7 @@ def score_folder(options: Evaluate) -> None:
     dataset, scored = reference.dataset(), folder.dataset()
     n = options.samples or len(scored)
     if n > len(scored):
-        raise UserError(f"--samples {n}: {options.target} has {len(scored)} images.")
+        raise UserError(f"--samples {n}: {options.where} has {len(scored)} images.")
     check_features(config, dataset)
     with open_pool(config, dataset) as pool, progress(1) as (_, show):
         comparison = _compare(config, dataset, pool, show)
@@ -114,7 +114,7 @@ def score_folder(options: Evaluate) -> None:
     order = torch.randperm(len(scored), generator=generator(0, "folder"))[:n].numpy()
     evaluation = score_images(scored.images, features[order], comparison, n)
     kind = "grey" if channels == 1 else "RGB"
-    title = f"{options.target}: {n} images, {resolution}×{resolution} {kind}, against {len(dataset)}"
+    title = f"{options.where}: {n} images, {resolution}×{resolution} {kind}, against {len(dataset)}"
     print_scores(title, evaluation)
 
 
@@ -136,4 +136,4 @@ def _compare(config: Config, dataset: Dataset, pool: Pool, show: Show) -> Compar
 
 def _print(options: Evaluate, sampling: Sampling, evaluation: Evaluation) -> None:
     sets = f"{sampling.repeats} × " if sampling.repeats > 1 else ""
-    print_scores(f"{options.target}: {sets}{sampling.n} samples, {sampling.sampler}-{sampling.steps}", evaluation)
+    print_scores(f"{options.where}: {sets}{sampling.n} samples, {sampling.sampler}-{sampling.steps}", evaluation)

@@ -31,7 +31,9 @@ from fedray.errors import RunError, UserError, check_name
 from fedray.files import read_json, write
 from fedray.own import load_file
 from fedray.presets import PRESETS
+from fedray.record.publishing import take_over
 from fedray.record.run import RECORD
+from fedray.storage import located, shown, upload
 
 if TYPE_CHECKING:
     from fedray.cluster.directories import Sweep
@@ -54,7 +56,9 @@ class Flags(Settings[T]):
     asha: str | None = None
     """Stop trials early that are behind in this score after as many images trained (needs --evaluate-every)."""
     out: Path | None = None
-    """Directory of the sweep, which several may share; by default runs/NAME."""
+    """Directory of the sweep, which several may share, or its URL; by default runs/NAME."""
+    take_over: bool = False
+    """Take trials at a URL from the processes that write them, or did so when they ended."""
 
 
 def main(arguments: list[str]) -> None:
@@ -92,18 +96,22 @@ def main(arguments: list[str]) -> None:
     from fedray.cluster.trials import Experiment  # Ray and torch take seconds to import: mistakes are told before
     from fedray.cluster.tune import sweep
 
+    if flags.take_over:
+        take_over(out)
+    place = located(out)
     experiment = Experiment(config, space, name, question)
     with _progress(len(config.task.dataset())) as on_news:
         try:
             done = sweep(experiment, out, resume=flags.resume, again=flags.again, asha=flags.asha, on_news=on_news)
         except (KeyboardInterrupt, RunError):
-            if (out / f"{name}{RECORD}").exists():
-                repeated = [argument for argument in arguments if argument not in ("--again", "--resume")]
+            if (place / f"{name}{RECORD}").exists():
+                once = ("--again", "--resume", "--take-over")
+                repeated = [argument for argument in arguments if argument not in once]
                 print(f"\nGo on with: {program()} sweep {shlex.join(repeated)} --resume", file=sys.stderr)
             raise
 
-    _show(out, done, name)
-    print(f"sweep     {out}\nnext      {program()} report {out}")
+    _show(place, done, name)
+    print(f"sweep     {shown(place)}\nnext      {program()} report {shown(place)}")
     if done.missing:
         reasons = "\n".join(f"  {trial}: {why}" for trial, why in done.missing.items())
         raise RunError(f"{len(done.missing)} of {sum(map(len, done))} trials are missing:\n{reasons}")
@@ -122,7 +130,7 @@ def load_experiment(path: Path) -> ModuleType:
 
 def _show(out: Path, done: Sweep, name: str) -> None:
     """Write results.parquet and .csv of all runs in OUT and the table of this sweep's; print it."""
-    from fedray.reports.results import finals, load, scores_of
+    from fedray.reports.results import TABLE, finals, load, scores_of
     from fedray.reports.results import write as write_results
     from fedray.reports.tables import by_setting, cells, shown, to_latex, to_markdown
 
@@ -151,6 +159,7 @@ def _show(out: Path, done: Sweep, name: str) -> None:
         out / f"{name}.md", "\n".join([to_markdown(text), *(["", "Not complete:", "", *absent] if absent else []), ""])
     )
     write(out / f"{name}.tex", to_latex(text))
+    upload(out / TABLE, out / "results.csv", *(out / f"{name}.{kind}" for kind in ("csv", "md", "tex")))
     print_frame(text[["seeds", *[score for score in scores if "@" not in score and "/" not in score][:4]]])
     for trial, why in done.stopped.items():
         print(f"stopped   {trial}: {why}")

@@ -20,7 +20,9 @@ from fedray.errors import Detached, RunError, UserError, check_name
 from fedray.forms import files_named
 from fedray.presets import PRESETS
 from fedray.privacy import epsilon, release_of
+from fedray.record.publishing import take_over
 from fedray.record.run import Run
+from fedray.storage import located, shown, upload
 from fedray.tasks.named import task_class
 
 
@@ -28,9 +30,11 @@ from fedray.tasks.named import task_class
 class Train(Settings[T]):
     preset: Annotated[str | None, preset_help("train")]
     out: Path | None = None
-    """Directory of the run; by default runs/PRESET-DATE-TIME."""
+    """Directory of the run, or its URL, as s3://BUCKET/RUN; by default runs/PRESET-DATE-TIME."""
     resume: Path | None = None
-    """Continue the run in this directory; only settings of placement may be given with it."""
+    """Continue the run in this directory, or at this URL; only settings of placement may be given with it."""
+    take_over: bool = False
+    """Take a run at a URL from the process that writes it, or did so when it ended."""
     local_only: bool = False
     """Train every client alone, without a federation: what the others are worth. A run per client."""
     task_class: Annotated[str | None, tyro.conf.arg(name="task")] = None
@@ -67,9 +71,10 @@ def plan(arguments: list[str], command: str, rehearse: Callable[[Config, Path], 
 def _base(known: argparse.Namespace, arguments: list[str], command: str) -> Config:
     """Return the settings to start from: a run's, those of a task of the user's own, or a preset's."""
     if known.resume:
-        base = Run.open(known.resume).config_with(files_named(arguments))
+        run = Run.open(known.resume)
+        base = run.config_with(files_named(arguments))
         if command_of(base) != command:
-            raise UserError(f"{known.resume} is a run of `fedray {command_of(base)}`; resume it with that.")
+            raise UserError(f"{run} is a run of `fedray {command_of(base)}`; resume it with that.")
         return base
     if known.task:
         task = task_class(known.task)()
@@ -103,12 +108,15 @@ def _main(
     if asked.dry_run or rehearse is not None:
         _print_plan(config)
         if rehearse is not None:
-            rehearse(config, asked.out or Path("runs"))
+            rehearse(config, located(asked.out or "runs"))
         return
     if asked.local_only and asked.resume:
         raise UserError("--local-only and --resume are both given; repeat the command with the same --out to go on.")
     out = asked.resume or asked.out or Path("runs") / time.strftime(f"{asked.preset or config.task.name}-%Y%m%d-%H%M%S")
     config.check()
+    if asked.take_over:
+        take_over(out)
+    place = located(out)
 
     from fedray.cluster.alone import run_local_only  # Ray and torch take seconds to import: mistakes are told before
     from fedray.cluster.driver import run
@@ -119,12 +127,13 @@ def _main(
         with progress(config.rounds, alone=True) as (on_row, show):
             runs = run_local_only(config, out, on_row=on_row, show=show, dataset=dataset)
         directories = {run.directory.name: run.directory for run in runs}
-        summary(directories).to_csv(out / "summary.csv", index_label="run")
+        summary(directories).to_csv(place / "summary.csv", index_label="run")
+        upload(place / "summary.csv")
         print_table(directories, mean=True)
-        print(f"table     {out / 'summary.csv'}")
-        print(f"runs      {out}")
+        print(f"table     {shown(place / 'summary.csv')}")
+        print(f"runs      {shown(place)}")
         return
-    resuming = _resuming(command, out, config, arguments)
+    resuming = _resuming(command, shown(place), config, arguments)
     with progress(config.rounds) as (on_row, show):
         try:
             finished = run(config, out, resume=asked.resume is not None, on_row=on_row, show=show, dataset=dataset)
@@ -132,18 +141,18 @@ def _main(
             print(f"\nThe run goes on on the cluster. Follow it with: {resuming}", file=sys.stderr)
             raise
         except (KeyboardInterrupt, RunError):
-            if (out / "config.json").exists():
+            if (place / "config.json").exists():
                 print(f"\nContinue this run with: {resuming}", file=sys.stderr)
             raise
-    print_table({str(out): finished.directory})
+    print_table({shown(place): finished.directory})
     if config.evaluate_samples:
-        print(f"samples   {out / 'samples.png'}")
-    print(f"run       {out}\nnext      {program()} sample {out} --num-images 100 --seed 1")
+        print(f"samples   {shown(place / 'samples.png')}")
+    print(f"run       {shown(place)}\nnext      {program()} sample {shown(place)} --num-images 100 --seed 1")
 
 
-def _resuming(command: str, out: Path, config: Config, arguments: list[str]) -> str:
+def _resuming(command: str, out: str, config: Config, arguments: list[str]) -> str:
     """Spell the command that continues a run, with what its directory alone does not say."""
-    words = [program(), command, "--resume", str(out)]
+    words = [program(), command, "--resume", out]
     if config.address not in (None, "local"):
         words += ["--address", config.address]
     for file in sorted(files_named(arguments)):

@@ -21,6 +21,7 @@ from rich.progress import track
 
 from fedray import cache
 from fedray.errors import UserError, check_text, reason
+from fedray.storage import shown
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pgm", ".ppm", ".bmp", ".tif", ".tiff")
 VERSION = 2  # of what `decode` makes of an image: part of the cache's key
@@ -132,15 +133,15 @@ def form_of(directory: Path) -> tuple[int, int]:
             with open_image(path) as opened:
                 size, channels = opened.size, 1 if opened.mode in ("L", "1", "I;16", "I", "F") else 3
         except Exception as error:  # Pillow has no common error for damaged images
-            raise UserError(f"{path} cannot be read: {reason(error)}.") from None
+            raise UserError(f"{shown(path)} cannot be read: {reason(error)}.") from None
         if size[0] != size[1]:
-            raise UserError(f"{path} is {size[0]}×{size[1]}: only square images can be scored; crop them first.")
+            raise UserError(f"{shown(path)} is {size[0]}×{size[1]}: only square images can be scored; crop them first.")
         if first is None:
             first = (path.name, size, channels)
         if (size, channels) != first[1:]:
             raise UserError(
-                f"{path} is {size[0]}×{size[1]} in {channels} channels, and {first[0]} {first[1][0]}×{first[1][1]} in "
-                f"{first[2]}: images that are scored together must have one size and mode."
+                f"{shown(path)} is {size[0]}×{size[1]} in {channels} channels, and {first[0]} {first[1][0]}×"
+                f"{first[1][1]} in {first[2]}: images that are scored together must have one size and mode."
             )
     assert first is not None
     return first[1][0], first[2]
@@ -150,7 +151,7 @@ def images_below(directory: Path, flag: str = "--train-data-dir ") -> list[Path]
     """List the image files below a directory, sorted, without hidden ones. Raises `UserError` where there are none."""
     if not directory.is_dir():
         wrong = "is a file, not a directory" if directory.exists() else "does not exist"
-        raise UserError(f"{flag}{directory} {wrong}.")
+        raise UserError(f"{flag}{shown(directory)} {wrong}.")
     check_text(str(directory))
     paths, seen = [], set()
     for folder, below, found in os.walk(directory, followlinks=True):
@@ -164,7 +165,7 @@ def images_below(directory: Path, flag: str = "--train-data-dir ") -> list[Path]
             check_text(str(path))
             paths.append(path)
     if not paths:
-        raise UserError(f"{flag}{directory} has no images ({' '.join(SUFFIXES)}).")
+        raise UserError(f"{flag}{shown(directory)} has no images ({' '.join(SUFFIXES)}).")
     return sorted(paths)
 
 

@@ -14,6 +14,7 @@ from fedray.data.dataset import Dataset, keep
 from fedray.data.images import LARGEST_FILE, Decoded, Form, cached, images_below, sha256
 from fedray.errors import UserError, reason
 from fedray.files import read_text, regular
+from fedray.storage import shown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,7 +60,7 @@ def image_folder(
     columns |= _metadata(directory, names)
     labels = _codes(columns.pop("label") if "label" in columns else columns["folder"])
     stamp = [str(directory.resolve()), *_stamp(paths)]
-    decoded = cached(str(directory), names, stamp, lambda index: paths[index], form, skip_unreadable)
+    decoded = cached(shown(directory), names, stamp, lambda index: paths[index], form, skip_unreadable)
     return _dataset(decoded, labels, columns)
 
 
@@ -82,10 +83,10 @@ def celeba(directory: Path, form: Form, skip_unreadable: bool = False) -> Datase
         try:
             zipped = zipfile.ZipFile(archive)
         except Exception as error:  # zipfile raises what it likes for a damaged one
-            raise UserError(f"{archive} is damaged: {reason(error)}.") from None
+            raise UserError(f"{shown(archive)} is damaged: {reason(error)}.") from None
         members = sorted(name for name in zipped.namelist() if name.endswith(".jpg") and "/._" not in name)
         if not members:
-            raise UserError(f"{archive} has no .jpg in it.")
+            raise UserError(f"{shown(archive)} has no .jpg in it.")
         names, stamp = [Path(member).name for member in members], [str(archive.resolve()), *_stamp([archive])]
 
         def read(index: int) -> bytes:
@@ -93,8 +94,8 @@ def celeba(directory: Path, form: Form, skip_unreadable: bool = False) -> Datase
 
     else:
         raise UserError(
-            f"{directory} has neither img_align_celeba/ nor img_align_celeba.zip; --train-data-dir must name the "
-            f"folder that CelebA was unpacked into."
+            f"{shown(directory)} has neither img_align_celeba/ nor img_align_celeba.zip; --train-data-dir must name "
+            f"the folder that CelebA was unpacked into."
         )
     columns: dict[str, np.ndarray] = {}
     if regular(path := directory / "identity_CelebA.txt").is_file():
@@ -102,16 +103,16 @@ def celeba(directory: Path, form: Form, skip_unreadable: bool = False) -> Datase
     if regular(path := directory / "list_eval_partition.txt").is_file():
         splits = _listed(path, names, ["split"])["split"].map({0: "train", 1: "valid", 2: "test"})
         if splits.isna().any():
-            raise UserError(f"{path}: the split of {splits.index[splits.isna()][0]} is none of 0, 1 and 2.")
+            raise UserError(f"{shown(path)}: the split of {splits.index[splits.isna()][0]} is none of 0, 1 and 2.")
         columns["split"] = splits.to_numpy(dtype=object)
     if regular(path := directory / "list_attr_celeba.txt").is_file():
         header = read_text(path).splitlines()[:2]
         attributes = header[1].split() if len(header) == 2 else []
         if not attributes:
-            raise UserError(f"{path} has no names of attributes in its second line.")
+            raise UserError(f"{shown(path)} has no names of attributes in its second line.")
         table = _listed(path, names, attributes, skip=2)
         columns |= {name: table[name].to_numpy() > 0 for name in attributes}
-    decoded = cached(str(directory), names, stamp, read, form, skip_unreadable)
+    decoded = cached(shown(directory), names, stamp, read, form, skip_unreadable)
     return _dataset(decoded, _codes(columns["identity"]) if "identity" in columns else None, columns)
 
 
@@ -243,14 +244,14 @@ def _metadata(directory: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
             regular(path)
             table = pd.read_csv(path) if path.suffix == ".csv" else pd.read_json(path, lines=True)
         except (ValueError, OSError, OverflowError) as error:
-            raise UserError(f"{path} cannot be read: {reason(error)}.") from None
+            raise UserError(f"{shown(path)} cannot be read: {reason(error)}.") from None
         if "file_name" not in table:
-            raise UserError(f"{path} has no column file_name.")
+            raise UserError(f"{shown(path)} has no column file_name.")
         below = path.parent.relative_to(directory)
         tables.append(table.assign(file_name=[(below / str(name)).as_posix() for name in table["file_name"]]))
     if not tables:
         return {}
-    source = paths[0] if len(paths) == 1 else f"{directory}: its metadata"
+    source = shown(paths[0]) if len(paths) == 1 else f"{shown(directory)}: its metadata"
     return _columns(_aligned(pd.concat(tables).set_index("file_name"), source, names), source, names)
 
 
@@ -261,12 +262,12 @@ def _listed(path: Path, names: Sequence[str], columns: list[str], skip: int = 0)
     try:
         table = pd.read_csv(path, sep=r"\s+", header=None, names=["file_name", *columns], skiprows=skip)
     except (ValueError, OSError, OverflowError) as error:
-        raise UserError(f"{path} cannot be read: {reason(error)}.") from None
-    numbers = _aligned(table.set_index("file_name"), path, names, listed=True)[columns].apply(
+        raise UserError(f"{shown(path)} cannot be read: {reason(error)}.") from None
+    numbers = _aligned(table.set_index("file_name"), shown(path), names, listed=True)[columns].apply(
         pd.to_numeric, errors="coerce"
     )
     if (cut := numbers.isna().any(axis=1)).any():
-        raise UserError(f"{path}: the line of {numbers.index[cut][0]} does not have {len(columns)} numbers.")
+        raise UserError(f"{shown(path)}: the line of {numbers.index[cut][0]} does not have {len(columns)} numbers.")
     return numbers.astype(np.int64)
 
 

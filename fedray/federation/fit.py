@@ -99,7 +99,7 @@ def fit(session: Session, provenance: dict[str, Any], resume: bool = False) -> I
         session = replace(session, show=show)
         _draw_partition(run.directory, plan)
         if plan.release is not None:
-            spending = Spending(run.directory, plan.release, config.delta, config.max_epsilon)
+            spending = Spending(run.directory, plan.release, config.delta, config.max_epsilon, run.publish)
             session = replace(session, spending=spending)
         state, row = run.state(plan.layout, memories=True), None
         if state is None:

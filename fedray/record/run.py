@@ -16,11 +16,9 @@ model/          what diffusers loads
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
-import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
@@ -29,11 +27,15 @@ from typing import Any
 
 from fedray.config import FORMAT, Config
 from fedray.errors import RunError, UserError, reason
-from fedray.files import LOCK, as_json, is_content, read_json, read_text, remove_leftovers, size, write
+from fedray.files import as_json, is_content, read_json, read_text, size, write
 from fedray.lazy import torch
 from fedray.record.card import model_card
 from fedray.record.checkpoint import State, load_rows, load_state, save_state
+from fedray.record.copies import local, strangers
+from fedray.record.lock import hold, unwritable
+from fedray.record.publishing import Writer, published
 from fedray.record.upgrade import upgrade
+from fedray.storage import located, shown, url_of
 from fedray.vector import Layout, load_checked, save
 
 Row = dict[str, Any]  # a line of rounds.jsonl
@@ -48,21 +50,25 @@ STOPPED = "stopped.txt"
 
 
 class Run:
-    """A run directory, to read from and, by the run itself, to write to."""
+    """A run directory, to read from and, by the run itself, to write to; of a run at a URL, its copy on this node."""
 
     def __init__(self, directory: str | Path) -> None:
-        self.directory = Path(directory)
+        self.directory = located(directory)
+        self._writer: Writer | None = None  # of a run at a URL, while it is written
         self.gone_back = ""  # why `state` is not that of the last checkpoint
 
     @classmethod
     def open(cls, directory: str | Path) -> Run:
-        """Open an existing run. Raises `UserError` where there is none."""
-        run = cls(directory)
+        """Open an existing run, at a path or a URL. Raises `UserError` where there is none."""
+        run = cls(local(directory, whole=True))
         if not run.directory.is_dir():
-            raise UserError(f"there is no run at {directory}: the directory does not exist.")
+            raise UserError(f"there is no run at {run}: the directory does not exist.")
         if not (run.directory / "config.json").is_file():
-            raise UserError(f"there is no run at {directory}: it has no config.json.")
+            raise UserError(f"there is no run at {run}: it has no config.json.")
         return run
+
+    def __str__(self) -> str:
+        return shown(self.directory)
 
     # Reading
 
@@ -159,15 +165,15 @@ class Run:
             try:
                 write(self.directory / "config.json", text)
             except OSError as error:
-                raise self._unwritable(error) from None
+                raise unwritable(self.directory, error) from None
 
     def check_data(self, data: dict[str, str]) -> None:
         """Raise `UserError` if what a `Plan` found is not what the run began with."""
         if any(self.saved.get(name, value) != value for name, value in data.items()):
             raise UserError(
-                f"the images of the run at {self.directory}, their labels or captions, the base it fine-tunes, or what "
-                f"scores compare them by, have changed since it began; its rounds belong to them as they were: put "
-                f"them back, or begin another run."
+                f"the images of the run at {self}, their labels or captions, the base it fine-tunes, or what scores "
+                f"compare them by, have changed since it began; its rounds belong to them as they were: put them back, "
+                f"or begin another run."
             )
 
     def check_vacant(self) -> None:
@@ -176,44 +182,20 @@ class Run:
         occupied = place.exists() and (not place.is_dir() or any(map(is_content, place.iterdir())))
         # Asked second: of two that begin, the other may write its configuration meanwhile.
         if (place / "config.json").exists():
-            hint = f"or continue that run with --resume {place}"
-            raise UserError(f"{place} holds another run; choose another --out, {hint}.")
-        if occupied:
-            raise UserError(f"{place} exists and is not an empty directory; choose another --out.")
+            raise UserError(
+                f"{self} holds another run; choose another --out, or continue that run with --resume {self}."
+            )
+        if occupied or strangers(place):
+            raise UserError(f"{self} exists and is not an empty directory; choose another --out.")
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the directory: two processes must not write the same run. One that was just killed may need a moment."""
-        deadline = time.monotonic() + PATIENCE
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            file = os.open(self.directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except OSError as error:
-            raise self._unwritable(error) from None
-        try:
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > deadline:
-                        raise UserError(f"{self.directory} is being written by another process; wait for it.") from None
-                time.sleep(0.1)
-            self._check_links()
-            remove_leftovers(self.directory)
-            yield
-        finally:
-            os.close(file)
-
-    def _unwritable(self, error: OSError) -> UserError:
-        return UserError(f"{self.directory} cannot be written: {error.strerror}; choose another --out.")
-
-    def _check_links(self) -> None:
-        """Raise `UserError` for a folder that is a link: what lies elsewhere would be changed. Files are replaced."""
-        for folder, below, _ in os.walk(self.directory):
-            for path in (Path(folder, name) for name in below):
-                if path.is_symlink():
-                    raise UserError(f"{path} is a link, which a run does not write through; put a folder in its place.")
+        """Hold the directory, and what is published of it: two processes must not write the same run."""
+        with hold(self.directory, PATIENCE), published(self.directory) as self._writer:
+            try:
+                yield
+            finally:
+                self._writer = None
 
     def complete(self, state: State, rows: Iterable[Row], layout: Layout, limit: int) -> None:
         """Save complete rounds: they count the moment the checkpoint of the last is renamed. Keep `limit` checkpoints.
@@ -228,11 +210,17 @@ class Run:
         need = sum(tensor.nbytes for tensor in state.tensors.values()) + SPARE
         if need > (free := shutil.disk_usage(directory).free):
             raise RunError(
-                f"the checkpoint of round {state.round} needs {size(need)} on the disk of {self.directory}, and "
+                f"the checkpoint of round {state.round} needs {size(need)} on the disk of {self}, and "
                 f"{size(free)} are free; the run keeps its last checkpoint."
             )
         save_state(directory / f"round-{state.round:06d}.safetensors", state, layout, rows)
         self.prune(state.round, rows, limit)
+        self.publish()
+
+    def publish(self) -> None:
+        """Write what is new where the run is published: that is durable when this returns. Raises `RunError`."""
+        if self._writer is not None:
+            self._writer.publish()
 
     def prune(self, rounds: int, rows: Iterable[Row], limit: int) -> None:
         """Remove all but the last `limit` checkpoints, and memories of the rows' clients that none of them needs."""
@@ -255,6 +243,7 @@ class Run:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
             file.flush()
             os.fsync(file.fileno())  # the next checkpoint replaces the one that holds these rows
+        self.publish()
 
     def recover(self, rounds: int) -> list[Row]:
         """Make rows and client memories those of the last checkpoint, `rounds` complete rounds.
@@ -313,9 +302,10 @@ class Run:
         free = shutil.disk_usage(next(p for p in self.directory.absolute().parents if p.exists())).free
         if sum(needed.values()) > free + held:
             parts = ", ".join(f"{what} {size(bytes)}" for what, bytes in needed.items() if bytes)
+            other = "choose an --out" if url_of(self.directory) is None else "set FEDRAY_CACHE to a directory"
             raise UserError(
-                f"the run needs about {size(sum(needed.values()))} on the disk of {self.directory} ({parts}), and "
-                f"{size(free)} are free; choose an --out on another disk."
+                f"the run needs about {size(sum(needed.values()))} on the disk of {self} ({parts}), and "
+                f"{size(free)} are free; {other} on another disk."
             )
 
     def write_card(self, config: Config, result: Row) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -26,13 +27,21 @@ class Spending:
     and counts once. With other survivors, or noise from the system's randomness, it counts again.
 
     Args:
-        delta: δ;  most: ε that is not to be exceeded, if any.
+        delta: δ;  most: ε that is not to be exceeded, if any;  publish: writes the ledger where else it must be.
     """
 
-    def __init__(self, directory: Path, release: Release, delta: float, most: float | None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        release: Release,
+        delta: float,
+        most: float | None,
+        publish: Callable[[], None] = lambda: None,
+    ) -> None:
         self.path = directory / LEDGER
         self.next = release
         self.delta = delta
+        self.publish = publish
         self.most = math.inf if most is None else most
         text = self.path.read_text() if self.path.exists() else ""
         lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
@@ -64,6 +73,7 @@ class Spending:
             file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
+        self.publish()
         self.lines.append(line)
         return self.spent(counted)
 

@@ -38,6 +38,7 @@ from fedray.reports.charts import charts
 from fedray.reports.comparisons import compare
 from fedray.reports.results import finals, load, score_table, scores_of, varied
 from fedray.reports.tables import cells, pivot
+from fedray.storage import located
 
 PICTURES = 5_000_000  # characters of pictures on a page, about
 SHOWN = 12  # rounds of a run that are shown
@@ -101,9 +102,9 @@ def make(places: Sequence[str | Path]) -> str:
 
 def _chapters(places: Sequence[str | Path], rounds: pd.DataFrame) -> Iterable[Chapter]:
     """Divide runs into sweeps, and those that belong to none."""
-    where = rounds["directory"].map(lambda directory: Path(directory).resolve())
+    where = rounds["directory"].map(lambda directory: located(directory).resolve())
     told = pd.Series(False, index=rounds.index)
-    for path in dict.fromkeys(path for place in places for path in _records(Path(place))):
+    for path in dict.fromkeys(path for place in places for path in _records(located(place))):
         try:
             record = json.loads(path.read_text())
             mine = where.isin([(path.parent / trial["directory"]).resolve() for trial in record["trials"]])
@@ -135,7 +136,7 @@ def _records(place: Path) -> list[Path]:
 def _saved(directory: str) -> dict[str, Any]:
     """Read config.json, where the run is still there."""
     try:
-        return Run.open(directory).saved
+        return Run.open(located(directory)).saved
     except UserError:
         return {}
 
@@ -180,11 +181,11 @@ def _tables(chapter: Chapter) -> Iterable[dict[str, Any]]:
     if done.empty:
         return
     score, free = decisive(done), chapter.varied
-    if done["setting"].nunique() == 1 and all((Path(run) / "result.json").exists() for run in done["directory"]):
+    if done["setting"].nunique() == 1 and all((located(run) / "result.json").exists() for run in done["directory"]):
         rows = [
             [title_of(row["score"]), pair(row["value"], row["std"]), _text(row["over"]), number(row["within"])]
             + [_text(row["n"]), _text(row["note"])]
-            for row in score_table(done["directory"]).to_dict("records")
+            for row in score_table(map(located, done["directory"])).to_dict("records")
         ]
         if rows:
             yield _table("Scores", ["score", "value", "± over", "± of one run", "n", "remarks"], rows)
@@ -242,14 +243,13 @@ def _viewers(chapters: list[Chapter]) -> list[dict[str, Any]]:
     encode = functools.cache(_data_uri)
 
     def frames(directory: str, source: str, alt: str, limit: int) -> list[dict[str, str]]:
-        pictures = [(label, encode(path)) for label, path in _thin(_pictures(Path(directory), source), limit)]
+        pictures = [(label, encode(path)) for label, path in _thin(_pictures(located(directory), source), limit)]
         text = f"{alt}: {chosen[directory]}"
         return [{"label": label, "src": src, "alt": f"{text} {label}".strip()} for label, src in pictures if src]
 
     def viewer(title: str, source: str, alt: str, directories: list[str], limit: int) -> dict[str, Any]:
         runs = [{"name": chosen[path], "frames": frames(path, source, alt, limit)} for path in directories]
-        kind = source.removesuffix(".png")
-        return {"title": title, "kind": kind, "runs": [run for run in runs if run["frames"]]}
+        return {"title": title, "kind": source.removesuffix(".png"), "runs": [run for run in runs if run["frames"]]}
 
     for limit in (SHOWN, 6, 3):
         viewers = [viewer(*kind, limit) for kind in kinds]

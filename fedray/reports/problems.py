@@ -9,6 +9,7 @@ from typing import Any
 
 from fedray.errors import reason
 from fedray.record.run import FAILED, STOPPED
+from fedray.storage import shown
 
 
 def unfinished(directory: Path, done: int = 0, rounds: int | None = None) -> str:
@@ -17,14 +18,14 @@ def unfinished(directory: Path, done: int = 0, rounds: int | None = None) -> str
     for name, what in ((FAILED, "failed"), (STOPPED, "was stopped early")):
         if (directory / name).is_file():
             why = (directory / name).read_text(errors="replace").strip().rstrip(".")
-            return f"the trial {directory} {what}{after}: {why}."
-    return f"the run {directory} is not complete: it stands{after}."
+            return f"the trial {shown(directory)} {what}{after}: {why}."
+    return f"the run {shown(directory)} is not complete: it stands{after}."
 
 
 def left_out(directory: Path, clients: Sequence[Mapping[str, Any]], rounds: int) -> str:
     """Say that clients failed, from one of each round in which any did."""
     why = f"client {clients[0].get('client')}: {clients[0]['outcome']}".rstrip(".")
-    return f"in the run {directory} clients were left out of {len(clients)} of {rounds} rounds ({why})."
+    return f"in the run {shown(directory)} clients were left out of {len(clients)} of {rounds} rounds ({why})."
 
 
 def not_begun(record: Path, begun: set[str]) -> list[str]:
@@ -35,7 +36,7 @@ def not_begun(record: Path, begun: set[str]) -> list[str]:
         return [f"{record} is damaged ({reason(error)}); which trials are missing is not known."]
     there = ("config.json", FAILED, STOPPED)
     return [
-        f"the trial {record.parent / trial} of {record.name} has not begun."
+        f"the trial {shown(record.parent / trial)} of {record.name} has not begun."
         for trial in trials
         if trial not in begun and not any((record.parent / trial / name).exists() for name in there)
     ]

@@ -12,10 +12,12 @@ import pandas as pd
 from fedray.config import PLACEMENT, Config, sha256_of
 from fedray.errors import UserError, reason
 from fedray.files import write as write_text
+from fedray.record.copies import local
 from fedray.record.run import FAILED, RECORD, STOPPED, Row, Run
 from fedray.record.upgrade import RENAMED, upgrade
 from fedray.reports.comparisons import rms
 from fedray.reports.problems import left_out, mixed, not_begun, unfinished
+from fedray.storage import located, shown
 from fedray.tasks.named import OURS, task_class
 
 TABLE = "results.parquet"
@@ -56,7 +58,8 @@ class _Run(NamedTuple):
 
 
 def load(*places: str | Path) -> Results:
-    """Read all runs at and below the given places, at any depth: run directories, sweeps, folders that hold such.
+    """Read all runs at and below the given places, at any depth: run directories, sweeps, folders that hold such; or
+    their URLs.
 
     Where a folder with a results.parquet (of `write`) has no run directories below it, the rounds are those of the
     table; a table may also be given itself. What cannot be read is left out, and named in `problems`.
@@ -78,9 +81,9 @@ def load(*places: str | Path) -> Results:
     seen: dict[Path, dict[str, Any]] = {}  # what config.json says, of each run directory
     tables: dict[Path, bool] = {}  # True: a place that was given, not one found below
     records: dict[Path, None] = {}
-    for place in map(Path, places):
+    for place in map(local, places):
         if not place.exists():
-            raise UserError(f"there are no results at {place}: it does not exist.")
+            raise UserError(f"there are no results at {shown(place)}: it does not exist.")
         if place.is_file():
             tables[place] = True
             continue
@@ -109,7 +112,7 @@ def load(*places: str | Path) -> Results:
                 tables.setdefault(directory / TABLE, False)
                 empty = False
         if empty:
-            problems.append(f"{place} holds no runs.")
+            problems.append(f"{shown(place)} holds no runs.")
     for table, given in tables.items():
         folder = table.parent.resolve()
         if given or not any(directory.is_relative_to(folder) for directory in seen):
@@ -218,14 +221,14 @@ def score_table(runs: Iterable[str | Path]) -> pd.DataFrame:
             values = pd.Series([result[name]["value"] for result in results if name in result])
             several = {"std": values.std(), "over": f"{len(values)} seeds"} if len(values) > 1 else {}
             within = rms(pd.Series([result[name].get("std") for result in results if name in result], dtype=float))
-            row = {"run": str(same[0].directory), "score": name, **first, "value": values.mean(), "within": within}
+            row = {"run": str(same[0]), "score": name, **first, "value": values.mean(), "within": within}
             rows.append(row | several)
     return pd.DataFrame(rows, columns=["run", "score", "value", "std", "over", "within", "n", "note"])
 
 
 def _result(run: Run) -> Row:
     if run.result is None:
-        raise UserError(f"the run at {run.directory} is not complete; finish it with --resume {run.directory}.")
+        raise UserError(f"the run at {run} is not complete; finish it with --resume {run}.")
     return run.result
 
 
@@ -274,7 +277,7 @@ def _run(directory: Path, config: dict[str, Any], problems: list[str]) -> _Run:
     elif len(rows) == len(lines) != rounds:
         problems.append(f"{path} has {len(rows)} of the {rounds} rounds of a complete run; the others are lost.")
     complete = finished and len(rows) == rounds
-    run = {"directory": str(directory), "run": directory.resolve().name, "sha256": sha256_of(config)}
+    run = {"directory": shown(directory), "run": directory.resolve().name, "sha256": sha256_of(config)}
     return _Run(list(settings), [run | {"complete": complete} | row for row in rows])
 
 
@@ -305,7 +308,7 @@ def _table(path: Path, problems: list[str]) -> list[_Run]:
         runs = [_Run(settings, rows.to_dict("records")) for _, rows in groups]  # type: ignore[arg-type]
         for row in (run.rows[-1] for run in runs):
             if not row["complete"]:
-                problems.append(unfinished(Path(row["directory"]), row["round"], row["rounds"]))
+                problems.append(unfinished(located(row["directory"]), row["round"], row["rounds"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a table of results that fedray wrote ({reason(error)}).") from None
     return runs

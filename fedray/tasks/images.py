@@ -9,6 +9,7 @@ from fedray.data import sources
 from fedray.data.dataset import Dataset
 from fedray.data.images import Form
 from fedray.errors import UserError, check_name
+from fedray.storage import folder, is_url
 
 DATASETS = ("digits", "imagefolder", "celeba")
 
@@ -22,7 +23,8 @@ class Images:
     dataset_name: str = "digits"
     """digits (scikit-learn's), imagefolder or celeba (in --train-data-dir), a .parquet file, or a Hugging Face name."""
     train_data_dir: str | None = None
-    """Folder of the images: any tree of them (imagefolder), or what CelebA was unpacked into (celeba)."""
+    """Folder of the images, or its URL, as s3://BUCKET/FOLDER: any tree of them (imagefolder), or what CelebA was
+    unpacked into (celeba)."""
     crop: int | None = None
     """Side of the central square that is kept of each image, in pixels; None keeps the largest."""
     skip_unreadable: bool = False
@@ -34,7 +36,7 @@ class Images:
 
     def __post_init__(self) -> None:
         # Actors and resumed runs have other working directories.
-        if self.train_data_dir is not None:
+        if self.train_data_dir is not None and not is_url(self.train_data_dir):
             object.__setattr__(self, "train_data_dir", str(Path(self.train_data_dir).absolute()))
         if self.dataset_name not in DATASETS and Path(self.dataset_name).exists():
             object.__setattr__(self, "dataset_name", str(Path(self.dataset_name).absolute()))
@@ -72,4 +74,4 @@ class Images:
         if self.train_data_dir is None:
             return sources.hugging_face(self.dataset_name, form, self.skip_unreadable)
         source = sources.celeba if self.dataset_name == "celeba" else sources.image_folder
-        return source(Path(self.train_data_dir), form, self.skip_unreadable)
+        return source(folder(self.train_data_dir, "--train-data-dir "), form, self.skip_unreadable)

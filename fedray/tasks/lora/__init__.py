@@ -18,6 +18,7 @@ from fedray.data.images import Form
 from fedray.data.sources import image_folder
 from fedray.errors import UserError, check_name
 from fedray.lazy import torch
+from fedray.storage import folder
 from fedray.tasks.images import Images
 from fedray.tasks.lora.pipelines import (
     DTYPES,
@@ -42,7 +43,7 @@ class LoRA(Images):
     name: ClassVar[str] = "lora"
 
     pretrained_model_name_or_path: str = ""
-    """Folder of a Stable Diffusion 1.x or 2.x pipeline, or its Hugging Face name."""
+    """Folder of a Stable Diffusion 1.x or 2.x pipeline, its URL, as s3://BUCKET/FOLDER, or its Hugging Face name."""
     dataset_name: str = "imagefolder"
     """imagefolder (in --train-data-dir), a .parquet file, or a Hugging Face name."""
     resolution: int = 512
@@ -141,7 +142,9 @@ class LoRA(Images):
     def dataset(self) -> Dataset:
         """Load the images, with a column "caption"."""
         dataset = super().dataset()
-        source = self.train_data_dir or self.dataset_name
+        source = self.dataset_name
+        if self.train_data_dir is not None:
+            source = str(folder(self.train_data_dir, "--train-data-dir "))
         captions = captions_of(dataset, source, self.caption_column, self.instance_prompt)
         return dataset.with_column("caption", np.array(captions, dtype=object))
 
@@ -150,7 +153,8 @@ class LoRA(Images):
         if self.class_data_dir is None:
             return None
         form = Form(self.resolution, 3, self.crop)
-        return image_folder(Path(self.class_data_dir), form, self.skip_unreadable, flag="--class-data-dir ")
+        images = folder(self.class_data_dir, "--class-data-dir ")
+        return image_folder(images, form, self.skip_unreadable, flag="--class-data-dir ")
 
     def fingerprint(self, dataset: Dataset) -> dict[str, str]:
         """Hash what a resumed run must find again beside its images: captions, class images, and the base's weights."""

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedray import storage
 from fedray.cache import kept
 from fedray.errors import UserError, reason
 from fedray.lazy import torch
@@ -25,7 +26,7 @@ def pipeline_folder(name: str) -> Path:
     flag = "--pretrained-model-name-or-path"
     if not name:
         raise UserError(f"{flag} is not given: name the folder, or the hub name, of a Stable Diffusion pipeline.")
-    folder = Path(name)
+    folder = storage.folder(name, f"{flag} ")
     if not folder.is_dir():
         from diffusers import DiffusionPipeline
 
