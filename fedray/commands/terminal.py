@@ -72,10 +72,12 @@ def progress(
                 else f"\n  {lost['reason']}"
                 for lost in row.get("lost", ())
             ]
+            dropped = f"  {ledger['dropped']} dropped out" if ledger.get("dropped") else ""
             loss = "no client" if row["loss"] is None else f"loss {row['loss']:.4f}"
             bar.console.print(
                 f"{who}round {row['round']}/{rounds}  {loss}  {row['seconds']['round']:.1f} s  "
-                f"{(row['bytes_down'] + row['bytes_up']) / 1e6:.1f} MB{_spent(row.get('privacy', {}))}",
+                f"{(row['bytes_down'] + row['bytes_up']) / 1e6:.1f} MB{_spent(row.get('privacy', {}))}"
+                f"{dropped}",
                 *again,
                 *cost,
                 *(f"\n  client {client['client']} left out: {client['outcome']}" for client in failed),

@@ -11,7 +11,7 @@ import numpy as np
 
 from fedray import cache
 from fedray.data.dataset import Dataset, keep
-from fedray.data.images import LARGEST_FILE, Decoded, Form, cached, images_below, sha256
+from fedray.data.images import LARGEST_FILE, Decoded, Form, cached, images_below, sha256, some
 from fedray.errors import UserError, reason
 from fedray.files import read_text, regular
 
@@ -22,32 +22,38 @@ DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 CELEBA_CROP = 178  # the central square of CelebA's 178×218
 
 
-def digits() -> Dataset:
+def digits(limit: int | None = None) -> Dataset:
     """Load the 1,797 handwritten digits, 8×8 grey, that scikit-learn ships (E. Alpaydin, C. Kaynak, UCI 1998).
 
-    images: uint8 [1797, 1, 8, 8] (its 17 grey levels spread over 0…255);  labels: 0…9.
+    images: uint8 [1797, 1, 8, 8] (its 17 grey levels spread over 0…255);  labels: 0…9;  limit: take so many.
     """
 
     def make(aside: Path) -> None:
         from sklearn.datasets import load_digits  # takes a second to import
 
         loaded = load_digits()
-        np.save(aside / "images.npy", np.rint(loaded.images * (255 / 16)).astype(np.uint8)[:, None])
-        np.save(aside / "labels.npy", loaded.target.astype(np.int64))
+        taken = some(len(loaded.images), limit)
+        np.save(aside / "images.npy", np.rint(loaded.images[taken] * (255 / 16)).astype(np.uint8)[:, None])
+        np.save(aside / "labels.npy", loaded.target[taken].astype(np.int64))
 
-    place = cache.kept("unpacking scikit-learn's digits", ["digits", 1], make)
+    key = ["digits", 1, *([] if limit is None else [limit])]
+    place = cache.kept("unpacking scikit-learn's digits", key, make)
     images, labels = (np.load(place / f"{name}.npy") for name in ("images", "labels"))
     return keep(place / "images.npy", sha256(images), labels, {})
 
 
 def image_folder(
-    directory: Path, form: Form, skip_unreadable: bool = False, flag: str = "--train-data-dir "
+    directory: Path,
+    form: Form,
+    skip_unreadable: bool = False,
+    limit: int | None = None,
+    flag: str = "--train-data-dir ",
 ) -> Dataset:
     """Load all images below a directory, in Hugging Face's `imagefolder` form.
 
     The column "folder" is where an image lies, relative to the directory; folders are the labels, unless
     metadata.csv or metadata.jsonl (with a column file_name, relative to where it lies) has a column "label". Other
-    columns are kept. `flag` is what named the directory, for messages.
+    columns are kept. With a limit, as many images are decoded; `flag` is what named the directory, for messages.
 
     Raises:
         UserError: there is no such directory, no image in it, an image cannot be read, or metadata does not fit.
@@ -59,11 +65,11 @@ def image_folder(
     columns |= _metadata(directory, names)
     labels = _codes(columns.pop("label") if "label" in columns else columns["folder"])
     stamp = [str(directory.resolve()), *_stamp(paths)]
-    decoded = cached(str(directory), names, stamp, lambda index: paths[index], form, skip_unreadable)
+    decoded = cached(str(directory), names, stamp, lambda index: paths[index], form, skip_unreadable, limit)
     return _dataset(decoded, labels, columns)
 
 
-def celeba(directory: Path, form: Form, skip_unreadable: bool = False) -> Dataset:
+def celeba(directory: Path, form: Form, skip_unreadable: bool = False, limit: int | None = None) -> Dataset:
     """Load CelebA as distributed (Liu et al. 2015): img_align_celeba/ or its zip, and the three lists beside it.
 
     The labels are the identities. Columns: identity (identity_CelebA.txt), split (list_eval_partition.txt: train,
@@ -111,12 +117,24 @@ def celeba(directory: Path, form: Form, skip_unreadable: bool = False) -> Datase
             raise UserError(f"{path} has no names of attributes in its second line.")
         table = _listed(path, names, attributes, skip=2)
         columns |= {name: table[name].to_numpy() > 0 for name in attributes}
-    decoded = cached(str(directory), names, stamp, read, form, skip_unreadable)
+    decoded = cached(str(directory), names, stamp, read, form, skip_unreadable, limit)
     return _dataset(decoded, _codes(columns["identity"]) if "identity" in columns else None, columns)
 
 
-def hugging_face(name: str, form: Form, skip_unreadable: bool = False) -> Dataset:
+def hugging_face(
+    name: str,
+    form: Form,
+    skip_unreadable: bool = False,
+    limit: int | None = None,
+    config_name: str | None = None,
+    image_column: str | None = None,
+) -> Dataset:
     """Load the train split of a Hugging Face dataset, or a local Parquet file, with an image column.
+
+    Args:
+        limit: how many images to decode.
+        config_name: of the dataset, where it has several configurations.
+        image_column: by default the first that holds images.
 
     The column "label" are the labels; other columns of numbers, booleans or text are kept. Images are in the table, or
     in files below its folder (or in what was fetched from the hub): a table may come from anyone, and a path in it must
@@ -133,7 +151,7 @@ def hugging_face(name: str, form: Form, skip_unreadable: bool = False) -> Datase
         if name.endswith(".parquet"):
             loaded = datasets.load_dataset("parquet", data_files=str(regular(Path(name))), split="train")
         else:
-            loaded = datasets.load_dataset(name, split="train")
+            loaded = datasets.load_dataset(name, config_name, split="train")
     except UserError:
         raise
     except Exception as error:  # it has dozens, of which many are its dependencies'
@@ -141,9 +159,12 @@ def hugging_face(name: str, form: Form, skip_unreadable: bool = False) -> Datase
             f"--dataset-name {name}: no such dataset could be loaded ({reason(error)}). It must be digits, celeba, "
             f"imagefolder, a .parquet file, or the name of a Hugging Face dataset."
         ) from None
-    column = next((name for name, kind in loaded.features.items() if _holds_images(kind)), None)
-    if column is None:
+    found = [name for name, kind in loaded.features.items() if _holds_images(kind)]
+    if not found:
         raise UserError(f"--dataset-name {name}: it has no image column, only {', '.join(loaded.features)}.")
+    if image_column not in (None, *found):
+        raise UserError(f"--image-column {image_column}: {name} has images in {', '.join(found)}.")
+    column = image_column or found[0]
     images = loaded.select_columns(column).cast_column(column, datasets.Image(decode=False))
     if Path(name).exists():
         folders = [Path(name) if Path(name).is_dir() else Path(name).parent]
@@ -158,7 +179,9 @@ def hugging_face(name: str, form: Form, skip_unreadable: bool = False) -> Datase
     names = [f"row {index}" for index in range(len(loaded))]
     columns = _columns(loaded.remove_columns(column).to_pandas(), f"--dataset-name {name}", names)
     labels = _codes(columns.pop("label")) if "label" in columns else None
-    return _dataset(cached(name, names, loaded._fingerprint, read, form, skip_unreadable), labels, columns)
+    return _dataset(
+        cached(name, names, [loaded._fingerprint, column], read, form, skip_unreadable, limit), labels, columns
+    )
 
 
 def _below(folders: Sequence[Path], path: str | None) -> Path:

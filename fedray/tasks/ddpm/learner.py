@@ -1,5 +1,6 @@
 """The network of the task `ddpm`, its loss and its samples."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,15 @@ class DDPMLearner:
         size = self.unet.config.sample_size
         noise = torch.randn((n, self.unet.config.in_channels, size, size), generator=rng).to(self.device)
         return sample_pixels(lambda x, t: self.unet(x, t).sample, noise, scheduler, sampler, steps, rng)
+
+    def load(self, directory: Path) -> None:
+        """Take over the network that `save` wrote. Raises ValueError where it is another one."""
+        found = UNet2DModel.from_pretrained(directory, subfolder="unet")
+        mine, theirs = (json.loads(net.to_json_string()) for net in (self.unet, found))
+        for name, value in mine.items():
+            if not name.startswith("_") and name != "sample_size" and theirs.get(name) != value:
+                raise ValueError(f"its U-Net has {name} {theirs.get(name)}, not {value}")
+        self.unet.load_state_dict(found.state_dict())  # in place: parameters stay views of the vector
 
     def save(self, directory: Path) -> None:
         """Write a folder for `diffusers.DDPMPipeline.from_pretrained`."""
