@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -47,13 +48,15 @@ def image_folder(
     form: Form,
     skip_unreadable: bool = False,
     limit: int | None = None,
+    label_pattern: str | None = None,
     flag: str = "--train-data-dir ",
 ) -> Dataset:
     """Load all images below a directory, in Hugging Face's `imagefolder` form.
 
     The column "folder" is where an image lies, relative to the directory; folders are the labels, unless
-    metadata.csv or metadata.jsonl (with a column file_name, relative to where it lies) has a column "label". Other
-    columns are kept. With a limit, as many images are decoded; `flag` is what named the directory, for messages.
+    metadata.csv or metadata.jsonl (with a column file_name, relative to where it lies) has a column "label", or a
+    pattern finds them in file names, by its first group. Other columns are kept. With a limit, as many images are
+    decoded. `flag` is what named the directory, for messages.
 
     Raises:
         UserError: there is no such directory, no image in it, an image cannot be read, or metadata does not fit.
@@ -63,6 +66,8 @@ def image_folder(
     folders = [path.parent.relative_to(directory).as_posix() for path in paths]
     columns = {"folder": np.array(folders, dtype=object), "file_name": np.array(names, dtype=object)}
     columns |= _metadata(directory, names)
+    if label_pattern is not None:
+        columns["label"] = _in_names(names, label_pattern)
     labels = _codes(columns.pop("label") if "label" in columns else columns["folder"])
     stamp = [str(directory.resolve()), *_stamp(paths)]
     decoded = cached(str(directory), names, stamp, lambda index: paths[index], form, skip_unreadable, limit)
@@ -214,6 +219,21 @@ def _codes(labels: np.ndarray) -> np.ndarray:
     if np.issubdtype(labels.dtype, np.integer):
         return labels.astype(np.int64)
     return np.unique(labels.astype(str), return_inverse=True)[1]
+
+
+def _in_names(names: Sequence[str], pattern: str) -> np.ndarray:
+    """Find a label in each file name: a number where all are, else text. Raises `UserError` where one has none."""
+    try:
+        found = [re.search(pattern, name) for name in names]
+    except re.error as error:
+        raise UserError(f"--label-pattern {pattern!r} is no regular expression: {error}.") from None
+    missing = [
+        name for name, match in zip(names, found, strict=True) if match is None or match[match.re.groups] is None
+    ]
+    if missing:
+        raise UserError(f"--label-pattern {pattern!r} finds nothing in {len(missing)} names, the first {missing[0]}.")
+    labels = [match[min(1, match.re.groups)] for match in found if match is not None]
+    return np.array(labels, dtype=np.int64 if all(map(str.isdecimal, labels)) else object)
 
 
 def _columns(table: pd.DataFrame, source: object, names: Sequence[str]) -> dict[str, np.ndarray]:

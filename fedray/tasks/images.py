@@ -31,6 +31,9 @@ class Images:
     """Height and width that images are resized to, in pixels."""
     channels: int = 1
     """1 for grey images, 3 for RGB."""
+    label_pattern: str | None = None
+    """Regular expression that finds an image's label in its file name, by its first group, as obj(\\d+)__ (of
+    imagefolder)."""
     max_train_samples: int | None = None
     """Take so many examples at random (the same for every seed), for a quick try; None takes all."""
     dataset_config_name: str | None = None
@@ -64,6 +67,8 @@ class Images:
                     f"--{name.replace('_', '-')} is for Hugging Face datasets; --dataset-name {self.dataset_name} is "
                     f"none."
                 )
+        if self.label_pattern is not None and self.dataset_name != "imagefolder":
+            raise UserError(f"--label-pattern is for folders of images; --dataset-name {self.dataset_name} is none.")
         for name in ("crop", "max_train_samples"):
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -88,5 +93,7 @@ class Images:
                 self.dataset_name, form, self.skip_unreadable, self.max_train_samples,
                 self.dataset_config_name, self.image_column,
             )  # fmt: skip
-        source = sources.celeba if self.dataset_name == "celeba" else sources.image_folder
-        return source(Path(self.train_data_dir), form, self.skip_unreadable, self.max_train_samples)
+        given = Path(self.train_data_dir), form, self.skip_unreadable, self.max_train_samples
+        if self.dataset_name == "celeba":
+            return sources.celeba(*given)
+        return sources.image_folder(*given, self.label_pattern)

@@ -7,8 +7,10 @@ from PIL import Image
 
 from fedray.data import images, sources
 from fedray.data.images import Form
+from fedray.data.partition import ByAttribute, ByLabel, Dirichlet
 from fedray.data.sources import digits
 from fedray.errors import UserError
+from fedray.seeds import generator
 from fedray.tasks.images import Images
 
 FORM = Form(8, 1)
@@ -93,3 +95,46 @@ def test_configurations_of_a_dataset_are_told_apart(tmp_path):
     for name, start in (("upper", 0), ("lower", 6)):
         found = Images(str(tmp_path / "data"), dataset_config_name=name).dataset()
         assert np.array_equal(found.images, digits().images[start : start + 3])
+
+
+# Labels
+
+
+@pytest.fixture
+def flat(tmp_path):
+    """Six digits in one folder, as COIL-20 names them: obj1__0.png …"""
+    (tmp_path / "flat").mkdir()
+    for index, image in enumerate(digits().images[:6]):
+        Image.fromarray(image[0]).save(tmp_path / "flat" / f"obj{index // 2 + 9}__{index}.png")
+    return tmp_path / "flat"
+
+
+@pytest.mark.parametrize("partition", [ByLabel(), Dirichlet(0.5), ByAttribute("folder")], ids=str)
+def test_a_partition_by_what_all_have_alike_is_refused(flat, partition):
+    dataset = sources.image_folder(flat, FORM)
+    with pytest.raises(UserError, match=r"--partition .*: all examples have the same value .*--label-pattern"):
+        partition.split(dataset, 2, generator(0, "partition"))
+    assert len(partition.split(dataset, 1, generator(0, "partition"))[0]) == 6
+
+
+def test_labels_in_file_names(flat):
+    for pattern, expected in ((r"obj(\d+)__", [10, 10, 11, 11, 9, 9]), (r"obj\d", [1, 1, 1, 1, 0, 0])):
+        dataset = Images("imagefolder", str(flat), label_pattern=pattern).dataset()
+        assert dataset.labels.tolist() == (expected if "(" in pattern else [0, 0, 0, 0, 1, 1])
+    shards = ByLabel().split(
+        Images("imagefolder", str(flat), label_pattern=r"obj(\d+)__").dataset(), 3, generator(0, "p")
+    )
+    assert sorted(sorted(np.array([10, 10, 11, 11, 9, 9])[shards[client]].tolist()) for client in range(3)) == [
+        [9, 9], [10, 10], [11, 11],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [("(", "is no regular expression"), ("cat(.)", "finds nothing in 6 names, the first obj10__2")],
+)
+def test_patterns_that_find_nothing(flat, pattern, message):
+    with pytest.raises(UserError, match=message):
+        Images("imagefolder", str(flat), label_pattern=pattern).dataset()
+    with pytest.raises(UserError, match="--label-pattern is for folders of images"):
+        Images(label_pattern="a").check("ddpm", 10)
