@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fedray.commands.console import show
 from fedray.config import Config
 from fedray.privacy import epsilon, release_of
 from fedray.record.run import Run
@@ -65,14 +65,14 @@ def print_plan(config: Config, out: Path, resume: bool) -> None:
         "on its disk": ", ".join(f"{what} {in_words(bytes)}" for what, bytes in disk.items() if bytes),
     }.items():
         table.add_row(name, escape(value))
-    Console().print(table)
+    show(table)
     held = labels_held(plan)
     clients = Table("client", "examples", *parts, "steps a round", *(["labels (examples)"] if held else []))
     for client, size in enumerate(sizes[:LISTED]):
         counts = [f"{shards.sizes[client]:,}" for shards in parts.values()]
         steps_a_round = f"{config.steps(int(size)):,}"
         clients.add_row(str(client), f"{size:,}", *counts, steps_a_round, *(escape(text) for text in held[client:][:1]))
-    Console().print(clients)
+    show(clients)
     if config.clients > LISTED:
         print(f"and {config.clients - LISTED:,} clients more")
 

@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
+from fedray.commands.console import show
 from fedray.scores.metrics import deciding
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def print_table(runs: dict[str, Path], mean: bool = False) -> None:
     table = Table(Column("", no_wrap=True), *map(escape, frame.columns))
     for name, values in frame.iterrows():
         table.add_row(escape(str(name)), *map(_number, values))
-    Console().print(table)
+    show(table)
 
 
 def print_frame(frame: pd.DataFrame) -> None:
@@ -112,7 +112,7 @@ def print_frame(frame: pd.DataFrame) -> None:
     table = Table(escape(str(frame.index.name)), *(escape(str(name)) for name in frame.columns))
     for name, values in frame.iterrows():
         table.add_row(escape(str(name)), *map(escape, values))
-    Console().print(table)
+    show(table)
 
 
 def _spent(privacy: dict[str, float | None]) -> str:
@@ -138,4 +138,4 @@ def print_scores(title: str, evaluation: Evaluation) -> None:
         table.add_row(escape(name), f"{score.value:.4g}", deviation, f"{score.n:,}", "; ".join(filter(None, remarks)))
     for name, reason in evaluation.about["refused"].items():
         table.add_row(escape(name), "–", "", "", f"refused: {reason}")
-    Console().print(table)
+    show(table)

@@ -577,7 +577,8 @@ def test_the_ledger_says_what_was_lost(toy_config, tmp_path):
     assert len(again) >= 2
     seconds = lost.pop("seconds_lost")
     assert lost == {
-        "dropped": [0, 0, 0], "asked": [4, 4, 4], "folded": [4, 4, 4], "failed": [0, 0, 0], "retried": [0, len(again), 0],
+        "dropped": [0, 0, 0], "asked": [4, 4, 4], "folded": [4, 4, 4],
+        "failed": [0, 0, 0], "retried": [0, len(again), 0],
         "actors_lost": [0, 2, 0], "nodes_lost": [0, 1, 0],
     }  # fmt: skip
     assert seconds[0] == seconds[2] == 0
