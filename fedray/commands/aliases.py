@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fedray.commands import model_config
 from fedray.config import Config
 from fedray.errors import UserError
 
@@ -25,7 +26,7 @@ EVERY = {
     "--validation-epochs": "validation_rounds",
 }
 STEPS, RESUME, SCALE = "--max-train-steps", "--resume-from-checkpoint", "--scale-lr"
-MEANT = (*PASSES, *EVERY, STEPS, RESUME, SCALE)
+MEANT = (*PASSES, *EVERY, STEPS, RESUME, model_config.FLAG, SCALE)
 
 # Accepted, for what they ask for is always so.
 NOTHING = {
@@ -47,8 +48,6 @@ REFUSED = {
     "--local-rank": "Ray places clients; say --actors, --cpus-per-actor and --gpus-per-actor",
     "--logger": "the curves are in OUT/tensorboard; leave it out",
     "--logging-dir": "the curves are in OUT/tensorboard; leave it out",
-    "--model-config-name-or-path": "say --block-out-channels, --attention, --layers-per-block, --norm-num-groups and "
-    "--mid-block-attention",
     "--overwrite-output-dir": "no run overwrites another; choose another --out, or remove the old one first",
     "--prediction-type": "what a pipeline predicts is in its scheduler's configuration; leave it out",
     "--preserve-input-precision": "images have 8 bits a channel here; leave it out",
@@ -130,6 +129,12 @@ def applied(config: Config, meant: dict[str, str], given: Collection[str]) -> Co
             raise UserError(f"{name} counts passes over the data; with local steps, say {own} in rounds.")
         changes: dict[str, Any] = {setting: math.ceil(_number(name, meant) / config.local_epochs)}
         config = replace(config, **changes)
+    if model_config.FLAG in meant:
+        if not hasattr(config.task, "block_out_channels"):
+            raise UserError(f"{model_config.FLAG} is about the U-Net that `fedray train` builds.")
+        task: Any = config.task
+        task = model_config.with_network(task, meant[model_config.FLAG], "--resolution" not in given)
+        config = replace(config, task=task)
     if SCALE in meant:
         batch = config.train_batch_size * config.gradient_accumulation_steps
         config = replace(config, learning_rate=config.learning_rate * batch)

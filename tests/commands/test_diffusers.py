@@ -287,3 +287,28 @@ def test_the_page_says_other_defaults():
     for flag, script, _, here in table:
         config = PRESETS["unconditional" if script == "train_unconditional.py" else "sd"]
         assert here == str(getattr(config, flag, None) or getattr(config.task, flag, 0))
+
+
+def test_a_networks_own_configuration(tmp_path, capsys):
+    import torch
+    from diffusers import UNet2DModel
+
+    blocks = {
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "block_out_channels": (8, 16), "norm_num_groups": 4, "sample_size": 32,
+    }  # fmt: skip
+    with torch.device("meta"):
+        theirs = UNet2DModel(**blocks, layers_per_block=3)
+        theirs.save_config(tmp_path / "model")
+        UNet2DModel(**blocks, dropout=0.5).save_config(tmp_path / "other")
+    command = ["--preset", "digits", f"--model_config_name_or_path={tmp_path}/model"]
+    task = config_of(command).task
+    assert task.resolution == 32
+    with torch.device("meta"):
+        assert task.unet().to_json_string() == theirs.to_json_string()
+    assert config_of([*command, "--resolution", "16"]).task.resolution == 16
+    for name, message in (("other", "its U-Net has dropout 0.5, not 0.0"), ("absent", "it cannot be read")):
+        assert main(["train", f"--model_config_name_or_path={tmp_path}/{name}"]) == 2
+        said = capsys.readouterr().err
+        assert message in said
+        assert said.count("\n") == 1

@@ -58,15 +58,22 @@ class DDPMLearner:
     def load(self, directory: Path) -> None:
         """Take over the network that `save` wrote. Raises ValueError where it is another one."""
         found = UNet2DModel.from_pretrained(directory, subfolder="unet")
-        mine, theirs = (json.loads(net.to_json_string()) for net in (self.unet, found))
-        for name, value in mine.items():
-            if not name.startswith("_") and name != "sample_size" and theirs.get(name) != value:
-                raise ValueError(f"its U-Net has {name} {theirs.get(name)}, not {value}")
+        if (other := difference(self.unet, found)) is not None:
+            raise ValueError(other)
         self.unet.load_state_dict(found.state_dict())  # in place: parameters stay views of the vector
 
     def save(self, directory: Path) -> None:
         """Write a folder for `diffusers.DDPMPipeline.from_pretrained`."""
         DDPMPipeline(self.unet, self.scheduler).save_pretrained(directory)
+
+
+def difference(mine: UNet2DModel, theirs: UNet2DModel) -> str | None:
+    """Say in which setting another network differs from one, but for the size of its samples; None if in none."""
+    one, other = (json.loads(network.to_json_string()) for network in (mine, theirs))
+    for name, value in one.items():
+        if not name.startswith("_") and name != "sample_size" and other.get(name) != value:
+            return f"its U-Net has {name} {other.get(name)}, not {value}"
+    return None
 
 
 def weighted_loss(predicted: Tensor, target: Tensor, alpha: Tensor, kind: str, snr_gamma: float | None) -> Tensor:
