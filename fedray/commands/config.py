@@ -19,6 +19,6 @@ def main(arguments: list[str]) -> None:
         check_name("preset", known.preset, PRESETS)
         command = command_of(PRESETS[known.preset])
     what = f"Print all settings of `fedray {command}` with these flags as a file, for its --config."
-    _, config, _ = asked_for(arguments, command, what)
+    _, config, _ = asked_for(arguments, command, what, "config")
     config.check()
     print(as_yaml(config, flags_of(FLAGS[command], type(config.task))), end="")

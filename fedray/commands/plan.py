@@ -19,7 +19,7 @@ def main(arguments: list[str]) -> None:
     if arguments[:1] in (["train"], ["finetune"]):
         command, *arguments = arguments
     what = "Measure a step, its memory and a batch of samples, and say how long a run would take. Nothing is written."
-    asked, config, words = asked_for(arguments, command, what)
+    asked, config, words = asked_for(arguments, command, what, "plan")
     out, resume = directory_of(asked, config, words)
     print_plan(config, out, resume)
     _rehearse(config, out, began)

@@ -83,8 +83,12 @@ class Known:
         return cls(**vars(first.parse_known_args(arguments)[0]))
 
 
-def asked_for(arguments: list[str], command: str, what: str) -> tuple[Train, Config, list[str]]:
-    """Parse the arguments of a command that trains; return them also with those of the file that they name."""
+def asked_for(arguments: list[str], command: str, what: str, name: str = "") -> tuple[Train, Config, list[str]]:
+    """Parse the arguments of a command that trains; return them also with those of the file that they name.
+
+    Args:
+        name: of a command that has the same arguments, for its help.
+    """
     known = Known.of(arguments)
     values = {} if known.config is None else config_file.read(known.config)
     if known.config is not None and known.resume:
@@ -100,7 +104,7 @@ def asked_for(arguments: list[str], command: str, what: str) -> tuple[Train, Con
     if known.config is not None:
         all_flags = flags_of(FLAGS[command], type(base.task))
         arguments = [*config_file.words(known.config, values, all_flags, arguments), *arguments]
-    return *ask(FLAGS[command], base, arguments, command, what, preset), arguments
+    return *ask(FLAGS[command], base, arguments, name or command, what, preset), arguments
 
 
 def _check_task(task: str, command: str, file: Path) -> None:

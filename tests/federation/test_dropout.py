@@ -42,9 +42,17 @@ def test_who_drops_out_is_in_no_mean(toy_config, tmp_path):
     assert sha(tmp_path / "run") == sha(tmp_path / "failed")
 
 
-@pytest.mark.parametrize("settings", [{}, {"keep_optimizer": True}, {"cohort": Poisson(0.7)}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {}, {"keep_optimizer": True}, {"cohort": Poisson(0.7)}, {"fold": "median"}, {"fold": "secure:0.2"},
+        {"algorithm": "scaffold", "optimizer": "sgd"}, {"wire": "feedback:topk:0.2"}, {"use_ema": True},
+        {"algorithm": "ditto:0.1:fedavg"}, {"wire": "clip:1.0,noise:1.0"}, {"held_out_share": 0.25},
+    ],
+    ids=str,
+)  # fmt: skip
 def test_a_stopped_run_resumes_with_the_same_drop_outs(toy_config, tmp_path, settings):
-    config = toy_config(rounds=6, dropout_rate=0.5, **settings)
+    config = toy_config(rounds=6, dropout_rate=0.4, seed=3, **settings)
     whole = train(config, tmp_path / "whole")
     assert len({tuple(row["dropped"]) for row in whole}) > 1
     first = train(config, tmp_path / "stopped", rounds=3)
