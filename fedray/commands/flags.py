@@ -69,10 +69,7 @@ def _read(cls: type) -> Iterator[Flag]:
             marks = tuple(rest)
         if tyro.conf.Suppress in marks or field.name in NESTED:
             continue
-        positional = any("Positional" in str(mark) for mark in marks) or "Positional" in str(hint)
-        kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
-        union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-        plain = hint if not union else kinds[0] if len(kinds) == 1 else typing.Union[tuple(kinds)]  # noqa: UP007
+        plain, optional = _without_none(hint)
 
         def marked(name: str, marks: tuple[Any, ...] = marks) -> Any:
             return next((value for mark in marks if (value := getattr(mark, name, None))), None)
@@ -80,10 +77,24 @@ def _read(cls: type) -> Iterator[Flag]:
         name = str(marked("name") or field.name).replace("_", "-")
         metavar = marked("metavar") or _word(plain)
         yield Flag(
-            name if positional else f"--{name}", field.name, plain, str(metavar),
-            marked("help") or told.get(field.name, ""), tuple(marked("aliases") or ()),
-            union and len(kinds) < len(typing.get_args(hint)), "tuple" in str(plain) and marked("nargs") != 1,
-        )  # fmt: skip
+            name=name if tyro.conf.Positional in marks else f"--{name}",
+            field=field.name,
+            hint=plain,
+            metavar=str(metavar),
+            help=marked("help") or told.get(field.name, ""),
+            aliases=tuple(marked("aliases") or ()),
+            optional=optional,
+            several="tuple" in str(plain) and marked("nargs") != 1,
+        )
+
+
+def _without_none(hint: Any) -> tuple[Any, bool]:
+    """Return the type without None, and whether None was one of its values."""
+    if typing.get_origin(hint) not in (typing.Union, types.UnionType):
+        return hint, False
+    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+    plain = kinds[0] if len(kinds) == 1 else typing.Union[tuple(kinds)]  # noqa: UP007
+    return plain, len(kinds) < len(typing.get_args(hint))
 
 
 def _word(hint: Any) -> str:
