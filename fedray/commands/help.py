@@ -27,7 +27,8 @@ def short_help(command: str, what: str, flags: Sequence[Flag], config: Config, p
     """Make the short help of a command, with the values that a configuration has."""
     by_field = {flag.field: flag for flag in reversed(flags)}  # the command's own `task` before others
     width = max(SHORTEST, min(120, shutil.get_terminal_size().columns))
-    lines = [f"usage: fedray {command} [OPTIONS]", "", *textwrap.wrap(what, width)]
+    places = "".join(f" {flag.name.upper()}" for flag in flags if not flag.name.startswith("--"))
+    lines = [f"usage: fedray {command}{places} [OPTIONS]", "", *textwrap.wrap(what, width)]
     for title, fields in GROUPS.items():
         lines += ["", f"{title}:"]
         for flag in (by_field[field] for field in fields.split() if field in by_field):

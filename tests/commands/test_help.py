@@ -49,6 +49,11 @@ def test_help_shows_the_presets_values(capsys):
     assert re.search(r"--wire NAME .*\n.*\[float16\]", help_of(capsys, "finetune", "--help"))
 
 
+def test_what_is_given_by_its_place_is_in_the_first_line(capsys):
+    assert help_of(capsys, "sweep", "--help").startswith("usage: fedray sweep EXPERIMENT [OPTIONS]\n")
+    assert help_of(capsys, "config", "--help").startswith("usage: fedray config [OPTIONS]\n")
+
+
 def test_every_group_names_flags_that_there_are():
     fields = {
         flag.field for cls, task in ((Train, DDPM), (Finetune, LoRA), (Flags, DDPM)) for flag in flags_of(cls, task)
