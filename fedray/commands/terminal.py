@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Column, Table
 
 from fedray.commands.console import show
-from fedray.scores.metrics import deciding
+from fedray.scores.metrics import deciding, metric_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -134,7 +134,8 @@ def print_scores(title: str, evaluation: Evaluation) -> None:
     table = Table("score", "value", "std", "n", "remarks", title=title, title_justify="left")
     for name, score in evaluation.scores.items():
         deviation = "" if score.std is None else f"± {score.std:.2g}"
-        remarks = [f"std over {score.over}" if score.over else None, score.note]
+        metric = metric_of(name)
+        remarks = [metric.remark if metric else None, f"std over {score.over}" if score.over else None, score.note]
         table.add_row(escape(name), f"{score.value:.4g}", deviation, f"{score.n:,}", "; ".join(filter(None, remarks)))
     for name, reason in evaluation.about["refused"].items():
         table.add_row(escape(name), "–", "", "", f"refused: {reason}")

@@ -110,7 +110,7 @@ def _kernel(drawn: np.ndarray, reference: Reference, subset_size: int, intervals
     """Score the kernel distance. Its deviation is over draws of the images, and of the subsets."""
     n = len(drawn)
     mean, spread = kernel_distance(drawn, reference.features, subset_size, generator(0, "kid"))
-    note = f"{SUBSETS} subsets of {subset_size}, of which one has a standard deviation of {spread:.2g}; not times 1,000"
+    note = f"{SUBSETS} subsets of {subset_size}, of which one has a standard deviation of {spread:.2g}"
     few = drawn[:DRAWN]
     if not (groups := _groups(len(few), intervals)):
         return Score(mean, n, note=note)

@@ -331,9 +331,7 @@ def test_every_score_of_real_digits():
     assert scores["precision[digits]"].value == 1.0
     assert scores["fd[digits]"].over == "10 resamples"
     assert scores["kid[digits]"].over == "10 resamples"
-    note = scores["kid[digits]"].note
-    assert note.startswith("100 subsets of 400, of which one has a standard deviation of ")
-    assert note.endswith("not times 1,000")
+    assert scores["kid[digits]"].note.startswith("100 subsets of 400, of which one has a standard deviation of ")
     plain = score(features[:900], reference(features), "digits", 400, intervals=False)[0]
     assert "fd[digits]@inf" not in plain
     assert all(plain[name].std is None for name in ("fd[digits]", "kid[digits]", "precision[digits]"))
