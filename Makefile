@@ -26,7 +26,7 @@ demo-lora: .venv/installed  ## adapt a small Stable Diffusion to digits it has n
 test: .venv/installed  ## all tests but those that need a GPU
 	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not gpu"
 
-test-fast: .venv/installed  ## the tests that take seconds
+test-fast: .venv/installed  ## the tests that take seconds each
 	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not gpu and not slow"
 
 chaos: .venv/installed  ## kills and simulated clusters with ten times as many seeds (an hour)

@@ -27,14 +27,14 @@ LIMITS: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
         "clients", "rounds", "local_epochs", "local_steps", "train_batch_size", "eval_batch_size", "learning_rate",
         "max_grad_norm", "cpus_per_actor", "client_timeout", "start_timeout", "gradient_accumulation_steps",
         "validation_rounds", "checkpoint_every", "checkpoints_total_limit", "evaluate_every", "evaluate_repeats",
-        "ema_inv_gamma", "ema_power", "target_epsilon", "max_epsilon",
+        "ema_inv_gamma", "ema_power", "target_epsilon", "max_epsilon", "num_validation_images",
     ), lambda value: 0 < value < math.inf, "be above 0"),
     ((
         "evaluate_samples", "gpus_per_actor", "adam_weight_decay", "adam_epsilon", "actors", "lr_warmup_steps",
         "client_retries", "min_clients",
     ), lambda value: 0 <= value < math.inf, "not be negative"),
-    (("ema_max_decay", "adam_beta1", "adam_beta2", "held_out_share", "test_share"), lambda value: 0 <= value < 1,
-     "be at least 0 and below 1"),
+    (("ema_max_decay", "adam_beta1", "adam_beta2", "held_out_share", "test_share", "dropout_rate"),
+     lambda value: 0 <= value < 1, "be at least 0 and below 1"),
     (("train_batch_size",), lambda value: value < 2**31, "be below 2,147,483,648"),
     (("rounds",), lambda value: value < 10**6, "be below 1,000,000"),  # files of rounds have six digits
 )  # fmt: skip
@@ -84,6 +84,10 @@ def check(config: "Config") -> None:
         raise UserError("--held-out-share and --test-share together leave nothing to train on.")
     if config.only_client is not None and not 0 <= config.only_client < config.clients:
         raise UserError(f"--only-client {config.only_client}: clients are numbered 0 to {config.clients - 1}.")
+    if config.dropout_rate and config.single:
+        raise UserError(f"--dropout-rate {config.dropout_rate}: a client that trains alone leaves nobody behind.")
+    if config.init_from is not None and config.partial:
+        raise UserError("--init-from: clients that keep a part of the model to themselves start from fresh weights.")
     if config.malicious is not None:
         _check_malicious(config)
     _check_wire("--wire", config.wire)

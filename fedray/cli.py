@@ -1,4 +1,4 @@
-"""The command line: fedray train, finetune, plan, sample, evaluate, audit, sweep, report and others."""
+"""The command line: `fedray COMMAND`, with a file in commands/ for each."""
 
 import importlib
 import signal
@@ -7,14 +7,16 @@ import sys
 import fedray
 
 COMMANDS = (
-    *("train", "finetune", "plan", "sample", "evaluate", "audit", "sweep", "report", "runs", "attach", "stop", "cache"),
-)
+    "train", "finetune", "plan", "config", "sample", "evaluate", "audit", "sweep", "report", "runs", "attach", "stop",
+    "cache", "completion",
+)  # fmt: skip
 USAGE = """fedray simulates federated training of diffusion models on Ray.
 
   fedray train [--preset digits] [--clients 4] [--rounds 20] …   train, and write a run directory
   fedray train --resume RUN                                      continue a run that was stopped
   fedray finetune --pretrained-model-name-or-path SD …           fine-tune Stable Diffusion by LoRA
   fedray plan [--preset digits] …                                measure a step: how long would that run take?
+  fedray config [--preset digits] [--rounds 20] … > FILE         print all settings, for train --config FILE
   fedray sample RUN [--num-images 64] [--out FILE]               draw images from a run's model
   fedray evaluate RUN|PIPELINE|FOLDER [--features inception] …   score a model, or images
   fedray audit RUN [--images 1000]                               attack a run's model: what does it tell of its data?
@@ -24,9 +26,10 @@ USAGE = """fedray simulates federated training of diffusion models on Ray.
   fedray attach RUN                                              follow a run that another process does
   fedray stop RUN                                                end it at its last complete round
   fedray cache [--clean] [--unused-days 30]                      list or remove what this machine has cached
+  fedray completion bash|zsh|tcsh                                print what completes commands and flags
   fedray --version
 
-Each command has its own --help.
+Each command has its own --help; --help-all shows every setting.
 """
 
 

@@ -82,6 +82,8 @@ class Config(Federation):
     """Keep each client's optimizer state from round to round (2 vectors a client, on disk) instead of a fresh one."""
     seed: int = 0
     """Seed of every random number in training."""
+    init_from: str | None = None
+    """Start from the model of this run, or of this folder that diffusers loads, instead of from fresh weights."""
 
     # Samples and scores
     sampler: str = "ddpm"
@@ -143,8 +145,9 @@ class Config(Federation):
             object.__setattr__(self, "features", networks.absolute(self.features))
         if isinstance(self.wire, list):
             object.__setattr__(self, "wire", tuple(self.wire))
-        if isinstance(self.inception_weights, (str, Path)):
-            object.__setattr__(self, "inception_weights", str(Path(self.inception_weights).absolute()))
+        for name in ("inception_weights", "init_from"):
+            if isinstance(getattr(self, name), (str, Path)):
+                object.__setattr__(self, name, str(Path(getattr(self, name)).absolute()))
         for name, parse in menus.FORMS.items():
             value = getattr(self, name)
             if isinstance(value, str):
@@ -189,7 +192,7 @@ class Config(Federation):
         """How many clients of a round must not be left out."""
         if self.min_clients is not None:
             return self.min_clients
-        return 1 if self.drawn.rate is None or self.only_client is not None else 0
+        return 1 if self.only_client is not None or (self.drawn.rate is None and not self.dropout_rate) else 0
 
     @property
     def cohort_size(self) -> int:

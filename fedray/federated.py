@@ -26,6 +26,8 @@ class Federation:
     """Share of the clients that take part in a round, drawn anew each round; in (0, 1]."""
     cohort: Annotated[Cohort | None, word(menus.parse_cohort, menus.cohort_form, "fixed|poisson")] = None
     """Who takes part, in place of a fraction: fixed:FRACTION, or poisson:RATE (each client with that probability)."""
+    dropout_rate: float = 0.0
+    """Probability that a client of a round's cohort drops out before it trains: the others' models are averaged."""
     partition: Annotated[Partition, words_of(menus.PARTITIONS)] = IID()
     """Who holds which examples: iid, quantity:ALPHA (skewed sizes), by-label, by-attribute:COLUMN, by-folder (or
     identity), or dirichlet:ALPHA[:COLUMN] (the smaller ALPHA, the more skewed)."""
@@ -35,6 +37,8 @@ class Federation:
     """Share of each client's examples that is kept for tests: neither trained on nor measured."""
     validation_rounds: int = 1
     """Measure the held-out loss, and draw the prompts, every so many rounds, and after the last."""
+    num_validation_images: int = 2
+    """Images drawn for each prompt."""
     only_client: int | None = None
     """Train this client alone, on its part of the partition: what it would reach without the others."""
     rounds: int = 10

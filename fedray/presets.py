@@ -67,6 +67,28 @@ PRESETS = {
         learning_rate=1e-4,
         evaluate_samples=64,
     ),
+    # What diffusers' train_unconditional.py does when it is told nothing but its data: that network, at 64 pixels.
+    "unconditional": Config(
+        task=DDPM(
+            dataset_name="imagefolder",
+            resolution=64,
+            channels=3,
+            block_out_channels=(128, 128, 256, 256, 512, 512),
+            attention=(False, False, False, False, True, False),
+            mid_block_attention=True,
+            layers_per_block=2,
+            norm_num_groups=32,
+        ),
+        rounds=100,
+        local_epochs=1,
+        train_batch_size=16,
+        learning_rate=1e-4,
+        lr_scheduler="cosine",
+        lr_warmup_steps=500,
+        evaluate_samples=16,
+        evaluate_every=10,
+        eval_batch_size=16,
+    ),
     # Chen 2024, section 3.2: rank 8, four clients of four photos, 200 rounds; the learning rate is diffusers'.
     "sd": Config(
         task=LoRA(),

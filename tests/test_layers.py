@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import fedray
+from fedray import cli
 
 PACKAGE = Path(fedray.__file__).parent
 ROOMS = [
@@ -111,7 +112,7 @@ def test_no_code_asks_for_a_concrete_task_algorithm_or_link():
 
 @pytest.mark.parametrize(
     "command",
-    ["train", "finetune", "sample", "evaluate", "audit", "sweep", "report", "runs", "attach", "stop", "cache"],
+    cli.COMMANDS,
 )
 @pytest.mark.parametrize("arguments", [["--help"], ["--bogus"]])
 def test_help_and_mistakes_need_neither_torch_nor_ray(command, arguments):

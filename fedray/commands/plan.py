@@ -7,7 +7,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from fedray.commands import train
+from fedray.commands.dry_run import print_plan
+from fedray.commands.train import asked_for, directory_of
 from fedray.config import Config
 from fedray.files import size
 
@@ -17,7 +18,11 @@ def main(arguments: list[str]) -> None:
     began, command = time.perf_counter(), "train"
     if arguments[:1] in (["train"], ["finetune"]):
         command, *arguments = arguments
-    train.plan(arguments, command, lambda config, out: _rehearse(config, out, began))
+    what = "Measure a step, its memory and a batch of samples, and say how long a run would take. Nothing is written."
+    asked, config, words = asked_for(arguments, command, what, "plan")
+    out, resume = directory_of(asked, config, words)
+    print_plan(config, out, resume)
+    _rehearse(config, out, began)
 
 
 def _rehearse(config: Config, out: Path, began: float) -> None:

@@ -151,7 +151,9 @@ def _show(out: Path, done: Sweep, name: str) -> None:
     table = by_setting(rounds, settings, " · ".join(varied), scores)
     names = [".".join(map(str, column)).removesuffix(".mean") for column in table.columns.to_flat_index()]
     flat = table.set_axis(names, axis=1)
-    write(out / f"{name}.csv", flat.to_csv())
+    changed = {settings[trial["directory"]]: trial["changes"] for trial in record["trials"]}
+    columns = {field: [shown(changed[setting].get(field)) for setting in flat.index] for field in varied}
+    write(out / f"{name}.csv", flat.reset_index(drop=True).assign(**columns)[[*varied, *names]].to_csv(index=False))
     text = cells(table)
     text.insert(0, "seeds", table["loss"]["n"].astype(str))
     absent = [f"- {trial}: {why}" for trial, why in (done.stopped | done.missing).items()]

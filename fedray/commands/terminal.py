@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from fedray.scores.metrics import deciding
+from fedray.commands.console import show
+from fedray.scores.metrics import deciding, metric_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -72,10 +72,12 @@ def progress(
                 else f"\n  {lost['reason']}"
                 for lost in row.get("lost", ())
             ]
+            dropped = f"  {ledger['dropped']} dropped out" if ledger.get("dropped") else ""
             loss = "no client" if row["loss"] is None else f"loss {row['loss']:.4f}"
             bar.console.print(
                 f"{who}round {row['round']}/{rounds}  {loss}  {row['seconds']['round']:.1f} s  "
-                f"{(row['bytes_down'] + row['bytes_up']) / 1e6:.1f} MB{_spent(row.get('privacy', {}))}",
+                f"{(row['bytes_down'] + row['bytes_up']) / 1e6:.1f} MB{_spent(row.get('privacy', {}))}"
+                f"{dropped}",
                 *again,
                 *cost,
                 *(f"\n  client {client['client']} left out: {client['outcome']}" for client in failed),
@@ -102,7 +104,7 @@ def print_table(runs: dict[str, Path], mean: bool = False) -> None:
     table = Table(Column("", no_wrap=True), *map(escape, frame.columns))
     for name, values in frame.iterrows():
         table.add_row(escape(str(name)), *map(_number, values))
-    Console().print(table)
+    show(table)
 
 
 def print_frame(frame: pd.DataFrame) -> None:
@@ -110,7 +112,7 @@ def print_frame(frame: pd.DataFrame) -> None:
     table = Table(escape(str(frame.index.name)), *(escape(str(name)) for name in frame.columns))
     for name, values in frame.iterrows():
         table.add_row(escape(str(name)), *map(escape, values))
-    Console().print(table)
+    show(table)
 
 
 def _spent(privacy: dict[str, float | None]) -> str:
@@ -132,8 +134,9 @@ def print_scores(title: str, evaluation: Evaluation) -> None:
     table = Table("score", "value", "std", "n", "remarks", title=title, title_justify="left")
     for name, score in evaluation.scores.items():
         deviation = "" if score.std is None else f"± {score.std:.2g}"
-        remarks = [f"std over {score.over}" if score.over else None, score.note]
+        metric = metric_of(name)
+        remarks = [metric.remark if metric else None, f"std over {score.over}" if score.over else None, score.note]
         table.add_row(escape(name), f"{score.value:.4g}", deviation, f"{score.n:,}", "; ".join(filter(None, remarks)))
     for name, reason in evaluation.about["refused"].items():
         table.add_row(escape(name), "–", "", "", f"refused: {reason}")
-    Console().print(table)
+    show(table)

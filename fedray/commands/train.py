@@ -4,31 +4,35 @@ import argparse
 import shlex
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
-from rich.table import Table
 
+from fedray.commands import aliases, config_file
+from fedray.commands.dry_run import print_plan
+from fedray.commands.flags import flags_of
 from fedray.commands.settings import Settings, T, ask, command_of, preset_help, presets_of
 from fedray.commands.terminal import print_table, program, progress
 from fedray.config import Config
 from fedray.errors import Detached, RunError, UserError, check_name
 from fedray.forms import files_named
 from fedray.presets import PRESETS
-from fedray.privacy import epsilon, release_of
 from fedray.record.publishing import take_over
 from fedray.record.run import Run
 from fedray.storage import located, shown, upload
 from fedray.tasks.named import task_class
 
+FIRST = {"train": "digits", "finetune": "sd"}  # presets
+DATA = {"--dataset-name", "--train-data-dir"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Train(Settings[T]):
     preset: Annotated[str | None, preset_help("train")]
+    config_file: Annotated[Path | None, tyro.conf.arg(name="config")] = None
+    """File of settings (YAML, TOML, or a run's config.json); flags come on top. `fedray config` prints one."""
     out: Path | None = None
     """Directory of the run, or its URL, as s3://BUCKET/RUN; by default runs/PRESET-DATE-TIME."""
     resume: Path | None = None
@@ -42,7 +46,7 @@ class Train(Settings[T]):
     code: tuple[Path, ...] = ()
     """Files of your own classes that a resumed run names: only those given here, or in another flag, may run."""
     dry_run: bool = False
-    """Print what would be done (clients, examples, steps, bytes) and train nothing."""
+    """Print what would be done and written (clients, their labels, steps, bytes, files) and train nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,67 +56,114 @@ class Finetune(Train[T]):
 
 def main(arguments: list[str]) -> None:
     """Parse and run `fedray train`."""
-    _main(arguments, Train, "train", "digits", "Train a model by federated averaging, and write a run directory.")
+    _main(arguments, "train", "Train a model by federated averaging, and write a run directory.")
 
 
 def finetune(arguments: list[str]) -> None:
     """Parse and run `fedray finetune`."""
     what = "Fine-tune Stable Diffusion by federated LoRA, and write a run directory."
-    _main(arguments, Finetune, "finetune", "sd", what)
+    _main(arguments, "finetune", what)
 
 
-def plan(arguments: list[str], command: str, rehearse: Callable[[Config, Path], None]) -> None:
-    """Parse the arguments of `fedray train` or `fedray finetune`, print what a run would do, and rehearse it."""
-    what = "Measure a step, its memory and a batch of samples, and say how long a run would take. Nothing is written."
-    flags, preset = (Finetune, "sd") if command == "finetune" else (Train, "digits")
-    _main(arguments, flags, command, preset, what, rehearse)
+FLAGS: dict[str, type[Train]] = {"train": Train, "finetune": Finetune}
 
 
-def _base(known: argparse.Namespace, arguments: list[str], command: str) -> Config:
-    """Return the settings to start from: a run's, those of a task of the user's own, or a preset's."""
+@dataclass(frozen=True)
+class Known:
+    """What decides which flags there are."""
+
+    preset: str | None
+    resume: Path | None
+    task: str | None
+    config: Path | None
+
+    @classmethod
+    def of(cls, arguments: list[str]) -> "Known":
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        for name in ("preset", "task"):
+            first.add_argument(f"--{name}")
+        for name in ("resume", "config"):
+            first.add_argument(f"--{name}", type=Path)
+        return cls(**vars(first.parse_known_args(arguments)[0]))
+
+
+def asked_for(arguments: list[str], command: str, what: str, name: str = "") -> tuple[Train, Config, list[str]]:
+    """Parse the arguments of a command that trains; return them also with those of the file that they name.
+
+    Args:
+        name: of a command that has the same arguments, for its help.
+    """
+    known = Known.of(arguments)
+    values = {} if known.config is None else config_file.read(known.config)
+    if known.config is not None and known.resume:
+        raise UserError("--config and --resume are both given; a resumed run keeps its settings.")
+    task = str(values.pop("task", "")) or None
+    if known.config is not None and task is not None:
+        config_file.check_code(known.config, [task], arguments)
+        if ".py:" not in task:
+            _check_task(task, command, known.config)
+            task = None
+    known = replace(known, task=known.task or task, preset=known.preset or values.get("preset"))
+    base, preset = _base(known, [*arguments, *(f"--{key}" for key in values)], command)
+    if known.config is not None:
+        all_flags = flags_of(FLAGS[command], type(base.task))
+        arguments = [*config_file.words(known.config, values, all_flags, arguments), *arguments]
+    return *ask(FLAGS[command], base, arguments, name or command, what, preset), arguments
+
+
+def _check_task(task: str, command: str, file: Path) -> None:
+    """Raise `UserError` unless a task of fedray's own is what the command trains."""
+    cls = task_class(task)
+    right = command_of(replace(Config(local_epochs=1), task=cls()))
+    if right != command:
+        raise UserError(f"--config {file} is about the task {task}: say `fedray {right} --config {file}`.")
+
+
+def _base(known: Known, arguments: list[str], command: str) -> tuple[Config, str | None]:
+    """Return the settings to start from, and their name: a run's, those of a task of the user's own, or a preset's."""
     if known.resume:
         run = Run.open(known.resume)
         base = run.config_with(files_named(arguments))
         if command_of(base) != command:
             raise UserError(f"{run} is a run of `fedray {command_of(base)}`; resume it with that.")
-        return base
+        return base, known.preset
     if known.task:
         task = task_class(known.task)()
         base = PRESETS[known.preset] if known.preset else Config(local_epochs=1)
-        return replace(base, task=task, features=None)
-    check_name("preset", known.preset, presets_of(command))
-    return PRESETS[known.preset]
+        return replace(base, task=task, features=None), known.preset
+    given = {aliases.name_of(argument) for argument in arguments}
+    preset = known.preset or FIRST[command]
+    if command == "train" and not known.preset and DATA & given and aliases.foreign(arguments, ()):
+        preset = "unconditional"
+        print(f"settings  those of --preset {preset}, since the flags are those of diffusers' script", file=sys.stderr)
+    check_name("preset", preset, presets_of(command))
+    base = PRESETS[preset]
+    if "--train-data-dir" in given and "--dataset-name" not in given and preset == FIRST["train"]:
+        base = replace(base, task=replace(base.task, dataset_name="imagefolder"))
+    return base, preset
 
 
-def _main(
-    arguments: list[str],
-    flags: type[Train],
-    command: str,
-    first_preset: str,
-    what: str,
-    rehearse: Callable[[Config, Path], None] | None = None,
-) -> None:
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset")
-    first.add_argument("--resume", type=Path)
-    first.add_argument("--task")
-    known, _ = first.parse_known_args(arguments)
-    if not known.task:
-        known.preset = known.preset or first_preset
-    base = _base(known, arguments, command)
-    asked, config = ask(flags, base, arguments, command, what, known.preset)
+def directory_of(asked: Train, config: Config, words: list[str]) -> tuple[Path, bool]:
+    """Return the directory of the run, and whether it is continued there. Raises `UserError`."""
     if asked.resume and asked.out:
         raise UserError("--out and --resume are both given; a resumed run stays in its directory.")
-    if asked.resume and any(argument.split("=")[0] == "--preset" for argument in arguments):
+    if asked.resume and any(aliases.name_of(word) == "--preset" for word in words):
         raise UserError("--preset and --resume are both given; a resumed run keeps its settings.")
-    if asked.dry_run or rehearse is not None:
-        _print_plan(config)
-        if rehearse is not None:
-            rehearse(config, located(asked.out or "runs"))
+    resume = asked.resume or aliases.run_to_resume(words, asked.out)
+    out = resume or asked.out or Path("runs") / time.strftime(f"{asked.preset or config.task.name}-%Y%m%d-%H%M%S")
+    return out, resume is not None
+
+
+def _main(arguments: list[str], command: str, what: str) -> None:
+    asked, config, words = asked_for(arguments, command, what)
+    out, resume = directory_of(asked, config, words)
+    if asked.dry_run:
+        print_plan(config, out, resume)
         return
-    if asked.local_only and asked.resume:
+    if asked.local_only and resume:
         raise UserError("--local-only and --resume are both given; repeat the command with the same --out to go on.")
-    out = asked.resume or asked.out or Path("runs") / time.strftime(f"{asked.preset or config.task.name}-%Y%m%d-%H%M%S")
+    if asked.local_only and config.only_client is not None:
+        raise UserError("--local-only trains every client alone, and --only-client one of them; leave one out.")
     config.check()
     if asked.take_over:
         take_over(out)
@@ -136,7 +187,7 @@ def _main(
     resuming = _resuming(command, shown(place), config, arguments)
     with progress(config.rounds) as (on_row, show):
         try:
-            finished = run(config, out, resume=asked.resume is not None, on_row=on_row, show=show, dataset=dataset)
+            finished = run(config, out, resume=resume, on_row=on_row, show=show, dataset=dataset)
         except Detached:
             print(f"\nThe run goes on on the cluster. Follow it with: {resuming}", file=sys.stderr)
             raise
@@ -158,50 +209,3 @@ def _resuming(command: str, out: str, config: Config, arguments: list[str]) -> s
     for file in sorted(files_named(arguments)):
         words += ["--code", str(file)]
     return shlex.join(words)
-
-
-def _print_plan(config: Config) -> None:
-    from fedray.federation.plan import bytes_planned, make_plan, steps_planned
-
-    plan = make_plan(config)
-    plan.check(config)
-    steps = steps_planned(config, plan)
-    sizes = plan.shards.sizes
-    actors = {None: "as many as fit", 0: "none (this process)"}.get(config.actors, config.actors)
-    planned, messages = bytes_planned(config, plan), sum(map(len, steps))
-    kept = config.fold.memory(plan.round(config, 0))
-    down = planned.first * len(steps[0]) + planned.down * (messages - len(steps[0]))
-    table = Table("what", "value", title="dry run: nothing is trained")
-    for name, value in {
-        "clients": f"{config.clients}, of which {config.cohort_size} take part in a round",
-        "examples": f"{sizes.sum():,} in all; per client {sizes.min():,} to {sizes.max():,}",
-        "rounds": f"{config.rounds}",
-        "actors": f"{actors}, {config.cpus_per_actor:g} CPUs and {config.gpus_per_actor:g} GPUs each",
-        "parameters": f"{plan.layout.size:,}",
-        "steps": f"{sum(map(sum, steps)):,} in all; {sum(max(each, default=0) for each in steps):,} sequential",
-        "bytes": f"{planned.down:,} down to a client in a round, {planned.up:,} up",
-        "bytes in all": f"{down / 1e6:,.1f} MB down, {planned.up * messages / 1e6:,.1f} up",
-        **({"uploads kept": f"{kept / 1e6:,.1f} MB at the driver"} if kept else {}),
-        **({"malicious": ", ".join(map(str, sorted(plan.malicious)))} if plan.malicious else {}),
-        **_privacy_planned(config),
-    }.items():
-        table.add_row(name, value)
-    Console().print(table)
-    if config.clients <= 32:
-        clients = Table("client", "examples", "steps a round")
-        for client, size in enumerate(sizes):
-            clients.add_row(str(client), f"{size:,}", f"{config.steps(int(size)):,}")
-        Console().print(clients)
-
-
-def _privacy_planned(config: Config) -> dict[str, str]:
-    """Say what noise will prove after some of the rounds, and after all."""
-    release = release_of(config)
-    if release is None:
-        return {}
-    some = sorted({max(1, config.rounds * share // 10) for share in (1, 2, 5, 10)})
-    spent = ", ".join(f"{epsilon({release: rounds}, config.delta):.3g} after {rounds:,}" for rounds in some)
-    return {
-        "privacy": f"noise of {release.multiplier:.4g} times the clip; {release.neighbours}, δ = {config.delta:g}",
-        "ε": f"{spent} rounds",
-    }

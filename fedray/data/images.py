@@ -21,6 +21,8 @@ from rich.progress import track
 
 from fedray import cache
 from fedray.errors import UserError, check_text, reason
+from fedray.lazy import torch
+from fedray.seeds import generator
 from fedray.storage import shown
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pgm", ".ppm", ".bmp", ".tif", ".tiff")
@@ -90,7 +92,13 @@ def open_image(source: Path | bytes) -> Image.Image:
 
 
 def cached(
-    what: str, names: Sequence[str], stamp: object, read: Callable[[int], Path | bytes], form: Form, skip: bool
+    what: str,
+    names: Sequence[str],
+    stamp: object,
+    read: Callable[[int], Path | bytes],
+    form: Form,
+    skip: bool,
+    limit: int | None = None,
 ) -> Decoded:
     """Decode the images that `read(i)` gives into the cache, unless they are there already.
 
@@ -99,25 +107,39 @@ def cached(
         names: of the images, for messages.
         stamp: JSON that changes whenever the images do.
         skip: leave out images that cannot be read, instead of refusing.
+        limit: how many of them to take, as `some` does; None takes all.
 
     Raises:
         UserError: images cannot be read; names the first of them.
     """
+    taken = some(len(names), limit)
+    names = [names[index] for index in taken]
 
     def make(aside: Path) -> None:
-        unreadable, passing = _decode_all(what, names, read, form, aside / "images.npy")
+        unreadable, passing = _decode_all(what, names, lambda row: read(int(taken[row])), form, aside / "images.npy")
         if passing and not skip:  # not kept: a permission, say, can be mended without a trace
             raise _refusal(what, names, unreadable)
         about = {"unreadable": unreadable, "sha256": sha256(np.load(aside / "images.npy", mmap_mode="r"))}
         (aside / "about.json").write_text(json.dumps(about))
 
-    place = cache.kept(f"decoding {what}", [VERSION, stamp, astuple(form)], make)
+    key = [VERSION, stamp, astuple(form), *([] if limit is None else [limit])]
+    place = cache.kept(f"decoding {what}", key, make)
     about = json.loads((place / "about.json").read_text())
     unreadable = {int(index): said for index, said in about["unreadable"].items()}
     if unreadable and not skip:
         raise _refusal(what, names, unreadable)
-    positions = np.array([index for index in range(len(names)) if index not in unreadable])
-    return Decoded(place / "images.npy", positions, about["sha256"])
+    positions = np.array([row for row in range(len(names)) if row not in unreadable])
+    return Decoded(place / "images.npy", taken[positions], about["sha256"])
+
+
+def some(count: int, limit: int | None) -> np.ndarray:
+    """Draw `limit` of so many examples without replacement, ascending: int64; all where there are no more.
+
+    The same ones for every seed of a run, so that seeds share their data.
+    """
+    if limit is None or limit >= count:
+        return np.arange(count)
+    return torch.randperm(count, generator=generator(0, "max_train_samples"))[:limit].sort().values.numpy()
 
 
 def form_of(directory: Path) -> tuple[int, int]:

@@ -125,7 +125,8 @@ class ByAttribute(Partition):
 
     def split(self, dataset: Dataset, clients: int, rng: torch.Generator) -> Shards:
         order = _permutation(len(dataset), rng)
-        codes = np.unique(dataset.column(self.column), return_inverse=True)[1]
+        values, codes = np.unique(dataset.column(self.column), return_inverse=True)
+        _check_values("by-label" if self.column == "label" else f"by-attribute:{self.column}", values, clients)
         return _shards(np.array_split(order[np.argsort(codes[order], kind="stable")], clients))
 
 
@@ -166,6 +167,7 @@ class Dirichlet(Partition):
 
     def split(self, dataset: Dataset, clients: int, rng: torch.Generator) -> Shards:
         labels, codes = np.unique(dataset.column(self.column), return_inverse=True)
+        _check_values(f"dirichlet:{self.alpha:g}", labels, clients)
         sorted_by_label = np.split(np.argsort(codes, kind="stable"), np.cumsum(np.bincount(codes))[:-1])
         order, owners = [], []
         for members, shares in zip(sorted_by_label, _dirichlet(self.alpha, clients, rng, len(labels)), strict=True):
@@ -182,6 +184,15 @@ def _permutation(n: int, rng: torch.Generator) -> np.ndarray:
 def _check_alpha(partition: str, alpha: float) -> None:
     if not 0 < alpha <= 1e6:
         raise UserError(f"partition {partition}:{alpha:g}: alpha must be above 0 and at most a million.")
+
+
+def _check_values(partition: str, values: np.ndarray, clients: int) -> None:
+    """Raise `UserError` where all examples are alike: such a partition would divide by nothing."""
+    if len(values) == 1 and clients > 1:
+        raise UserError(
+            f"--partition {partition}: all examples have the same value ({values[0]}); put the images of each label "
+            f"into a folder, list labels in metadata.csv, or say where file names have them (--label-pattern)."
+        )
 
 
 def _dirichlet(alpha: float, clients: int, rng: torch.Generator, draws: int = 1) -> np.ndarray:

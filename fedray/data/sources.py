@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 
 from fedray import cache
 from fedray.data.dataset import Dataset, keep
-from fedray.data.images import LARGEST_FILE, Decoded, Form, cached, images_below, sha256
+from fedray.data.images import LARGEST_FILE, Decoded, Form, cached, images_below, sha256, some
 from fedray.errors import UserError, reason
 from fedray.files import read_text, regular
 from fedray.storage import shown
@@ -23,32 +24,40 @@ DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 CELEBA_CROP = 178  # the central square of CelebA's 178×218
 
 
-def digits() -> Dataset:
+def digits(limit: int | None = None) -> Dataset:
     """Load the 1,797 handwritten digits, 8×8 grey, that scikit-learn ships (E. Alpaydin, C. Kaynak, UCI 1998).
 
-    images: uint8 [1797, 1, 8, 8] (its 17 grey levels spread over 0…255);  labels: 0…9.
+    images: uint8 [1797, 1, 8, 8] (its 17 grey levels spread over 0…255);  labels: 0…9;  limit: take so many.
     """
 
     def make(aside: Path) -> None:
         from sklearn.datasets import load_digits  # takes a second to import
 
         loaded = load_digits()
-        np.save(aside / "images.npy", np.rint(loaded.images * (255 / 16)).astype(np.uint8)[:, None])
-        np.save(aside / "labels.npy", loaded.target.astype(np.int64))
+        taken = some(len(loaded.images), limit)
+        np.save(aside / "images.npy", np.rint(loaded.images[taken] * (255 / 16)).astype(np.uint8)[:, None])
+        np.save(aside / "labels.npy", loaded.target[taken].astype(np.int64))
 
-    place = cache.kept("unpacking scikit-learn's digits", ["digits", 1], make)
+    key = ["digits", 1, *([] if limit is None else [limit])]
+    place = cache.kept("unpacking scikit-learn's digits", key, make)
     images, labels = (np.load(place / f"{name}.npy") for name in ("images", "labels"))
     return keep(place / "images.npy", sha256(images), labels, {})
 
 
 def image_folder(
-    directory: Path, form: Form, skip_unreadable: bool = False, flag: str = "--train-data-dir "
+    directory: Path,
+    form: Form,
+    skip_unreadable: bool = False,
+    limit: int | None = None,
+    label_pattern: str | None = None,
+    flag: str = "--train-data-dir ",
 ) -> Dataset:
     """Load all images below a directory, in Hugging Face's `imagefolder` form.
 
     The column "folder" is where an image lies, relative to the directory; folders are the labels, unless
-    metadata.csv or metadata.jsonl (with a column file_name, relative to where it lies) has a column "label". Other
-    columns are kept. `flag` is what named the directory, for messages.
+    metadata.csv or metadata.jsonl (with a column file_name, relative to where it lies) has a column "label", or a
+    pattern finds them in file names, by its first group. Other columns are kept. With a limit, as many images are
+    decoded. `flag` is what named the directory, for messages.
 
     Raises:
         UserError: there is no such directory, no image in it, an image cannot be read, or metadata does not fit.
@@ -58,13 +67,15 @@ def image_folder(
     folders = [path.parent.relative_to(directory).as_posix() for path in paths]
     columns = {"folder": np.array(folders, dtype=object), "file_name": np.array(names, dtype=object)}
     columns |= _metadata(directory, names)
+    if label_pattern is not None:
+        columns["label"] = _in_names(names, label_pattern)
     labels = _codes(columns.pop("label") if "label" in columns else columns["folder"])
     stamp = [str(directory.resolve()), *_stamp(paths)]
-    decoded = cached(shown(directory), names, stamp, lambda index: paths[index], form, skip_unreadable)
+    decoded = cached(shown(directory), names, stamp, lambda index: paths[index], form, skip_unreadable, limit)
     return _dataset(decoded, labels, columns)
 
 
-def celeba(directory: Path, form: Form, skip_unreadable: bool = False) -> Dataset:
+def celeba(directory: Path, form: Form, skip_unreadable: bool = False, limit: int | None = None) -> Dataset:
     """Load CelebA as distributed (Liu et al. 2015): img_align_celeba/ or its zip, and the three lists beside it.
 
     The labels are the identities. Columns: identity (identity_CelebA.txt), split (list_eval_partition.txt: train,
@@ -112,12 +123,24 @@ def celeba(directory: Path, form: Form, skip_unreadable: bool = False) -> Datase
             raise UserError(f"{shown(path)} has no names of attributes in its second line.")
         table = _listed(path, names, attributes, skip=2)
         columns |= {name: table[name].to_numpy() > 0 for name in attributes}
-    decoded = cached(shown(directory), names, stamp, read, form, skip_unreadable)
+    decoded = cached(shown(directory), names, stamp, read, form, skip_unreadable, limit)
     return _dataset(decoded, _codes(columns["identity"]) if "identity" in columns else None, columns)
 
 
-def hugging_face(name: str, form: Form, skip_unreadable: bool = False) -> Dataset:
+def hugging_face(
+    name: str,
+    form: Form,
+    skip_unreadable: bool = False,
+    limit: int | None = None,
+    config_name: str | None = None,
+    image_column: str | None = None,
+) -> Dataset:
     """Load the train split of a Hugging Face dataset, or a local Parquet file, with an image column.
+
+    Args:
+        limit: how many images to decode.
+        config_name: of the dataset, where it has several configurations.
+        image_column: by default the first that holds images.
 
     The column "label" are the labels; other columns of numbers, booleans or text are kept. Images are in the table, or
     in files below its folder (or in what was fetched from the hub): a table may come from anyone, and a path in it must
@@ -134,7 +157,7 @@ def hugging_face(name: str, form: Form, skip_unreadable: bool = False) -> Datase
         if name.endswith(".parquet"):
             loaded = datasets.load_dataset("parquet", data_files=str(regular(Path(name))), split="train")
         else:
-            loaded = datasets.load_dataset(name, split="train")
+            loaded = datasets.load_dataset(name, config_name, split="train")
     except UserError:
         raise
     except Exception as error:  # it has dozens, of which many are its dependencies'
@@ -142,9 +165,12 @@ def hugging_face(name: str, form: Form, skip_unreadable: bool = False) -> Datase
             f"--dataset-name {name}: no such dataset could be loaded ({reason(error)}). It must be digits, celeba, "
             f"imagefolder, a .parquet file, or the name of a Hugging Face dataset."
         ) from None
-    column = next((name for name, kind in loaded.features.items() if _holds_images(kind)), None)
-    if column is None:
+    found = [name for name, kind in loaded.features.items() if _holds_images(kind)]
+    if not found:
         raise UserError(f"--dataset-name {name}: it has no image column, only {', '.join(loaded.features)}.")
+    if image_column not in (None, *found):
+        raise UserError(f"--image-column {image_column}: {name} has images in {', '.join(found)}.")
+    column = image_column or found[0]
     images = loaded.select_columns(column).cast_column(column, datasets.Image(decode=False))
     if Path(name).exists():
         folders = [Path(name) if Path(name).is_dir() else Path(name).parent]
@@ -159,7 +185,9 @@ def hugging_face(name: str, form: Form, skip_unreadable: bool = False) -> Datase
     names = [f"row {index}" for index in range(len(loaded))]
     columns = _columns(loaded.remove_columns(column).to_pandas(), f"--dataset-name {name}", names)
     labels = _codes(columns.pop("label")) if "label" in columns else None
-    return _dataset(cached(name, names, loaded._fingerprint, read, form, skip_unreadable), labels, columns)
+    return _dataset(
+        cached(name, names, [loaded._fingerprint, column], read, form, skip_unreadable, limit), labels, columns
+    )
 
 
 def _below(folders: Sequence[Path], path: str | None) -> Path:
@@ -192,6 +220,21 @@ def _codes(labels: np.ndarray) -> np.ndarray:
     if np.issubdtype(labels.dtype, np.integer):
         return labels.astype(np.int64)
     return np.unique(labels.astype(str), return_inverse=True)[1]
+
+
+def _in_names(names: Sequence[str], pattern: str) -> np.ndarray:
+    """Find a label in each file name: a number where all are, else text. Raises `UserError` where one has none."""
+    try:
+        found = [re.search(pattern, name) for name in names]
+    except re.error as error:
+        raise UserError(f"--label-pattern {pattern!r} is no regular expression: {error}.") from None
+    missing = [
+        name for name, match in zip(names, found, strict=True) if match is None or match[match.re.groups] is None
+    ]
+    if missing:
+        raise UserError(f"--label-pattern {pattern!r} finds nothing in {len(missing)} names, the first {missing[0]}.")
+    labels = [match[min(1, match.re.groups)] for match in found if match is not None]
+    return np.array(labels, dtype=np.int64 if all(map(str.isdecimal, labels)) else object)
 
 
 def _columns(table: pd.DataFrame, source: object, names: Sequence[str]) -> dict[str, np.ndarray]:

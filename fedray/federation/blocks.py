@@ -6,7 +6,7 @@ grouped changes no bit, so sizes follow measured durations and are nobody's sett
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, NamedTuple
@@ -149,11 +149,11 @@ class Queue:
 
     DEATHS = 3  # of processes that did a client, after which it is left out
 
-    def __init__(self, round: Round, retries: int = 0) -> None:
+    def __init__(self, round: Round, retries: int = 0, dropped: Collection[int] = ()) -> None:
         self.round = round
         self.retries = retries  # of a client that fails
         self.failures: Counter[int] = Counter()
-        self.todo = deque(round.cohort)
+        self.todo = deque(client for client in round.cohort if client not in dropped)
         self.alone: deque[int] = deque()  # to be done again
         self.cramped: dict[int, Row] = {}  # out of memory though alone; the rows of clients that are left out
         self.accepted: set[int] = set()

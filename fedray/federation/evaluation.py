@@ -272,6 +272,8 @@ def look_for_copies(
     share, deviation, threshold, expected = copies(distance, real)
     order = np.argsort(distance)
     note = f"within {threshold:.1f} of 255, where {expected:.1%} are expected of new images"
+    if (far := (distance > np.quantile(real, 0.95)).mean()) > 0.5:  # as noise is
+        note += f"; {far:.0%} are farther from all images than 95% of real ones, so that few copies say nothing"
     over = f"{len(distance)} samples and {len(real)} images not trained on"
     return Score(share, len(distance), deviation, over, note), order, index[order]
 

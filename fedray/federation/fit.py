@@ -47,7 +47,6 @@ from fedray.scores.nearest import LOOKED_AT
 from fedray.scores.reference import Reference
 
 PROMPTS_DRAWN = 10  # of a run's prompts, those that are drawn as it goes
-IMAGES_PER_PROMPT = 2
 PATIENCE = 1.0  # seconds that a round waits for the checkpoint of the one before
 
 
@@ -220,10 +219,11 @@ def draw_prompts(session: Session, state: State) -> None:
     """Draw samples for each prompt, from the same noise in every round (Chen 2024, figures 6 and 7)."""
     config, run = session.config, session.run
     prompts = prompts_of(config, session.plan.dataset)[:PROMPTS_DRAWN]
-    sampling = by_clients(Sampling.of(config, len(prompts) * IMAGES_PER_PROMPT, prompts), config, run, state.round)
+    images = len(prompts) * config.num_validation_images
+    sampling = by_clients(Sampling.of(config, images, prompts), config, run, state.round)
     sampling = replace(sampling, batch_size=len(prompts))
-    _, images = sample(session.pool, model(sampled(state.tensors)), sampling, session.show)
-    pictures.draw_prompts(session.run.directory, images, prompts, state.round, final=state.round == config.rounds)
+    _, drawn = sample(session.pool, model(sampled(state.tensors)), sampling, session.show)
+    pictures.draw_prompts(session.run.directory, drawn, prompts, state.round, final=state.round == config.rounds)
 
 
 def delivers(state: State) -> str:

@@ -19,12 +19,13 @@ from fedray.data.dataset import Dataset
 from fedray.data.partition import Shards, hold_out
 from fedray.errors import UserError, reason
 from fedray.federation.ranks import filled_in, left_out
+from fedray.federation.warm_start import warm_start
 from fedray.federation.worker import build, shared_part
 from fedray.menus import ALGORITHMS, FOLDS
 from fedray.privacy import Release, release_of
 from fedray.scores import networks
 from fedray.seeds import generator
-from fedray.vector import Layout
+from fedray.vector import Layout, sha256
 from fedray.vector.adapters import Adapters
 from fedray.wire import Payload, counted
 from fedray.wire.privacy import split
@@ -42,7 +43,7 @@ class Plan:
     initial: torch.Tensor  # [d], the weights it starts from
     own: int  # how many weights each client keeps to itself
     only_client: int | None
-    fingerprint: dict[str, str]  # of what else the task learns from
+    fingerprint: dict[str, str]  # of what else the task learns from, and of what it starts from
     features: str | None  # names the network that scores are measured on, and its weights
     adapters: Adapters | None  # what the vector means, where it is not a whole model
     release: Release | None = None  # of a round with noise
@@ -130,6 +131,10 @@ def make_plan(config: Config, dataset: Dataset | None = None) -> Plan:
     shards, held_out, test = hold_out(whole, shares, generator(config.seed, "held out"))
     learner = build(config, torch.device("cpu"))
     flat, shared = learner.flat, shared_part(config, learner)
+    fingerprint: dict[str, str] = getattr(config.task, "fingerprint", lambda dataset: {})(dataset)
+    if config.init_from is not None:
+        warm_start(learner, Path(config.init_from))
+        fingerprint = fingerprint | {"init_sha256": sha256(flat.vector.detach())}
     initial = flat.vector.detach()
     return Plan(
         dataset=dataset,
@@ -140,7 +145,7 @@ def make_plan(config: Config, dataset: Dataset | None = None) -> Plan:
         initial=initial.clone() if shared is None else shared.take(initial),
         own=0 if shared is None else flat.layout.size - shared.layout.size,
         only_client=config.only_client,
-        fingerprint=getattr(config.task, "fingerprint", lambda dataset: {})(dataset),
+        fingerprint=fingerprint,
         features=scored,
         malicious=frozenset() if config.malicious is None else config.malicious.draw(config.seed, config.clients),
         adapters=getattr(learner, "adapters", None) if shared is None else None,
@@ -168,6 +173,14 @@ def cohort_of(config: Config, number: int) -> list[int]:
     if config.only_client is not None:
         return [config.only_client]
     return config.drawn.draw(config.clients, generator(config.seed, "cohort", number))
+
+
+def dropped_of(config: Config, round: Round) -> frozenset[int]:
+    """Draw the clients of a round's cohort that drop out before they train."""
+    if not config.dropout_rate:
+        return frozenset()
+    draws = {client: torch.rand((), generator=round.rng("drop out", client)).item() for client in round.cohort}
+    return frozenset(client for client, draw in draws.items() if draw < config.dropout_rate)
 
 
 class PlannedBytes(NamedTuple):

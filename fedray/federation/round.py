@@ -20,7 +20,7 @@ from fedray.federation.blocks import Block, Pace, Queue, TrainBlock, merge_parti
 from fedray.federation.evaluation import Metric, Show, silent
 from fedray.federation.local import TrainJob, ValidateJob, validate
 from fedray.federation.personal import memories
-from fedray.federation.plan import Plan
+from fedray.federation.plan import Plan, dropped_of
 from fedray.federation.pool import Pool, failure, in_order
 from fedray.federation.worker import Shared, model, threads
 from fedray.menus import FOLDS
@@ -59,7 +59,8 @@ def run_round(session: Session, state: State) -> Generator[None, None, tuple[Sta
     round = session.plan.round(config, state.round, server)
     if session.spending is not None:
         session.spending.check(round)
-    started, queue, ledger = time.perf_counter(), Queue(round, config.client_retries), Ledger(round)
+    started, dropped = time.perf_counter(), dropped_of(config, round)
+    queue, ledger = Queue(round, config.client_retries, dropped), Ledger(round, dropped)
     broadcast = method.broadcast(server, round)
     nodes, _ = session.pool.nodes, session.pool.usage()  # of what was done since the last round
     try:
@@ -112,7 +113,7 @@ def train(session: Session, queue: Queue, down: Payload) -> Iterator[Block]:
     def steps(client: int) -> int:
         return config.steps(len(plan.shards[client]))
 
-    total, before = sum(map(steps, round.cohort)), 0
+    total, before = sum(map(steps, queue.todo)), 0
 
     def progress(done: int) -> None:
         session.show("training", round.number + min(1, (before + max(0, done)) / max(1, total)), config.rounds)
@@ -148,8 +149,9 @@ def forget(run: Run, client: int, rounds: int) -> None:
 class Ledger:
     """The record of a round: a row for each client of the cohort, and their totals."""
 
-    def __init__(self, round: Round) -> None:
+    def __init__(self, round: Round, dropped: frozenset[int]) -> None:
         self.round = round
+        self.dropped = dropped  # of the cohort, before they trained
         self.bytes_down = 0  # to each client
         self.folding = 0.0  # seconds
         self.rows: dict[int, Row] = {}  # by client; the last, of one that was done again
@@ -180,7 +182,8 @@ class Ledger:
             return
         number = self.round.number + 1
         if not self.failures:
-            raise RunError(f"round {number}: only {took_part} clients were drawn, fewer than {what}.")
+            cause = f"took part ({len(self.dropped)} dropped out)" if self.dropped else "were drawn"
+            raise RunError(f"round {number}: only {took_part} clients {cause}, fewer than {what}.")
         client, trace = min(self.failures.items())
         reason = self.rows[client]["outcome"]
         if took_part == 0:
@@ -203,6 +206,7 @@ class Ledger:
         return {
             "round": self.round.number + 1,
             "cohort": list(self.round.cohort),
+            "dropped": sorted(self.dropped),
             "loss": sum(row["examples"] * row["loss"] for row in took_part) / examples if examples else None,
             "examples": examples,
             "steps": sum(row["steps"] for row in took_part),
@@ -221,6 +225,7 @@ class Ledger:
             "time": time.time(),
             "lost": losses,
             "ledger": {
+                "dropped": len(self.dropped),
                 "asked": len(rows),
                 "folded": len(took_part),
                 "retried": len({client for loss in losses for client in loss["clients"]}),

@@ -50,7 +50,9 @@ def draw_prompts(directory: Path, images: np.ndarray, prompts: Sequence[str], ro
         strips = [strips[index] for index in np.linspace(0, len(strips) - 1, 6).round().astype(int)]
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(1.2 * len(images), 1.4 * len(strips) + 0.4), layout="constrained")
+    shown = labels_of(prompts, 14 * len(images) // len(prompts))
+    lines = max(label.count("\n") + 1 for label in shown)
+    figure = Figure(figsize=(1.2 * len(images), 1.4 * len(strips) + 0.3 + 0.11 * lines), layout="constrained")
     axes = figure.subplots(len(strips), 1, squeeze=False)[:, 0]
     for axis, strip in zip(axes, strips, strict=True):
         number = int(strip.stem.removeprefix("round-"))
@@ -58,7 +60,7 @@ def draw_prompts(directory: Path, images: np.ndarray, prompts: Sequence[str], ro
         width = axis.get_xlim()[1] / len(prompts)
         axis.set_xticks(
             [(index + 0.5) * width for index in range(len(prompts))],
-            [textwrap.shorten(prompt, 28) for prompt in prompts] if axis is axes[0] else [],
+            shown if axis is axes[0] else [],
         )
         axis.xaxis.tick_top()
         axis.set_yticks([])
@@ -66,6 +68,14 @@ def draw_prompts(directory: Path, images: np.ndarray, prompts: Sequence[str], ro
         axis.tick_params(length=0, labelsize=7)
     with durably(directory / "validation.png") as aside:
         figure.savefig(aside, dpi=110, format="png")
+
+
+def labels_of(prompts: Sequence[str], width: int) -> list[str]:
+    """Wrap prompts to at most six lines of so many characters; of longer ones that begin alike, show where they end."""
+    labels = ["\n".join(textwrap.wrap(prompt, width, max_lines=6, placeholder=" …")) for prompt in prompts]
+    if len(set(labels)) < len(set(prompts)):
+        labels = ["… " + "\n".join(textwrap.wrap(prompt, width)[-5:]) for prompt in prompts]
+    return labels
 
 
 def keep_samples(directory: Path, images: np.ndarray, rounds: int) -> None:

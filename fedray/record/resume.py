@@ -1,5 +1,6 @@
 """The settings that a resumed run must keep."""
 
+import dataclasses
 import json
 import math
 
@@ -17,6 +18,9 @@ def check_resumable(run: Run, asked: Config) -> None:
     check_format(run.saved, run.directory)
     saved = Config().to_json() | run.saved["config"]  # what a version before a setting did is its default
     now = json.loads(json.dumps(asked.to_json(), default=str))  # tuples are lists in JSON
+    defaults = {each.name: each.default for each in dataclasses.fields(asked.task)}
+    old = {name: value for name, value in now["task"].items() if value == defaults.get(name)}
+    saved["task"] = old | saved["task"]
     if asked.rounds != saved["rounds"]:
         _check_rounds(run, asked)
     for name in now:

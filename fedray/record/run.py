@@ -171,9 +171,9 @@ class Run:
         """Raise `UserError` if what a `Plan` found is not what the run began with."""
         if any(self.saved.get(name, value) != value for name, value in data.items()):
             raise UserError(
-                f"the images of the run at {self}, their labels or captions, the base it fine-tunes, or what scores "
-                f"compare them by, have changed since it began; its rounds belong to them as they were: put them back, "
-                f"or begin another run."
+                f"the images of the run at {self}, their labels or captions, the base it fine-tunes, what it started "
+                f"from, or what scores compare them by, have changed since it began; its rounds belong to them as they "
+                f"were: put them back, or begin another run."
             )
 
     def check_vacant(self) -> None:

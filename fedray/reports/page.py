@@ -36,8 +36,9 @@ from fedray.reports.answer import (
 )
 from fedray.reports.charts import charts
 from fedray.reports.comparisons import compare
-from fedray.reports.results import finals, load, score_table, scores_of, varied
+from fedray.reports.results import finals, load, score_table, scores_of
 from fedray.reports.tables import cells, pivot
+from fedray.reports.unlike import by_dataset, named
 from fedray.storage import located
 
 PICTURES = 5_000_000  # characters of pictures on a page, about
@@ -117,13 +118,12 @@ def _chapters(places: Sequence[str | Path], rounds: pd.DataFrame) -> Iterable[Ch
             title, question = path.name.removesuffix(RECORD), [text.strip("\n") for text in texts if text.strip()]
             of_sweep, commands = with_settings(rounds[mine], free), [_command(record.get("command", []))]
             yield Chapter(title, question, of_sweep, free, len(record["trials"]), commands)
-    rest = rounds[~told]
-    if len(rest):
-        runs, free = rest.drop_duplicates("directory"), varied(rest)
-        title = "Other runs" if told.any() else Path(places[0]).resolve().name
+    rest = dict(by_dataset(rounds[~told])) if not told.all() else {}
+    for data, rows in rest.items():
+        (rows, free, said), runs = named(rows), rows.drop_duplicates("directory")
+        title = ("Other runs" if told.any() else Path(places[0]).resolve().name) + f" on {data}" * (len(rest) > 1)
         commands = [_command(_saved(directory).get("command", [])) for directory in runs["directory"]]
-        planned, question = runs["sha256"].nunique(), [_in_words(runs, free)]
-        yield Chapter(title, question, with_settings(rest, free), free, planned, commands)
+        yield Chapter(title, [said or _in_words(runs, free)], rows, free, runs["sha256"].nunique(), commands)
 
 
 def _records(place: Path) -> list[Path]:

@@ -68,10 +68,10 @@ def load(*places: str | Path) -> Results:
     (of the configuration), complete; the fields of `Config`, the task's as task.FIELD; round, loss (mean training
     loss), steps (of all clients), sequential_steps (of the slowest), images, bytes_down and bytes_up (all clients'),
     training_seconds (of the slowest client); where a run has them, seconds.NAME, held_out.NAME, aggregation.NAME,
-    ledger.NAME (clients asked, folded, retried, failed; actors_lost, nodes_lost, and seconds_lost by all of that) and
-    scores by their names, with NAME.n and NAME.std (over draws or resamples of that run's samples); and total.NAME,
-    sums from the first round on (total.bytes: down and up). Whole numbers are Int64, other numbers float64, the rest
-    boolean or string; lists are JSON text.
+    ledger.NAME (clients dropped, asked, folded, retried, failed; actors_lost, nodes_lost, and seconds_lost by all of
+    that) and scores by their names, with NAME.n and NAME.std (over draws or resamples of that run's samples); and
+    total.NAME, sums from the first round on (total.bytes: down and up). Whole numbers are Int64, other numbers
+    float64, the rest boolean or string; lists are JSON text.
 
     Raises:
         UserError: a place does not exist, or is a file other than a table that `write` wrote.

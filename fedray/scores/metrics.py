@@ -34,13 +34,15 @@ class Metric:
     """A kind of score.
 
     name: how its scores' names begin (`fd[digits]`, `fd[digits]@64`), or a column of results;  rank: settings are
-    compared by the lowest that was measured, by none without one;  title: what readers see in place of the name.
+    compared by the lowest that was measured, by none without one;  title: what readers see in place of the name;
+    remark: on its scale.
     """
 
     name: str
     higher_is_better: bool | None = None
     rank: int | None = None
     title: str | None = None
+    remark: str | None = None
 
 
 METRICS = {
@@ -48,7 +50,7 @@ METRICS = {
     for metric in (
         Metric("fid", higher_is_better=False, rank=1),
         Metric("fd", higher_is_better=False, rank=1),
-        Metric("kid", higher_is_better=False, rank=2),
+        Metric("kid", higher_is_better=False, rank=2, remark="not times 1,000"),
         Metric("precision", higher_is_better=True),
         Metric("recall", higher_is_better=True),
         Metric("density", higher_is_better=True),

@@ -33,6 +33,15 @@ class Images:
     """Height and width that images are resized to, in pixels."""
     channels: int = 1
     """1 for grey images, 3 for RGB."""
+    label_pattern: str | None = None
+    """Regular expression that finds an image's label in its file name, by its first group, as obj(\\d+)__ (of
+    imagefolder)."""
+    max_train_samples: int | None = None
+    """Take so many examples at random (the same for every seed), for a quick try; None takes all."""
+    dataset_config_name: str | None = None
+    """Configuration of a Hugging Face dataset that has several."""
+    image_column: str | None = None
+    """Column of a Hugging Face dataset or .parquet file that has the images; by default the first that does."""
 
     def __post_init__(self) -> None:
         # Actors and resumed runs have other working directories.
@@ -54,8 +63,18 @@ class Images:
         # A name that is nearly one of ours is a slip, not one of the hub's.
         if name not in DATASETS and "/" not in name and difflib.get_close_matches(name, DATASETS, 1, 0.75):
             check_name("dataset", name, DATASETS)
-        if self.crop is not None and self.crop <= 0:
-            raise UserError(f"--crop {self.crop}: it must be above 0.")
+        for name in ("dataset_config_name", "image_column"):
+            if getattr(self, name) is not None and (self.dataset_name in DATASETS):
+                raise UserError(
+                    f"--{name.replace('_', '-')} is for Hugging Face datasets; --dataset-name {self.dataset_name} is "
+                    f"none."
+                )
+        if self.label_pattern is not None and self.dataset_name != "imagefolder":
+            raise UserError(f"--label-pattern is for folders of images; --dataset-name {self.dataset_name} is none.")
+        for name in ("crop", "max_train_samples"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UserError(f"--{name.replace('_', '-')} {value}: it must be above 0.")
         if self.resolution <= 0:
             raise UserError(f"--resolution {self.resolution}: it must be above 0.")
         if self.channels not in (1, 3):
@@ -64,7 +83,7 @@ class Images:
     def dataset(self) -> Dataset:
         form = Form(self.resolution, self.channels, self.crop)
         if self.dataset_name == "digits":
-            dataset = sources.digits()
+            dataset = sources.digits(self.max_train_samples)
             if dataset.images.shape[1:] != (self.channels, self.resolution, self.resolution):
                 raise UserError(
                     f"the digits are 8×8 and grey, not {self.resolution}×{self.resolution} in {self.channels} channels "
@@ -72,6 +91,12 @@ class Images:
                 )
             return dataset
         if self.train_data_dir is None:
-            return sources.hugging_face(self.dataset_name, form, self.skip_unreadable)
-        source = sources.celeba if self.dataset_name == "celeba" else sources.image_folder
-        return source(folder(self.train_data_dir, "--train-data-dir "), form, self.skip_unreadable)
+            return sources.hugging_face(
+                self.dataset_name, form, self.skip_unreadable, self.max_train_samples,
+                self.dataset_config_name, self.image_column,
+            )  # fmt: skip
+        images = folder(self.train_data_dir, "--train-data-dir ")
+        given = images, form, self.skip_unreadable, self.max_train_samples
+        if self.dataset_name == "celeba":
+            return sources.celeba(*given)
+        return sources.image_folder(*given, self.label_pattern)

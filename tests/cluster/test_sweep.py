@@ -18,6 +18,7 @@ from fedray.config import Config
 from fedray.data.partition import IID, Dirichlet
 from fedray.errors import RunError, UserError
 from fedray.presets import PRESETS, SMOKE
+from fedray.reports.tables import shown
 
 ROOT = Path(__file__).parents[2]
 FIGURE2 = ROOT / "experiments/figure2.py"
@@ -392,5 +393,11 @@ def test_experiments_in_short(tmp_path, ray, capsys, name):
     assert "fd[digits]" in printed
     asked = json.loads((tmp_path / f"{name}.sweep.json").read_text())
     assert len(list(tmp_path.glob("*/result.json"))) == len(asked["trials"]) >= 4
-    assert len(pd.read_csv(tmp_path / f"{name}.csv")) == len(asked["trials"]) / 2  # two seeds
+    table = pd.read_csv(tmp_path / f"{name}.csv")
+    assert len(table) == len(asked["trials"]) / 2  # two seeds
+    varied = [setting for setting in asked["varied"] if setting != "seed"]
+    assert list(table.columns[: len(varied)]) == varied
+    assert {tuple(map(str, row)) for row in table[varied].to_numpy()} == {
+        tuple(shown(trial["changes"].get(setting)) for setting in varied) for trial in asked["trials"]
+    }
     assert (tmp_path / f"{name}.md").read_text().count("\n") == len(asked["trials"]) / 2 + 2

@@ -130,6 +130,7 @@ def test_resume_continues_and_takes_no_new_settings(run, capsys):
         ("--fold maen", "did you mean 'mean'?"),
         ("--optimizer sgdd", "did you mean 'sgd'?"),
         ("--optimizer sgd:momentum=-1", "Invalid momentum value"),
+        ("--local-only --only-client 0", "--local-only trains every client alone, and --only-client one of them"),
         ("--resume nowhere", "there is no run at nowhere: the directory does not exist"),
     ],
 )

@@ -24,7 +24,7 @@ from fedray.commands.sample import model_of as model_of_run
 from fedray.data.sources import digits
 from fedray.errors import RunError, UserError
 from fedray.federation import evaluation
-from fedray.federation.evaluation import Comparison, Scoring, evaluate, open_reference, sample
+from fedray.federation.evaluation import Comparison, Scoring, evaluate, look_for_copies, open_reference, sample
 from fedray.federation.plan import make_plan
 from fedray.federation.pool import LocalPool
 from fedray.federation.sampling import Sampling, dataset_features
@@ -292,6 +292,16 @@ def test_copies_are_looked_for_where_images_were_held_out(short, tmp_path):
     assert found["over"] == "70 samples and 256 images not trained on"
     assert "where 5.0% are expected of new images" in found["note"]
     assert Image.open(tmp_path / "run/nearest.png").size == (8 * 52 + 4, 8 * 52 + 4)
+
+
+def test_few_copies_among_noise_are_no_praise(short):
+    """Of noise it is said that it is far from all images; of real images that were not trained on it is not."""
+    pool, data = LocalPool(short), digits()
+    noise = np.random.default_rng(0).integers(0, 256, (64, 1, 8, 8)).astype(np.uint8)
+    for images, far in ((noise, True), (data.images[1500:1564], False)):
+        score, _, _ = look_for_copies(pool, images, np.arange(1500), np.arange(1564, 1797))
+        assert ("farther from all images" in score.note) == far
+    assert look_for_copies(pool, noise, np.arange(1500), np.arange(1564, 1797))[0].value == 0
 
 
 # Inception

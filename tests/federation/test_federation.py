@@ -446,7 +446,7 @@ def test_a_client_that_fails_is_done_again_as_often_as_asked(toy_config, tmp_pat
     vain = [loss["seconds"] for loss in row["lost"]] + [row["clients"][0]["seconds"]] * (times == 3)
     assert min(vain) > 0
     assert row["ledger"] == {
-        "asked": 4, "folded": 3 + (times < 3), "retried": 1, "failed": int(times == 3), "actors_lost": 0,
+        "dropped": 0, "asked": 4, "folded": 3 + (times < 3), "retried": 1, "failed": int(times == 3), "actors_lost": 0,
         "nodes_lost": 0,        "seconds_lost": pytest.approx(sum(vain)),
     }  # fmt: skip
     assert row["clients"][0]["outcome"] == ("ok" if times < 3 else "RuntimeError: the network was away")
@@ -577,7 +577,8 @@ def test_the_ledger_says_what_was_lost(toy_config, tmp_path):
     assert len(again) >= 2
     seconds = lost.pop("seconds_lost")
     assert lost == {
-        "asked": [4, 4, 4], "folded": [4, 4, 4], "failed": [0, 0, 0], "retried": [0, len(again), 0],
+        "dropped": [0, 0, 0], "asked": [4, 4, 4], "folded": [4, 4, 4],
+        "failed": [0, 0, 0], "retried": [0, len(again), 0],
         "actors_lost": [0, 2, 0], "nodes_lost": [0, 1, 0],
     }  # fmt: skip
     assert seconds[0] == seconds[2] == 0

@@ -349,6 +349,27 @@ def test_sweeps_in_one_folder_each_have_their_answer(tmp_path):
     assert places == sorted(places)
 
 
+def test_runs_that_differ_in_much_are_called_by_their_directories(tmp_path):
+    """And runs on other data have a chapter of their own: scores on different data do not compare."""
+    other = {"learning_rate": 1e-3, "rounds": 3, "fraction": 0.5, "train_batch_size": 4, "local_epochs": 2}
+    write_run(tmp_path / "a/first", [5.0])
+    write_run(tmp_path / "b/second", [3.0], config=replace(CONFIG, clients=4, seed=1, **other))
+    text = Page(page_module.make([tmp_path])).text
+    assert "fd[digits] is lowest at b/second: 3.00" in text
+    assert "These runs differ in 5 settings (clients, fraction, local_epochs, train_batch_size, …)" in text
+    assert "learning_rate=" not in text
+    write_run(tmp_path / "c/third", [9.0], config=replace(CONFIG, task=replace(CONFIG.task, dataset_name="some/cats")))
+    write_run(
+        tmp_path / "c/fourth",
+        [8.0],
+        config=replace(CONFIG, seed=3, task=replace(CONFIG.task, dataset_name="some/cats")),
+    )
+    text = Page(page_module.make([tmp_path])).text
+    name = tmp_path.resolve().name
+    assert f"{name} on digits, {name} on some/cats" in text
+    assert text.index("lowest at b/second: 3.00") < text.index("fd[digits] is 8.50")
+
+
 def test_a_page_needs_nothing_from_elsewhere(tmp_path):
     write_run(tmp_path / "run", [5.0], held_out=True)
     page = Page(page_module.make([write_sweep(tmp_path / "sweep"), tmp_path / "run"]))

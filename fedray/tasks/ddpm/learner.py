@@ -1,5 +1,6 @@
 """The network of the task `ddpm`, its loss and its samples."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -54,9 +55,25 @@ class DDPMLearner:
         noise = torch.randn((n, self.unet.config.in_channels, size, size), generator=rng).to(self.device)
         return sample_pixels(lambda x, t: self.unet(x, t).sample, noise, scheduler, sampler, steps, rng)
 
+    def load(self, directory: Path) -> None:
+        """Take over the network that `save` wrote. Raises ValueError where it is another one."""
+        found = UNet2DModel.from_pretrained(directory, subfolder="unet")
+        if (other := difference(self.unet, found)) is not None:
+            raise ValueError(other)
+        self.unet.load_state_dict(found.state_dict())  # in place: parameters stay views of the vector
+
     def save(self, directory: Path) -> None:
         """Write a folder for `diffusers.DDPMPipeline.from_pretrained`."""
         DDPMPipeline(self.unet, self.scheduler).save_pretrained(directory)
+
+
+def difference(mine: UNet2DModel, theirs: UNet2DModel) -> str | None:
+    """Say in which setting another network differs from one, but for the size of its samples; None if in none."""
+    one, other = (json.loads(network.to_json_string()) for network in (mine, theirs))
+    for name, value in one.items():
+        if not name.startswith("_") and name != "sample_size" and other.get(name) != value:
+            return f"its U-Net has {name} {other.get(name)}, not {value}"
+    return None
 
 
 def weighted_loss(predicted: Tensor, target: Tensor, alpha: Tensor, kind: str, snr_gamma: float | None) -> Tensor:

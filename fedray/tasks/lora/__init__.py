@@ -44,6 +44,10 @@ class LoRA(Images):
 
     pretrained_model_name_or_path: str = ""
     """Folder of a Stable Diffusion 1.x or 2.x pipeline, its URL, as s3://BUCKET/FOLDER, or its Hugging Face name."""
+    revision: str | None = None
+    """Branch, tag or commit of the pipeline on the hub; by default its newest."""
+    variant: str | None = None
+    """Which of the pipeline's weight files to take, where it has several, as fp16."""
     dataset_name: str = "imagefolder"
     """imagefolder (in --train-data-dir), a .parquet file, or a Hugging Face name."""
     resolution: int = 512
@@ -51,6 +55,8 @@ class LoRA(Images):
     channels: Annotated[int, tyro.conf.Suppress] = 3
     base_dtype: str = "float32"
     """In what the frozen base is held and computed: float32, bfloat16 or float16. Adapters are float32."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass, instead of keeping them: less memory, more time."""
     rank: int | tuple[int, ...] = 8
     """r, the rank of the adapters; or several, which clients have in turn by their numbers (4 8 16: client 0 has 4,
     client 3 again)."""
@@ -91,6 +97,11 @@ class LoRA(Images):
                 object.__setattr__(self, name, str(Path(value).absolute()))
 
     @property
+    def folder(self) -> Path:
+        """Where the pipeline is on this machine, fetched if need be. Raises `UserError` if it is not of the kind."""
+        return pipeline_folder(self.pretrained_model_name_or_path, self.revision, self.variant)
+
+    @property
     def scale(self) -> float:
         """α / r."""
         return 1.0 if self.lora_alpha is None else self.lora_alpha / self.largest_rank
@@ -124,7 +135,7 @@ class LoRA(Images):
             raise UserError(f"--proportion-empty-prompts {self.proportion_empty_prompts}: it must be from 0 to 1.")
         if (self.class_data_dir is None) != (self.class_prompt is None):
             raise UserError("--class-data-dir and --class-prompt go together: give both, or neither.")
-        folder = pipeline_folder(self.pretrained_model_name_or_path)
+        folder = self.folder
         if self.resolution % resolution_factor(folder):
             raise UserError(
                 f"--resolution {self.resolution}: it must be a multiple of {resolution_factor(folder)} for this VAE."
@@ -162,7 +173,7 @@ class LoRA(Images):
         extra = self.class_images()
         found = {"captions_sha256": hashlib.sha256(captions).hexdigest()}
         found |= {"class_images_sha256": extra.sha256} if extra is not None else {}
-        return found | {"base_sha256": base_sha256(pipeline_folder(self.pretrained_model_name_or_path))}
+        return found | {"base_sha256": base_sha256(self.folder, self.variant)}
 
     def prompts(self, dataset: Dataset) -> tuple[str, ...]:
         """Return the prompts of samples: the validation prompts, else the captions, each once."""

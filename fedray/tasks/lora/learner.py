@@ -12,16 +12,16 @@ import numpy as np
 import torch
 import transformers
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.utils import convert_state_dict_to_diffusers
+from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
 from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from fedray.data.dataset import Dataset
 from fedray.tasks import Batch
 from fedray.tasks.ddpm.learner import weighted_loss
-from fedray.tasks.lora.pipelines import embed, pipeline_folder, unet_folder, variant
+from fedray.tasks.lora.pipelines import embed, unet_folder, variant
 from fedray.tasks.samplers import make_sampler
 from fedray.vector import FlatParameters
 from fedray.vector.adapters import adapters
@@ -38,13 +38,15 @@ class LoRALearner:
     def __init__(self, task: LoRA, device: torch.device, trains: Callable[[str], bool]) -> None:
         self.task, self.device = task, device
         self.dtype = getattr(torch, task.base_dtype)
-        self.folder = pipeline_folder(task.pretrained_model_name_or_path)
+        self.folder = task.folder
         self.scheduler = DDPMScheduler.from_pretrained(self.folder, subfolder="scheduler")
         self.alphas_cumprod = self.scheduler.alphas_cumprod.to(device)
         self.scaling_factor = AutoencoderKL.load_config(self.folder, subfolder="vae").get("scaling_factor", 0.18215)
-        base = unet_folder(self.folder, task.base_dtype)
-        unet = UNet2DConditionModel.from_pretrained(base, torch_dtype=self.dtype, variant=variant(base))
+        base, files = unet_folder(self.folder, task.base_dtype, task.variant)
+        unet = UNet2DConditionModel.from_pretrained(base, torch_dtype=self.dtype, variant=files)
         self.unet = unet.requires_grad_(False).to(device)
+        if task.gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
         alpha: Any = task.largest_rank if task.lora_alpha is None else task.lora_alpha
         self.unet.add_adapter(
             LoraConfig(
@@ -101,8 +103,9 @@ class LoRALearner:
         if self._encoders is None:
             transformers.utils.logging.disable_progress_bar()
             vae_folder, text_folder = self.folder / "vae", self.folder / "text_encoder"
-            vae = AutoencoderKL.from_pretrained(vae_folder, torch_dtype=self.dtype, variant=variant(vae_folder))
-            text_encoder = CLIPTextModel.from_pretrained(text_folder, dtype=self.dtype, variant=variant(text_folder))
+            files = [variant(folder, self.task.variant) for folder in (vae_folder, text_folder)]
+            vae = AutoencoderKL.from_pretrained(vae_folder, torch_dtype=self.dtype, variant=files[0])
+            text_encoder = CLIPTextModel.from_pretrained(text_folder, dtype=self.dtype, variant=files[1])
             tokenizer = CLIPTokenizer.from_pretrained(self.folder / "tokenizer")
             self._encoders = (vae.to(self.device).eval(), text_encoder.eval().to(self.device), tokenizer)
         return self._encoders
@@ -180,6 +183,17 @@ class LoRALearner:
     def set_base(self, change: Tensor) -> None:
         """Compute with the base's weights changed by this much (float32, in the order of `adapters`)."""
         self.adapters.change_base(self.unet, change.to(self.device))
+
+    def load(self, directory: Path) -> None:
+        """Take over the adapters that `save` wrote. Raises ValueError where they are of other layers or ranks."""
+        found = StableDiffusionPipeline.lora_state_dict(directory)[0]
+        found = {name.removeprefix("unet."): weight for name, weight in found.items()}
+        if not any(".lora_A." in name for name in found):  # written before diffusers had peft's names
+            found = convert_unet_state_dict_to_peft(found)
+        mine = get_peft_model_state_dict(self.unet)
+        if {name: weight.shape for name, weight in mine.items()} != {name: w.shape for name, w in found.items()}:
+            raise ValueError("its adapters are of other layers, or of another rank")
+        set_peft_model_state_dict(self.unet, found)  # in place: parameters stay views of the vector
 
     def save(self, directory: Path) -> None:
         """Write pytorch_lora_weights.safetensors, for `StableDiffusionPipeline.load_lora_weights`.

@@ -21,8 +21,13 @@ SUPPORTED = ("StableDiffusionPipeline",)
 
 
 @cache
-def pipeline_folder(name: str) -> Path:
-    """Find a pipeline's folder by path or hub name (then download it). Raises `UserError` if it is not of the kind."""
+def pipeline_folder(name: str, revision: str | None = None, files: str | None = None) -> Path:
+    """Find a pipeline's folder by path or hub name (then download it). Raises `UserError` if it is not of the kind.
+
+    Args:
+        revision: of the hub's.
+        files: the variant of its weights, as fp16.
+    """
     flag = "--pretrained-model-name-or-path"
     if not name:
         raise UserError(f"{flag} is not given: name the folder, or the hub name, of a Stable Diffusion pipeline.")
@@ -31,9 +36,13 @@ def pipeline_folder(name: str) -> Path:
         from diffusers import DiffusionPipeline
 
         try:
-            folder = Path(DiffusionPipeline.download(name, safety_checker=None))
+            fetched = DiffusionPipeline.download(name, revision=revision, variant=files, safety_checker=None)
+            folder = Path(fetched)
         except Exception as error:  # the hub has dozens
-            raise UserError(f"{flag} {name}: no such folder, and the hub has none ({reason(error)}).") from None
+            which = "" if revision is None else f" at --revision {revision}"
+            raise UserError(f"{flag} {name}: no such folder, and the hub has none{which} ({reason(error)}).") from None
+    elif revision is not None:
+        raise UserError(f"--revision {revision}: {name} is a folder, which has no revisions; leave it out.")
     if not (folder / "model_index.json").is_file():
         raise UserError(f"{flag} {name} is no pipeline: it has no model_index.json.")
     try:
@@ -47,6 +56,9 @@ def pipeline_folder(name: str) -> Path:
             raise UserError(f"{flag} {name}: the pipeline has no {part}.")
         if part in ("unet", "vae", "text_encoder"):
             _check_weights(folder / part)
+    if files is not None and not _weights(folder / "unet", files):
+        there = ", ".join(path.name for path in _weights(folder / "unet"))
+        raise UserError(f"--variant {files}: the U-Net of {name} has only {there}.")
     for config in ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"):
         if not (folder / config).is_file():
             raise UserError(f"{flag} {name}: the pipeline has no {config}.")
@@ -86,19 +98,24 @@ def _check_weights(folder: Path) -> None:
                 raise UserError(f"{path} is damaged, or not all of it was fetched ({reason(error)}).") from None
 
 
-def _weights(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
+def _weights(folder: Path, wanted: str | None = None) -> list[Path]:
+    """List the files of a part's weights: all, or those of a variant."""
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
+    return files if wanted is None else [path for path in files if f".{wanted}." in path.name]
 
 
-def variant(folder: Path) -> str | None:
-    """Return "fp16" where a part of a pipeline has only such files, else None."""
+def variant(folder: Path, wanted: str | None = None) -> str | None:
+    """Return the variant of a part's weights to load: the wanted one, if it has it; fp16, if it has only that."""
+    if wanted is not None and _weights(folder, wanted):
+        return wanted
     files = _weights(folder)
     return "fp16" if files and all(".fp16" in path.name for path in files) else None
 
 
-def base_sha256(folder: Path) -> str:
-    """Return the SHA-256 of the weights of all parts of a pipeline."""
-    files = [path for part in ("unet", "vae", "text_encoder") for path in _weights(folder / part)]
+def base_sha256(folder: Path, wanted: str | None = None) -> str:
+    """Return the SHA-256 of the weights of all parts of a pipeline, of the variant where they have it."""
+    parts = [folder / part for part in ("unet", "vae", "text_encoder")]
+    files = [path for part in parts for path in _weights(part, wanted) or _weights(part)]
     hashes = [_file_sha256(path, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
@@ -124,25 +141,30 @@ def check_targets(folder: Path, targets: tuple[str, ...]) -> None:
             raise UserError(f"--target-modules {target}: no linear layer of the U-Net has a name that ends so.")
 
 
-def unet_folder(folder: Path, dtype: str) -> Path:
-    """Return a folder with the U-Net in this dtype, converted once if need be: all processes map the one file."""
+def unet_folder(folder: Path, dtype: str, wanted: str | None = None) -> tuple[Path, str | None]:
+    """Return a folder with the U-Net in this dtype, converted once if need be: all processes map the one file.
+
+    With it, the variant of its files; `wanted` is the variant to take, where there are several.
+    """
     from diffusers import UNet2DConditionModel
     from safetensors import safe_open
 
     unet = folder / "unet"
+    files = variant(unet, wanted)
     stored = set()
-    for path in sorted(unet.glob("*.safetensors")):
+    for path in (path for path in _weights(unet, files) if path.suffix == ".safetensors"):
         with safe_open(path, framework="pt") as file:
             stored |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
     if stored == {DTYPES[dtype]}:
-        return unet
+        return unet, files
 
     def make(aside: Path) -> None:
-        loaded = UNet2DConditionModel.from_pretrained(unet, torch_dtype=getattr(torch, dtype), variant=variant(unet))
+        loaded = UNet2DConditionModel.from_pretrained(unet, torch_dtype=getattr(torch, dtype), variant=files)
         loaded.save_pretrained(aside)
 
     stamp = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(unet.iterdir())]
-    return kept("converting the U-Net", ["base", str(folder.resolve()), stamp, dtype], make)
+    key = ["base", str(folder.resolve()), stamp, dtype, *([] if wanted is None else [wanted])]
+    return kept("converting the U-Net", key, make), None
 
 
 def embed(caption: str, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, device: torch.device) -> torch.Tensor:
