@@ -12,6 +12,7 @@ from fedray.commands.console import show
 from fedray.config import Config
 from fedray.privacy import epsilon, release_of
 from fedray.record.run import Run
+from fedray.storage import located
 
 if TYPE_CHECKING:
     from fedray.federation.plan import Plan
@@ -31,12 +32,13 @@ def print_plan(config: Config, out: Path, resume: bool) -> None:
     from fedray.federation.plan import bytes_planned, disk_needed, make_plan, steps_planned
     from fedray.files import size as in_words
 
+    run = Run(located(out))
     if not resume:
-        Run(out).check_vacant()
+        run.check_vacant()
     plan = make_plan(config)
     plan.check(config)
     disk = disk_needed(config, plan)
-    Run(out).check_disk(disk)
+    run.check_disk(disk)
     steps = steps_planned(config, plan)
     sizes, parts = plan.shards.sizes, {"held out": plan.held_out, "kept for tests": plan.test}
     parts = {part: shards for part, shards in parts.items() if shards.sizes.any()}
@@ -61,7 +63,7 @@ def print_plan(config: Config, out: Path, resume: bool) -> None:
         **({"malicious": ", ".join(map(str, sorted(plan.malicious)))} if plan.malicious else {}),
         **_privacy_planned(config),
         "evaluations": f"{evaluations}, of {config.evaluate_samples:,} samples" if evaluations else "none",
-        "directory": str(out),
+        "directory": str(run),
         "on its disk": ", ".join(f"{what} {in_words(bytes)}" for what, bytes in disk.items() if bytes),
     }.items():
         table.add_row(name, escape(value))

@@ -11,6 +11,7 @@ from fedray.commands.dry_run import print_plan
 from fedray.commands.train import asked_for, directory_of
 from fedray.config import Config
 from fedray.files import size
+from fedray.storage import located
 
 
 def main(arguments: list[str]) -> None:
@@ -41,7 +42,7 @@ def _rehearse(config: Config, out: Path, began: float) -> None:
     processes = f"{measured.workers} actors" if config.actors != 0 else "this process"
     of = "its GPU's" if config.gpus_per_actor else f"of {size(machine_memory())} in all, each"
     disk = sum(disk_needed(config, plan).values())
-    free = shutil.disk_usage(next(place for place in out.absolute().parents if place.exists())).free
+    free = shutil.disk_usage(next(place for place in located(out).absolute().parents if place.exists())).free
     table = Table("what", "measured, or worked out from it", title="rehearsal: nothing is kept")
     for name, value in {
         "processes": f"{processes}, {config.cpus_per_actor:g} CPUs, {config.threads} threads and "
