@@ -1,16 +1,19 @@
 """The baseline without a federation: every client trains alone, on its part of the partition."""
 
+import copy
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Unpack
 
 from fedray.cluster.driver import check_outside_images
 from fedray.cluster.pool import open_pool
 from fedray.config import Config
 from fedray.data.dataset import Dataset
 from fedray.errors import UserError
+from fedray.federation.added import Added, Own
 from fedray.federation.evaluation import Show, silent
 from fedray.federation.fit import fit, prepare
 from fedray.federation.modes import plain
@@ -30,13 +33,16 @@ def run_local_only(
     on_row: Callable[[Row], None] = lambda row: None,
     show: Show = silent,
     dataset: Dataset | None = None,
+    **own: Unpack[Own],
 ) -> list[Run]:
     """Train each client alone, to measure its gain from the federation; in parallel, one client per actor.
 
-    Each client has a run, in `out`/client-0000 and so on: incomplete ones are continued, complete ones kept. Raises as
-    `run` does.
+    Each client has a run, in `out`/client-0000 and so on: incomplete ones are continued, complete ones kept. `own` is
+    as for `run`; each run has copies of callbacks and trackers, which group them by the name of `out`. Raises as `run`
+    does.
     """
     out = Path(out).absolute()
+    added = Added.of(own, out.name)
     config.check()
     check_outside_images(out, config)
     if config.only_client is not None:
@@ -68,7 +74,8 @@ def run_local_only(
             alone, directory = replace(config, only_client=client, min_clients=1), runs[client].directory
             begun = (directory / "config.json").exists()
             try:
-                session = Session(alone, prepare(alone, Run(directory), begun, dataset), pool, Run(directory), stop)
+                plan, run = prepare(alone, Run(directory), begun, dataset), Run(directory)
+                session = Session(alone, plan, pool, run, stop, copy.deepcopy(added))
                 for row in fit(session, provenance, begun):
                     on_row(row)
                     done[client] = row["round"] / config.rounds

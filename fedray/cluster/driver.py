@@ -3,11 +3,11 @@
 import os
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import ray
 from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayError
@@ -22,7 +22,8 @@ from fedray.cluster.pool import POLL, RayPool
 from fedray.config import Config
 from fedray.data.dataset import Dataset, Source
 from fedray.errors import Detached, RunError, UserError
-from fedray.federation.evaluation import Metric, Show, silent
+from fedray.federation.added import Added, Own
+from fedray.federation.evaluation import Show, silent
 from fedray.federation.fit import fit, prepare
 from fedray.federation.modes import plain
 from fedray.federation.plan import Plan, disk_needed, make_plan
@@ -47,7 +48,7 @@ class Request:
     out: Path
     resume: bool
     provenance: dict[str, Any]
-    metrics: Mapping[str, Metric]
+    added: Added
     source: Source | None
     plan: Message
 
@@ -58,12 +59,12 @@ class Request:
         out: Path,
         resume: bool,
         provenance: dict[str, Any],
-        metrics: Mapping[str, Metric],
+        added: Added,
         plan: Plan,
     ) -> "Request":
         # Without its dataset it is no whole `Plan`; `unpacked` makes it one again.
         packed = pack(replace(plan, dataset=None))  # type: ignore[arg-type]
-        return cls(config, out, resume, provenance, metrics, plan.dataset.source, packed)
+        return cls(config, out, resume, provenance, added, plan.dataset.source, packed)
 
     def unpacked(self) -> Plan:
         """Return the plan, with its dataset."""
@@ -90,7 +91,7 @@ class DriverActor:
             pool = RayPool.start(config, plan.dataset, run.rows if request.resume else ())
             try:
                 plan = prepare(config, run, request.resume, plan=plan)
-                session = Session(config, plan, pool, run, self._show, request.metrics)
+                session = Session(config, plan, pool, run, self._show, request.added)
                 for row in fit(session, request.provenance, request.resume):
                     self.rows.append(row)
             finally:
@@ -121,15 +122,17 @@ def run(
     resume: bool = False,
     on_row: Callable[[Row], None] = lambda row: None,
     show: Show = silent,
-    metrics: Mapping[str, Metric] | None = None,
     dataset: Dataset | None = None,
+    **own: Unpack[Own],
 ) -> Run:
     """Train a model, in this process (`config.actors` 0) or on Ray, and return its run directory.
 
-    Rows go to `on_row` as rounds complete, progress to `show`. `metrics` are scores of your own, by name: functions
-    of (samples, the dataset's images), both uint8 [n, c, h, w], that return a number. With `resume`, a stopped run
+    Rows go to `on_row` as rounds complete, progress to `show`, both in this process. With `resume`, a stopped run
     in `out` continues from its last complete round; if it is still running on the cluster, we attach to it.
     `dataset` is the task's, if it is loaded already.
+
+    Args:
+        own: `metrics`, `callbacks` and `report_to`, as `Own` says.
 
     Raises:
         UserError: the request cannot be carried out; nothing was written, unless the clients then do not fit on a GPU.
@@ -137,7 +140,7 @@ def run(
         Detached: it was interrupted, and the run goes on on the cluster that it had joined.
     """
     config.check()
-    out = Path(out).absolute()
+    out, added = Path(out).absolute(), Added.of(own)
     provenance = environment()
     if resume:
         check_resumable(Run.open(out), config)
@@ -149,7 +152,7 @@ def run(
     dataset = config.task.dataset() if dataset is None else dataset
     if config.actors == 0:
         plan = prepare(config, Run(out), resume, dataset)
-        session = Session(config, plan, LocalPool(config, dataset), Run(out), show, metrics or {})
+        session = Session(config, plan, LocalPool(config, dataset), Run(out), show, added)
         for row in fit(session, provenance, resume):
             on_row(row)
     else:
@@ -157,7 +160,7 @@ def run(
         plan.check(config)
         Run(out).check_disk(disk_needed(config, plan))
         with connected(config.address) as private:
-            _drive(Request.of(config, out, resume, provenance, metrics or {}, plan), private, on_row, show)
+            _drive(Request.of(config, out, resume, provenance, added, plan), private, on_row, show)
     return Run.open(out)
 
 

@@ -16,8 +16,9 @@ import numpy as np
 from fedray.algorithms import Folded, Round, Rows
 from fedray.config import Config
 from fedray.errors import RunError
+from fedray.federation.added import Added
 from fedray.federation.blocks import Block, Pace, Queue, TrainBlock, train_block
-from fedray.federation.evaluation import Metric, Show, silent
+from fedray.federation.evaluation import Show, silent
 from fedray.federation.local import TrainJob, ValidateJob, validate
 from fedray.federation.personal import memories
 from fedray.federation.plan import Plan
@@ -40,7 +41,7 @@ class Session:
     pool: Pool
     run: Run
     show: Show = silent
-    metrics: Mapping[str, Metric] = field(default_factory=dict)  # scores of the user's own, by name
+    added: Added = field(default_factory=Added)  # the user's own scores, callbacks and trackers
     pace: Pace = field(default_factory=Pace)
     spending: Spending | None = None  # of privacy
 
