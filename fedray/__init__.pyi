@@ -53,10 +53,16 @@ from .data.sources import image_folder as image_folder
 from .errors import Detached as Detached
 from .errors import RunError as RunError
 from .errors import UserError as UserError
+from .federation.added import Own as Own
+from .federation.callbacks import Callback as Callback
+from .federation.callbacks import EarlyStopping as EarlyStopping
 from .presets import PRESETS as PRESETS
 from .presets import SMOKE as SMOKE
 from .record.pictures import grid as grid
 from .record.run import Run as Run
+from .record.trackers import Entry as Entry
+from .record.trackers import Tracked as Tracked
+from .record.trackers import Tracker as Tracker
 from .reports.results import load as load
 from .reports.results import score_table as score_table
 from .reports.results import summary as summary

@@ -21,6 +21,7 @@ from fedray.forms import files_named
 from fedray.presets import PRESETS
 from fedray.privacy import epsilon, release_of
 from fedray.record.run import Run
+from fedray.record.trackers import DEFAULT, open_trackers
 from fedray.tasks.named import task_class
 
 
@@ -35,6 +36,8 @@ class Train(Settings[T]):
     """Train every client alone, without a federation: what the others are worth. A run per client."""
     task_class: Annotated[str | None, tyro.conf.arg(name="task")] = None
     """A task of your own, FILE.py:CLASS, in place of a preset's: its fields become flags."""
+    report_to: tuple[str, ...] = DEFAULT
+    """Where the run is shown: tensorboard, wandb, trackio, mlflow, none, or a class of your own, FILE.py:CLASS."""
     code: tuple[Path, ...] = ()
     """Files of your own classes that a resumed run names: only those given here, or in another flag, may run."""
     dry_run: bool = False
@@ -109,6 +112,7 @@ def _main(
         raise UserError("--local-only and --resume are both given; repeat the command with the same --out to go on.")
     out = asked.resume or asked.out or Path("runs") / time.strftime(f"{asked.preset or config.task.name}-%Y%m%d-%H%M%S")
     config.check()
+    trackers = open_trackers(asked.report_to)
 
     from fedray.cluster.alone import run_local_only  # Ray and torch take seconds to import: mistakes are told before
     from fedray.cluster.driver import run
@@ -117,17 +121,18 @@ def _main(
     dataset = config.task.dataset()  # decoding shows progress of its own
     if asked.local_only:
         with progress(config.rounds, alone=True) as (on_row, show):
-            runs = run_local_only(config, out, on_row=on_row, show=show, dataset=dataset)
+            runs = run_local_only(config, out, on_row=on_row, show=show, dataset=dataset, report_to=trackers)
         directories = {run.directory.name: run.directory for run in runs}
         summary(directories).to_csv(out / "summary.csv", index_label="run")
         print_table(directories, mean=True)
         print(f"table     {out / 'summary.csv'}")
         print(f"runs      {out}")
         return
-    resuming = _resuming(command, out, config, arguments)
+    resuming = _resuming(command, out, config, arguments, asked.report_to)
     with progress(config.rounds) as (on_row, show):
         try:
-            finished = run(config, out, resume=asked.resume is not None, on_row=on_row, show=show, dataset=dataset)
+            resume = asked.resume is not None
+            finished = run(config, out, resume=resume, on_row=on_row, show=show, dataset=dataset, report_to=trackers)
         except Detached:
             print(f"\nThe run goes on on the cluster. Follow it with: {resuming}", file=sys.stderr)
             raise
@@ -141,13 +146,15 @@ def _main(
     print(f"run       {out}\nnext      {program()} sample {out} --num-images 100 --seed 1")
 
 
-def _resuming(command: str, out: Path, config: Config, arguments: list[str]) -> str:
+def _resuming(command: str, out: Path, config: Config, arguments: list[str], report_to: tuple[str, ...]) -> str:
     """Spell the command that continues a run, with what its directory alone does not say."""
     words = [program(), command, "--resume", str(out)]
     if config.address not in (None, "local"):
         words += ["--address", config.address]
     for file in sorted(files_named(arguments)):
         words += ["--code", str(file)]
+    if report_to != DEFAULT:
+        words += ["--report-to", *report_to]
     return shlex.join(words)
 
 

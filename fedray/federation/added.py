@@ -6,7 +6,7 @@ from typing import TypedDict
 
 from fedray.federation.callbacks import Callback
 from fedray.federation.evaluation import Metric
-from fedray.record.trackers import Tracker, open_tracker
+from fedray.record.trackers import DEFAULT, Tracker, open_trackers
 
 
 class Own(TypedDict, total=False):
@@ -22,22 +22,17 @@ class Own(TypedDict, total=False):
     own."""
 
 
-def _tensorboard() -> tuple[Tracker, ...]:
-    return (open_tracker("tensorboard"),)
-
-
 @dataclass(frozen=True)
 class Added:
     """The same, with its trackers made; `group`: what they file the run under."""
 
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     callbacks: Sequence[Callback] = ()
-    trackers: Sequence[Tracker] = field(default_factory=_tensorboard)
+    trackers: Sequence[Tracker] = field(default_factory=lambda: open_trackers(DEFAULT))
     group: str | None = None
 
     @classmethod
     def of(cls, own: Own, group: str | None = None) -> "Added":
         """Make the trackers that are named. Raises `UserError` if there are none such."""
-        named = own.get("report_to", ("tensorboard",))
-        trackers = [open_tracker(each) if isinstance(each, str) else each for each in named]
+        trackers = open_trackers(own.get("report_to", DEFAULT))
         return cls(own.get("metrics", {}), own.get("callbacks", ()), trackers, group)

@@ -23,6 +23,7 @@ from fedray.errors import UserError, check_name, reason
 from fedray.record.run import Row, Run
 
 OURS = {"tensorboard": "TensorBoard", "wandb": "Wandb", "trackio": "Trackio", "mlflow": "MLflow"}  # classes by file
+DEFAULT = ("tensorboard",)
 VERBS = ("start", "log", "finish")  # of a tracker
 PROJECT = "fedray"  # where a tracker has projects, and the environment names none
 PICTURES = ("samples", "validation", "nearest")  # folders of a run
@@ -175,6 +176,11 @@ def scores_of(row: Row) -> list[dict[str, Any]]:
         {"score": name, **{key: score.get(key) for key in ("value", "n", "std", "over")}}
         for name, score in row["scores"].items()
     ]
+
+
+def open_trackers(names: Sequence[str | Tracker]) -> list[Tracker]:
+    """Make the trackers that are named; "none" is none. Raises `UserError` as `open_tracker`."""
+    return [open_tracker(each) if isinstance(each, str) else each for each in names if each != "none"]
 
 
 def open_tracker(name: str) -> Tracker:
