@@ -59,13 +59,13 @@ from .federation.callbacks import EarlyStopping as EarlyStopping
 from .presets import PRESETS as PRESETS
 from .presets import SMOKE as SMOKE
 from .record.pictures import grid as grid
-from .record.run import Run as Run
 from .record.trackers import Entry as Entry
 from .record.trackers import Tracked as Tracked
 from .record.trackers import Tracker as Tracker
 from .reports.results import load as load
 from .reports.results import score_table as score_table
 from .reports.results import summary as summary
+from .reports.run import Run as Run
 from .tasks.ddpm import DDPM as DDPM
 from .tasks.lora import LoRA as LoRA
 from .vector import FlatParameters as FlatParameters

@@ -22,7 +22,8 @@ from fedray.federation.pool import Pool
 from fedray.federation.round import Session
 from fedray.record.provenance import environment
 from fedray.record.resume import check_resumable
-from fedray.record.run import Row, Run
+from fedray.record.run import Row
+from fedray.reports.run import Run
 
 
 @plain()
@@ -93,4 +94,6 @@ def run_local_only(
                 list(threads.map(train, pools))
             finally:
                 stopped.set()
-    return [Run.open(run.directory) for run in runs]
+    return [
+        Run.open(run.directory, replace(config, only_client=client, min_clients=1)) for client, run in enumerate(runs)
+    ]

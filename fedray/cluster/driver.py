@@ -23,7 +23,7 @@ from fedray.config import Config
 from fedray.data.dataset import Dataset, Source
 from fedray.errors import Detached, RunError, UserError
 from fedray.federation.added import Added, Own
-from fedray.federation.evaluation import Show, silent
+from fedray.federation.evaluation import Show
 from fedray.federation.fit import fit, prepare
 from fedray.federation.modes import plain
 from fedray.federation.plan import Plan, disk_needed, make_plan
@@ -32,7 +32,9 @@ from fedray.federation.round import Session
 from fedray.memory import keep_freed_memory
 from fedray.record.provenance import environment
 from fedray.record.resume import check_resumable
-from fedray.record.run import Row, Run
+from fedray.record.run import Row
+from fedray.reports.progress import shown
+from fedray.reports.run import Run
 
 LINGER = 60.0  # seconds that a driver keeps its last rows for a caller that may be gone
 
@@ -120,14 +122,15 @@ def run(
     out: str | Path,
     *,
     resume: bool = False,
-    on_row: Callable[[Row], None] = lambda row: None,
-    show: Show = silent,
+    on_row: Callable[[Row], None] | None = None,
+    show: Show | None = None,
     dataset: Dataset | None = None,
     **own: Unpack[Own],
 ) -> Run:
     """Train a model, in this process (`config.actors` 0) or on Ray, and return its run directory.
 
-    Rows go to `on_row` as rounds complete, progress to `show`, both in this process. With `resume`, a stopped run
+    Rows go to `on_row` as rounds complete, progress to `show`, both in this process; without either, a terminal or
+    notebook shows a progress bar. With `resume`, a stopped run
     in `out` continues from its last complete round; if it is still running on the cluster, we attach to it.
     `dataset` is the task's, if it is loaded already.
 
@@ -145,23 +148,24 @@ def run(
     if resume:
         check_resumable(Run.open(out), config)
         if Run(out).complete_after(config.rounds):
-            return Run.open(out)
+            return Run.open(out, config)
     else:
         check_outside_images(out, config)
         Run(out).check_vacant()
     dataset = config.task.dataset() if dataset is None else dataset
-    if config.actors == 0:
-        plan = prepare(config, Run(out), resume, dataset)
-        session = Session(config, plan, LocalPool(config, dataset), Run(out), show, added)
-        for row in fit(session, provenance, resume):
-            on_row(row)
-    else:
-        plan = make_plan(config, dataset)  # mistakes are told, and images decoded, before Ray starts
-        plan.check(config)
-        Run(out).check_disk(disk_needed(config, plan))
-        with connected(config.address) as private:
-            _drive(Request.of(config, out, resume, provenance, added, plan), private, on_row, show)
-    return Run.open(out)
+    with shown(config.rounds, on_row, show) as (on_row, show):
+        if config.actors == 0:
+            plan = prepare(config, Run(out), resume, dataset)
+            session = Session(config, plan, LocalPool(config, dataset), Run(out), show, added)
+            for row in fit(session, provenance, resume):
+                on_row(row)
+        else:
+            plan = make_plan(config, dataset)  # mistakes are told, and images decoded, before Ray starts
+            plan.check(config)
+            Run(out).check_disk(disk_needed(config, plan))
+            with connected(config.address) as private:
+                _drive(Request.of(config, out, resume, provenance, added, plan), private, on_row, show)
+    return Run.open(out, config)
 
 
 def check_outside_images(out: Path, config: Config) -> None:

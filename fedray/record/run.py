@@ -25,7 +25,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from uuid import uuid4
 
 from fedray.config import FORMAT, Config
@@ -55,7 +55,7 @@ class Run:
         self.gone_back = ""  # why `state` is not that of the last checkpoint
 
     @classmethod
-    def open(cls, directory: str | Path) -> Run:
+    def open(cls, directory: str | Path) -> Self:
         """Open an existing run. Raises `UserError` where there is none."""
         run = cls(directory)
         if not run.directory.is_dir():

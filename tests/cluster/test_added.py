@@ -83,7 +83,7 @@ def test_clients_alone(toy_config, tmp_path, ray, tracker):
 
 
 def test_trackers_on_the_command_line(tmp_path, tracker, capsys):
-    flags = "--rounds 1 --local-steps 1 --evaluate-samples 0 --actors 0".split()
+    flags = ["--rounds", "1", "--local-steps", "1", "--evaluate-samples", "0", "--actors", "0"]
     train([*flags, "--out", str(tmp_path / "run"), "--report-to", tracker])
     assert [entry[0] for entry in lines(tmp_path / "run")[1:-1]] == [0, 1]
     assert not (tmp_path / "run/tensorboard").exists()
