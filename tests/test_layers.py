@@ -111,7 +111,7 @@ def test_no_code_asks_for_a_concrete_task_algorithm_or_link():
 
 @pytest.mark.parametrize(
     "command",
-    ["train", "finetune", "sample", "evaluate", "audit", "sweep", "report", "runs", "attach", "stop", "cache"],
+    ["train", "finetune", "sample", "evaluate", "audit", "sweep", "report", "push", "runs", "attach", "stop", "cache"],
 )
 @pytest.mark.parametrize("arguments", [["--help"], ["--bogus"]])
 def test_help_and_mistakes_need_neither_torch_nor_ray(command, arguments):

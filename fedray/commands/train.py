@@ -13,6 +13,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from fedray.commands.push import Hub
 from fedray.commands.settings import Settings, T, ask, command_of, preset_help, presets_of
 from fedray.commands.terminal import print_table, program, progress
 from fedray.config import Config
@@ -26,7 +27,7 @@ from fedray.tasks.named import task_class
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train(Settings[T]):
+class Train(Hub, Settings[T]):
     preset: Annotated[str | None, preset_help("train")]
     out: Path | None = None
     """Directory of the run; by default runs/PRESET-DATE-TIME."""
@@ -38,6 +39,8 @@ class Train(Settings[T]):
     """A task of your own, FILE.py:CLASS, in place of a preset's: its fields become flags."""
     report_to: tuple[str, ...] = DEFAULT
     """Where the run is shown: tensorboard, wandb, trackio, mlflow, none, or a class of your own, FILE.py:CLASS."""
+    push_to_hub: bool = False
+    """After the run, push its model to the Hugging Face hub."""
     code: tuple[Path, ...] = ()
     """Files of your own classes that a resumed run names: only those given here, or in another flag, may run."""
     dry_run: bool = False
@@ -113,6 +116,8 @@ def _main(
     out = asked.resume or asked.out or Path("runs") / time.strftime(f"{asked.preset or config.task.name}-%Y%m%d-%H%M%S")
     config.check()
     trackers = open_trackers(asked.report_to)
+    if asked.push_to_hub:
+        asked.check(out)
 
     from fedray.cluster.alone import run_local_only  # Ray and torch take seconds to import: mistakes are told before
     from fedray.cluster.driver import run
@@ -143,6 +148,8 @@ def _main(
     print_table({str(out): finished.directory})
     if config.evaluate_samples:
         print(f"samples   {out / 'samples.png'}")
+    if asked.push_to_hub:
+        asked.push(finished)
     print(f"run       {out}\nnext      {program()} sample {out} --num-images 100 --seed 1")
 
 

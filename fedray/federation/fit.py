@@ -303,5 +303,6 @@ def _finish(session: Session, state: State) -> None:
     }
     if session.spending is not None:
         result["privacy"] = session.spending.report(config.secure_noise)
-    (run.directory / "model/README.md").write_text(model_card(config, result, run.saved.get("command", [])))
+    card = model_card(config.to_json(), result, run.saved.get("command", []))
+    (run.directory / "model/README.md").write_text(card)
     run.finish(result)

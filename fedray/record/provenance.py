@@ -20,9 +20,19 @@ def environment() -> dict[str, Any]:
         | {"python": platform.python_version()},
         "machine": {"platform": platform.platform(), "cpus": os.cpu_count(), "gpus": torch.cuda.device_count()},
         "git_commit": _git_commit(),
-        "command": sys.argv,
+        "command": without_secrets(sys.argv),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+def without_secrets(command: list[str]) -> list[str]:
+    """Leave the value of --hub-token out of a command: model cards show it."""
+    kept = []
+    for before, word in zip(["", *command], command, strict=False):
+        name = word.partition("=")[0].replace("_", "-")
+        after = before.replace("_", "-") == "--hub-token"
+        kept.append("…" if after else f"{name}=…" if name == "--hub-token" and "=" in word else word)
+    return kept
 
 
 def _git_commit() -> str | None:

@@ -13,6 +13,7 @@ from fedray.config import Config
 from fedray.errors import UserError
 from fedray.lazy import torch
 from fedray.record import run as record
+from fedray.record.hub import push
 from fedray.scores.metrics import deciding
 
 if TYPE_CHECKING:
@@ -112,6 +113,12 @@ class Run(record.Run):
         pipeline = DiffusionPipeline.from_pretrained(base)
         pipeline.load_lora_weights(folder)
         return pipeline
+
+    def push_to_hub(
+        self, repository: str, *, license: str | None = None, token: str | None = None, private: bool = False
+    ) -> str:
+        """Upload the model and its card to the Hugging Face hub, and return its page; as `fedray push` does."""
+        return push(self, repository, license=license, token=token, private=private)
 
     def __repr__(self) -> str:
         return f"<{' · '.join([f'fedray.Run {self.directory}', *self._facts()])}>"

@@ -71,7 +71,7 @@ def test_the_model_of_a_fine_tuned_run(photos, tmp_path):
     pipeline = run.model()
     assert type(pipeline).__name__ == "StableDiffusionPipeline"
     adapters = {name: weight for name, weight in pipeline.unet.state_dict().items() if "lora_" in name}
-    assert sum(weight.numel() for weight in adapters.values()) * 4 == run.rows[-1]["clients"][0]["bytes_up"] * 2  # f16
+    assert sum(weight.numel() for weight in adapters.values()) * 4 == run.rows[-1]["clients"][0]["bytes_up"]
     assert run.sample(2, prompts=["the digit six"]).shape == (2, 3, 16, 16)
     with pytest.raises(fedray.UserError, match="has drawn no samples"):
         run.samples  # noqa: B018
@@ -102,7 +102,12 @@ def test_a_run_that_is_not_complete(toy_config, tmp_path):
     done = fedray.run(toy_config(), tmp_path / "toy")
     with pytest.raises(fedray.UserError, match="no pipeline of diffusers"):
         done.model()
-    assert done.sample(3).shape == (3, 1, 2, 2)  # of a task that no file has: by the configuration that it was made with
+    assert done.sample(3).shape == (
+        3,
+        1,
+        2,
+        2,
+    )  # of a task that no file has: by the configuration that it was made with
 
 
 NOTEBOOK = """
