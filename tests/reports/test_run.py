@@ -52,10 +52,9 @@ def test_samples_are_those_of_the_run_and_of_the_command(digits, tmp_path):
 def test_the_model_is_the_pipeline_with_the_average(digits):
     pipeline = digits.model()
     assert type(pipeline).__name__ == "DDPMPipeline"
-    from fedray.tasks.ddpm.learner import DDPMLearner
     from fedray.vector import sha256
 
-    learner = DDPMLearner(digits.config.task, torch.device("cpu"))
+    learner = digits.config.task.build(torch.device("cpu"))
     learner.unet.load_state_dict(pipeline.unet.state_dict())
     assert sha256(learner.flat.vector.detach()) == digits.result["delivered_sha256"]
 
@@ -132,7 +131,7 @@ def test_a_notebook_shows_progress_run_picture_and_scores(tmp_path):
     book = nbformat.v4.new_notebook(cells=cells)
     NotebookClient(book, resources={"metadata": {"path": str(tmp_path)}}, timeout=300).execute()
     first, run, picture, scores = (cell.outputs for cell in book.cells)
-    assert "ipywidgets" not in str(book)
+    assert "ipywidgets" not in str(book)  # nobody is told to install them
     (page,) = [output for output in first if output.output_type == "display_data"]
     assert "2 of 2 rounds" in page.data["text/html"]
     assert "<td>2</td>" in page.data["text/html"]
