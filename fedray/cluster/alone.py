@@ -58,7 +58,8 @@ def run_local_only(
         if (run.directory / "config.json").exists():
             check_resumable(run, replace(config, only_client=client, min_clients=1))
             run.check_data(data)
-    waiting = iter([client for client, run in enumerate(runs) if not run.complete_after(config.rounds)])
+    left = [run.result is None or not (run.complete_after(config.rounds) or "stopped" in run.result) for run in runs]
+    waiting = iter([client for client in range(config.clients) if left[client]])
     done = dict.fromkeys(range(config.clients), 0.0)
     taking, stopped = threading.Lock(), threading.Event()
 

@@ -22,7 +22,8 @@ class Callback:
 
     A callback runs in the process that leads the run. With actors that is another one, which has a copy of it: what it
     keeps stays there. It gets copies, so what it changes is not in the record. A round that is done again, since the
-    run was killed before the round was saved, is told again.
+    run was killed before the round was saved, is told again. The ε of noise does not cover what callbacks see: when
+    they stop a run may tell of the clients' losses.
     """
 
     def on_start(self, rows: Sequence[Row]) -> None:

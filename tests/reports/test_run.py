@@ -59,6 +59,19 @@ def test_the_model_is_the_pipeline_with_the_average(digits):
     assert sha256(learner.flat.vector.detach()) == digits.result["delivered_sha256"]
 
 
+class Told:
+    """A tracker that keeps what it is told."""
+
+    def start(self, run):
+        self.entries = []
+
+    def log(self, entry):
+        self.entries.append(entry)
+
+    def finish(self):
+        pass
+
+
 @pytest.mark.slow
 def test_the_model_of_a_fine_tuned_run(photos, tmp_path):
     from dataclasses import replace
@@ -66,7 +79,10 @@ def test_the_model_of_a_fine_tuned_run(photos, tmp_path):
     base = PRESETS["digits-lora"]
     task = replace(base.task, train_data_dir=str(photos), validation_prompt=("the digit six",))
     config = replace(base, task=task, rounds=1, local_steps=1, evaluate_samples=0, features=None, actors=0)
-    run = fedray.run(config, tmp_path / "run")
+    told = Told()
+    run = fedray.run(config, tmp_path / "run", report_to=[told])
+    strips = [run.directory / f"validation/round-00000{number}.png" for number in (0, 1)]
+    assert [entry.pictures.get("validation") for entry in told.entries] == strips
     pipeline = run.model()
     assert type(pipeline).__name__ == "StableDiffusionPipeline"
     adapters = {name: weight for name, weight in pipeline.unet.state_dict().items() if "lora_" in name}
