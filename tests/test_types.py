@@ -61,7 +61,7 @@ class Lines:
 tracker: fedray.Tracker = Lines()
 stopping = [Budget(), fedray.EarlyStopping("fd[digits]", patience=5)]
 tracked = fedray.run(config, "runs/two", callbacks=stopping, report_to=["wandb", tracker])
-value: float = tracked.scores.loc["fd[digits]", "value"]
+print(tracked.scores.loc["fd[digits]"], tracked.frame["loss"])
 tracked.samples.save("samples.png")
 picture = fedray.grid(tracked.sample(8))
 """

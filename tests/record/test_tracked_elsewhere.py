@@ -12,23 +12,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from runs import sha, train
 
 from fedray.record.run import Run
 from fedray.record.trackers import OURS
 
 pytestmark = pytest.mark.slow
 
-SCRIPT = """
-import os, signal, sys
-from runs import fit
+CONFIG = """
 from toy import Toy
 from fedray import ByLabel, Config
-from fedray.federation.pool import LocalPool
 
 config = Config(
     task=Toy(), clients=4, partition=ByLabel(), rounds=6, local_epochs=2, train_batch_size=3, learning_rate=0.1,
     held_out_share=0.25, evaluate_samples=4, evaluate_every=2, actors=0,
 )
+"""
+SCRIPT = f"""{CONFIG}
+import os, signal, sys
+from runs import fit
+from fedray.federation.pool import LocalPool
+
 names = ["tensorboard", "wandb", "trackio", "mlflow"]
 out, resume = sys.argv[1], len(sys.argv) > 2
 for row in fit(config, LocalPool(config), out, resume=resume, report_to=names):
@@ -100,6 +104,13 @@ def assert_pictures(found, run):
     for key, path in wanted.items():
         source = BytesIO(found[key]) if isinstance(found[key], bytes) else found[key]
         np.testing.assert_array_equal(np.asarray(Image.open(source)), np.asarray(Image.open(path)))
+
+
+def test_the_run_is_the_same_without_them(tracked, tmp_path):
+    found = {}
+    exec(CONFIG, found)
+    train(found["config"], tmp_path, report_to=[])
+    assert sha(tmp_path) == tracked[1].result["state_sha256"]
 
 
 def test_tensorboard(tracked):
