@@ -29,7 +29,7 @@ def push(
         token: one that may write; by default that of `hf auth login`, or $HF_TOKEN.
 
     Raises:
-        UserError: the run is not complete, or no repository can have that name.
+        UserError: the run is not complete, has links among its files, or no repository can have that name.
         RunError: the hub refused, or could not be reached.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -40,8 +40,12 @@ def push(
         raise UserError(f"the run at {run.directory} is not complete, and has no model yet; resume it.")
     pictures = {name: run.directory / name for name in PICTURES if (run.directory / name).is_file()}
     card = model_card(run.saved["config"], result, run.saved.get("command", []), license, list(pictures))
-    files = [path for path in sorted((run.directory / "model").rglob("*")) if path.is_file()]
-    contents: dict[str, Path | bytes] = {str(path.relative_to(run.directory / "model")): path for path in files}
+    folder = run.directory / "model"
+    within = [folder, *sorted(folder.rglob("*")), *pictures.values()]
+    if links := [path for path in within if path.is_symlink()]:
+        raise UserError(f"{links[0]} is a link, and what it leads to is not pushed; put a file or folder in its place.")
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    contents: dict[str, Path | bytes] = {str(path.relative_to(folder)): path for path in files}
     contents |= {**pictures, "README.md": card.encode()}
     api = HfApi(token=token)
     try:

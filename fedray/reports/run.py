@@ -106,7 +106,7 @@ class Run(record.Run):
         if self.result is None:
             raise UserError(f"the run at {self.directory} is not complete, and has no model yet; resume it.")
         if (folder / "model_index.json").is_file():
-            return DiffusionPipeline.from_pretrained(folder)
+            return DiffusionPipeline.from_pretrained(folder, use_safetensors=True)
         base = self.saved["config"]["task"].get("pretrained_model_name_or_path")
         if base is None or not (folder / "pytorch_lora_weights.safetensors").is_file():
             raise UserError(f"{folder} is what a task of your own has written, and no pipeline of diffusers.")

@@ -225,6 +225,17 @@ def test_a_hub_that_cannot_be_reached(digits, monkeypatch):
         push(digits, "x/y")
 
 
+@pytest.mark.parametrize("name", ["model/unet/more.json", "model/more", "partition.png"])
+def test_no_link_is_followed(digits, tmp_path, name):
+    """A run directory may come from anyone: what it links to on this machine is not published."""
+    shutil.copytree(digits.directory, tmp_path / "run")
+    (tmp_path / "secret").write_text("mine")
+    (tmp_path / "run" / name).unlink(missing_ok=True)
+    (tmp_path / "run" / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(fedray.UserError, match="is a link, and what it leads to is not pushed"):
+        push(fedray.Run.open(tmp_path / "run"), "x/y")
+
+
 def test_secrets_are_left_out_of_a_command():
     words = ["fedray", "train", "--hub-token", "a", "--hub_token=b", "--hub-token=c", "--rounds", "2"]
     assert without_secrets(words) == [

@@ -109,3 +109,26 @@ def test_a_tracker_of_another_kind(toy_config, tmp_path):
     assert len(warned) == 1
     assert flaky.shown == list(range(9))
     assert not (tmp_path / "tensorboard").exists()
+
+
+def test_no_picture_is_shown_through_a_link(toy_config, tmp_path):
+    """A run directory may come from anyone."""
+
+    class Told:
+        def start(self, run):
+            self.pictures = {}
+
+        def log(self, entry):
+            self.pictures |= {(entry.round, name): path for name, path in entry.pictures.items()}
+
+        def finish(self):
+            pass
+
+    train(toy_config(rounds=4, evaluate_every=1), tmp_path / "run", rounds=2)
+    (tmp_path / "secret").write_text("mine")
+    for name in ("samples/round-000001.png", "partition.png"):
+        (tmp_path / "run" / name).unlink()
+        (tmp_path / "run" / name).symlink_to(tmp_path / "secret")
+    told = Told()
+    train(toy_config(rounds=4, evaluate_every=1), tmp_path / "run", resume=True, report_to=[told])
+    assert set(told.pictures) == {(number, "samples") for number in (2, 3, 4)}

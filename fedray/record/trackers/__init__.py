@@ -122,7 +122,7 @@ class Trackers:
 
     def _beginning(self) -> Entry:
         partition = self.run.directory / "partition.png"
-        drawn = {"partition": partition} if partition.exists() else {}
+        drawn = {"partition": partition} if partition.is_file() and not partition.is_symlink() else {}
         return Entry(0, self.about.started, {"round": 0}, drawn | self._pictures(0))
 
     def _entry(self, row: Row) -> Entry:
@@ -132,7 +132,8 @@ class Trackers:
 
     def _pictures(self, number: int) -> dict[str, Path]:
         paths = {name: self.run.directory / name / f"round-{number:06d}.png" for name in PICTURES}
-        return {name: path for name, path in paths.items() if path.exists()}
+        # Not through a link: what it leads to is not the run's to show.
+        return {name: path for name, path in paths.items() if path.is_file() and not path.is_symlink()}
 
 
 def tracked(run: Run, config: Config, group: str | None = None) -> Tracked:
