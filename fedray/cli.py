@@ -7,8 +7,8 @@ import sys
 import fedray
 
 COMMANDS = (
-    "train", "finetune", "plan", "config", "sample", "evaluate", "audit", "sweep", "report", "runs", "attach", "stop",
-    "cache", "completion",
+    "train", "finetune", "plan", "config", "sample", "evaluate", "audit", "sweep", "report", "push", "runs", "attach",
+    "stop", "cache", "completion",
 )  # fmt: skip
 USAGE = """fedray simulates federated training of diffusion models on Ray.
 
@@ -22,6 +22,7 @@ USAGE = """fedray simulates federated training of diffusion models on Ray.
   fedray audit RUN [--images 1000]                               attack a run's model: what does it tell of its data?
   fedray sweep experiments/figure2.py [--smoke] [--resume] …     train many runs that differ, and compare them
   fedray report RUN|SWEEP… [--open]                              make one page of them, to look at
+  fedray push RUN --hub-model-id USER/NAME [--license mit]       put a run's model on the Hugging Face hub
   fedray runs [PLACES…] [--address auto]                         list runs: which go on, are complete, have stopped
   fedray attach RUN                                              follow a run that another process does
   fedray stop RUN                                                end it at its last complete round

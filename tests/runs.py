@@ -7,6 +7,7 @@ import made
 import numpy as np
 import torch
 
+from fedray.federation.added import Added
 from fedray.federation.fit import fit as fit_session
 from fedray.federation.fit import prepare
 from fedray.federation.local import Trained, TrainJob, client_update
@@ -19,17 +20,17 @@ from fedray.record.run import Run
 CHAOS = bool(os.environ.get("FEDRAY_CHAOS"))  # of `make chaos`: more seeds
 
 
-def fit(config, pool, out, resume=False, metrics=None, dataset=None):
+def fit(config, pool, out, resume=False, dataset=None, **own):
     """Yield the rows of a run, as they come."""
     run = Run(out)
     plan = prepare(config, run, resume, dataset)
-    yield from fit_session(Session(config, plan, pool, run, metrics=metrics or {}), environment(), resume)
+    yield from fit_session(Session(config, plan, pool, run, added=Added.of(own)), environment(), resume)
 
 
-def train(config, out, resume=False, rounds=None, pool=None, metrics=None):
+def train(config, out, resume=False, rounds=None, pool=None, **own):
     """Run in this process, or only the first `rounds` rounds; return the rows."""
     rows = []
-    for row in fit(config, pool or LocalPool(config), out, resume, metrics):
+    for row in fit(config, pool or LocalPool(config), out, resume=resume, **own):
         rows.append(row)
         if len(rows) == rounds:
             break
@@ -61,6 +62,8 @@ def curves(out):
             assert sums == [masked(crc32c(contents[:8])), masked(crc32c(data))]
             event, contents = Event.FromString(data), rest[4:]
             for value in event.summary.value:
+                if value.WhichOneof("value") != "simple_value":  # a picture or a table
+                    continue
                 found.setdefault((value.tag, event.step), []).append(value.simple_value)
     return found
 

@@ -10,6 +10,8 @@ import fedray
 
 SCRIPT = """
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -30,12 +32,46 @@ config = fedray.Config(clients=2, local_epochs=1, algorithm=FedProx(0.1), partit
 run: fedray.Run = fedray.run(config, "runs/one", on_row=lambda row: print(row["loss"]))
 sweep = fedray.sweep(fedray.Experiment(config, {"clients": [2, 4]}), "runs/sweep")
 complete: list[fedray.Run] = sweep.runs
+
+
+class Budget(fedray.Callback):
+    def __init__(self) -> None:
+        self.sent = 0
+
+    def on_round(self, row: dict[str, Any]) -> str | None:
+        self.sent += row["bytes_up"]
+        return "enough" if self.sent > 10**9 else None
+
+
+class Lines:
+    path = Path()
+
+    def start(self, run: fedray.Tracked) -> int | None:
+        self.path = run.directory / "lines.txt"
+        return None
+
+    def log(self, entry: fedray.Entry) -> None:
+        with open(self.path, "a") as file:
+            file.write(f"{entry.round} {entry.scalars['loss']}")
+
+    def finish(self) -> None:
+        pass
+
+
+tracker: fedray.Tracker = Lines()
+stopping = [Budget(), fedray.EarlyStopping("fd[digits]", patience=5)]
+tracked = fedray.run(config, "runs/two", callbacks=stopping, report_to=["wandb", tracker])
+print(tracked.scores.loc["fd[digits]"], tracked.frame["loss"])
+tracked.samples.save("samples.png")
+picture = fedray.grid(tracked.sample(8))
 """
 WRONG = {
     'fedray.Config(clients="four")': "arg-type",
     "fedray.run(fedray.Config())": "call-arg",
     "fedray.run(fedray.Config(), 'out').nothing": "attr-defined",
     "fedray.swep": "attr-defined",
+    "fedray.run(fedray.Config(), 'out', report_to=[1])": "list-item",
+    "fedray.run(fedray.Config(), 'out', callback=[])": "call-arg",
 }
 
 

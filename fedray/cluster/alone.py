@@ -1,16 +1,19 @@
 """The baseline without a federation: every client trains alone, on its part of the partition."""
 
+import copy
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Unpack
 
 from fedray.cluster.driver import check_outside_images
 from fedray.cluster.pool import open_pool
 from fedray.config import Config
 from fedray.data.dataset import Dataset
 from fedray.errors import UserError
+from fedray.federation.added import Added, Own
 from fedray.federation.evaluation import Show, silent
 from fedray.federation.fit import fit, prepare
 from fedray.federation.modes import plain
@@ -20,7 +23,8 @@ from fedray.federation.round import Session
 from fedray.record.copies import local
 from fedray.record.provenance import environment
 from fedray.record.resume import check_resumable
-from fedray.record.run import Row, Run
+from fedray.record.run import Row
+from fedray.reports.run import Run
 from fedray.storage import shown
 
 
@@ -32,13 +36,16 @@ def run_local_only(
     on_row: Callable[[Row], None] = lambda row: None,
     show: Show = silent,
     dataset: Dataset | None = None,
+    **own: Unpack[Own],
 ) -> list[Run]:
     """Train each client alone, to measure its gain from the federation; in parallel, one client per actor.
 
-    Each client has a run, in `out`/client-0000 and so on: incomplete ones are continued, complete ones kept. Raises as
-    `run` does.
+    Each client has a run, in `out`/client-0000 and so on: incomplete ones are continued, complete ones kept. `own` is
+    as for `run`; each run has copies of callbacks and trackers, which group them by the name of `out`. Raises as `run`
+    does.
     """
     out = local(out).absolute()
+    added = Added.of(own, out.name)
     config.check()
     check_outside_images(out, config)
     if config.only_client is not None:
@@ -53,7 +60,8 @@ def run_local_only(
         if (run.directory / "config.json").exists():
             check_resumable(run, replace(config, only_client=client, min_clients=1))
             run.check_data(data)
-    waiting = iter([client for client, run in enumerate(runs) if not run.complete_after(config.rounds)])
+    left = [run.result is None or not (run.complete_after(config.rounds) or "stopped" in run.result) for run in runs]
+    waiting = iter([client for client in range(config.clients) if left[client]])
     done = dict.fromkeys(range(config.clients), 0.0)
     taking, stopped = threading.Lock(), threading.Event()
 
@@ -70,7 +78,8 @@ def run_local_only(
             alone, directory = replace(config, only_client=client, min_clients=1), runs[client].directory
             begun = (directory / "config.json").exists()
             try:
-                session = Session(alone, prepare(alone, Run(directory), begun, dataset), pool, Run(directory), stop)
+                plan, run = prepare(alone, Run(directory), begun, dataset), Run(directory)
+                session = Session(alone, plan, pool, run, stop, copy.deepcopy(added))
                 for row in fit(session, provenance, begun):
                     on_row(row)
                     done[client] = row["round"] / config.rounds
@@ -88,4 +97,6 @@ def run_local_only(
                 list(threads.map(train, pools))
             finally:
                 stopped.set()
-    return [Run.open(run.directory) for run in runs]
+    return [
+        Run.open(run.directory, replace(config, only_client=client, min_clients=1)) for client, run in enumerate(runs)
+    ]

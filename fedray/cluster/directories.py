@@ -12,7 +12,8 @@ from fedray.config import Config
 from fedray.errors import UserError
 from fedray.files import as_json, read_json, write
 from fedray.record.provenance import environment
-from fedray.record.run import FAILED, RECORD, STOPPED, Run
+from fedray.record.run import FAILED, RECORD, STOPPED
+from fedray.reports.run import Run
 from fedray.storage import shown, upload
 
 
@@ -128,7 +129,7 @@ def collect(trials: list[Trial]) -> Sweep:
     stopped, missing = (
         {trial.directory.name: _why(trial) for trial in by_outcome[key]} for key in ("stopped", "failed")
     )
-    return Sweep([Run.open(trial.directory) for trial in by_outcome["complete"]], stopped, missing)
+    return Sweep([Run.open(trial.directory, trial.config) for trial in by_outcome["complete"]], stopped, missing)
 
 
 def _why(trial: Trial) -> str:

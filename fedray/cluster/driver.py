@@ -3,11 +3,11 @@
 import os
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import ray
 from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayError
@@ -24,7 +24,8 @@ from fedray.cluster.versions import check_versions
 from fedray.config import Config
 from fedray.data.dataset import Dataset, Source
 from fedray.errors import Detached, RunError, UserError
-from fedray.federation.evaluation import Metric, Show, silent
+from fedray.federation.added import Added, Own
+from fedray.federation.evaluation import Show
 from fedray.federation.fit import fit, prepare
 from fedray.federation.modes import plain
 from fedray.federation.plan import Plan, disk_needed, make_plan
@@ -34,7 +35,9 @@ from fedray.memory import keep_freed_memory
 from fedray.record.copies import local
 from fedray.record.provenance import environment
 from fedray.record.resume import check_resumable
-from fedray.record.run import Row, Run
+from fedray.record.run import Row
+from fedray.reports.progress import followed
+from fedray.reports.run import Run
 from fedray.storage import located, shown
 
 LINGER = 60.0  # seconds that a driver keeps its last rows for a caller that may be gone
@@ -51,7 +54,7 @@ class Request:
     out: Path
     resume: bool
     provenance: dict[str, Any]
-    metrics: Mapping[str, Metric]
+    added: Added
     source: Source | None
     plan: Message
 
@@ -62,12 +65,12 @@ class Request:
         out: Path,
         resume: bool,
         provenance: dict[str, Any],
-        metrics: Mapping[str, Metric],
+        added: Added,
         plan: Plan,
     ) -> "Request":
         # Without its dataset it is no whole `Plan`; `unpacked` makes it one again.
         packed = pack(replace(plan, dataset=None))  # type: ignore[arg-type]
-        return cls(config, out, resume, provenance, metrics, plan.dataset.source, packed)
+        return cls(config, out, resume, provenance, added, plan.dataset.source, packed)
 
     def unpacked(self) -> Plan:
         """Return the plan, with its dataset."""
@@ -95,8 +98,8 @@ class DriverActor:
             pool = RayPool.start(config, plan.dataset, run.rows if request.resume else (), str(request.out))
             try:
                 plan = prepare(config, run, request.resume, plan=plan)
-                trackers = [Metrics(str(request.out))] if watched else []
-                session = Session(config, plan, pool, run, self._show, request.metrics, trackers=trackers)
+                added = request.added.beside(Metrics(str(request.out))) if watched else request.added
+                session = Session(config, plan, pool, run, self._show, added)
                 for row in fit(session, request.provenance, request.resume):
                     self.rows.append(row)
             finally:
@@ -125,19 +128,22 @@ def run(
     out: str | Path,
     *,
     resume: bool = False,
-    on_row: Callable[[Row], None] = lambda row: None,
-    show: Show = silent,
-    metrics: Mapping[str, Metric] | None = None,
+    on_row: Callable[[Row], None] | None = None,
+    show: Show | None = None,
     dataset: Dataset | None = None,
+    **own: Unpack[Own],
 ) -> Run:
     """Train a model, in this process (`config.actors` 0) or on Ray, and return its run directory.
 
-    Rows go to `on_row` as rounds complete, progress to `show`. `metrics` are scores of your own, by name: functions
-    of (samples, the dataset's images), both uint8 [n, c, h, w], that return a number. With `resume`, a stopped run
+    Rows go to `on_row` as rounds complete, progress to `show`, both in this process; without either, a terminal or
+    notebook shows a progress bar. With `resume`, a stopped run
     in `out` continues from its last complete round; if it is still running on the cluster, we attach to it. `out` may
     be a URL, as s3://bucket/run: then the run is written in a copy of it on this node, and each round counts when it is
     in that storage.
     `dataset` is the task's, if it is loaded already.
+
+    Args:
+        own: `metrics`, `callbacks` and `report_to`, as `Own` says.
 
     Raises:
         UserError: the request cannot be carried out; nothing was written, unless the clients then do not fit on a GPU.
@@ -145,9 +151,9 @@ def run(
         Detached: it was interrupted, and the run goes on on the cluster that it had joined.
     """
     config.check()
-    provenance = environment()
+    provenance, added = environment(), Added.of(own)
     if resume:
-        begun = Run.open(out)
+        begun = Run.open(out, config)
         check_resumable(begun, config)
         if begun.complete_after(config.rounds):
             return begun
@@ -157,18 +163,19 @@ def run(
         check_outside_images(out, config)
         Run(out).check_vacant()
     dataset = config.task.dataset() if dataset is None else dataset
-    if config.actors == 0:
-        plan = prepare(config, Run(out), resume, dataset)
-        session = Session(config, plan, LocalPool(config, dataset), Run(out), show, metrics or {})
-        for row in fit(session, provenance, resume):
-            on_row(row)
-    else:
-        plan = make_plan(config, dataset)  # mistakes are told, and images decoded, before Ray starts
-        plan.check(config)
-        Run(out).check_disk(disk_needed(config, plan))
-        with connected(config.address) as private:
-            _drive(Request.of(config, out, resume, provenance, metrics or {}, plan), private, on_row, show)
-    return Run.open(shown(out))
+    with followed(config.rounds, on_row, show) as (on_row, show):
+        if config.actors == 0:
+            plan = prepare(config, Run(out), resume, dataset)
+            session = Session(config, plan, LocalPool(config, dataset), Run(out), show, added)
+            for row in fit(session, provenance, resume):
+                on_row(row)
+        else:
+            plan = make_plan(config, dataset)  # mistakes are told, and images decoded, before Ray starts
+            plan.check(config)
+            Run(out).check_disk(disk_needed(config, plan))
+            with connected(config.address) as private:
+                _drive(Request.of(config, out, resume, provenance, added, plan), private, on_row, show)
+    return Run.open(shown(out), config)
 
 
 def check_outside_images(out: Path, config: Config) -> None:

@@ -1,10 +1,9 @@
 """A run's rows as counters and gauges of Ray's, which its agents offer to Prometheus; tagged with the run."""
 
-from collections.abc import Iterable
-
 from ray.util.metrics import Counter, Gauge
 
-from fedray.record.run import Row
+from fedray.record.run import Row, Run
+from fedray.record.trackers import Entry, Tracked
 
 COUNTERS = {  # Ray writes ray_NAME_total
     "fedray_rounds": "Complete rounds",
@@ -45,16 +44,14 @@ class Metrics:
         self._gauges = {name: Gauge(name, about, ("run",)).set_default_tags(tags) for name, about in GAUGES.items()}
         self._shown: int | None = None  # rounds
 
-    def restart(self, rows: Iterable[Row]) -> None:
-        """Show rows that were missed; of a run that is resumed, nothing."""
-        rows = list(rows)
+    def start(self, run: Tracked) -> int:
+        """Begin after the rounds that are complete; after a failure, after those that were counted."""
         if self._shown is None:
-            self._shown = len(rows)
-        for row in rows[self._shown :]:
-            self.add(row)
+            self._shown = len(Run(run.directory).rows)
+        return self._shown
 
-    def add(self, row: Row) -> None:
-        self._shown = row["round"]
+    def log(self, entry: Entry) -> None:
+        self._shown, row = entry.round, entry.row
         for name, value in counted(row).items():
             if value > 0:  # Ray takes no zeros
                 self._counters[name].inc(value)
@@ -65,6 +62,9 @@ class Metrics:
         for name, level in measured(row).items():
             if level is not None:
                 self._gauges[name].set(level)
+
+    def finish(self) -> None:
+        pass
 
 
 def counted(row: Row) -> dict[str, float]:

@@ -8,10 +8,10 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # before Tune is imported: runs log themselves
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
@@ -45,7 +45,8 @@ from fedray.cluster.trials import Experiment, expand, images_planned, settings_o
 from fedray.cluster.versions import check_versions
 from fedray.config import Config
 from fedray.errors import RunError, UserError, check_name, reason
-from fedray.federation.evaluation import Metric, check_features
+from fedray.federation.added import Added, Own
+from fedray.federation.evaluation import check_features
 from fedray.federation.fit import fit, prepare
 from fedray.federation.round import Session
 from fedray.record.copies import local
@@ -65,6 +66,14 @@ class News(NamedTuple):
     rounds: int  # complete ones
 
 
+class OwnOfSweep(Own, total=False):
+    """What a sweep takes beside settings: that of its runs, and callbacks of Ray Tune."""
+
+    tune_callbacks: Sequence[tune.Callback]
+    """Ray Tune's own callbacks, such as its loggers: they see a trial's name, and of each round its number, images,
+    loss and scores."""
+
+
 def sweep(
     experiment: Experiment,
     out: str | Path,
@@ -72,8 +81,8 @@ def sweep(
     resume: bool = False,
     again: bool = False,
     asha: str | None = None,
-    metrics: Mapping[str, Metric] | None = None,
     on_news: Callable[[News], None] = lambda news: None,
+    **own: Unpack[OwnOfSweep],
 ) -> Sweep:
     """Run every trial of an experiment, as many in parallel as fit, each in its own directory in `out`.
 
@@ -87,7 +96,8 @@ def sweep(
         again: run anew, in new directories, what `out` has already.
         asha: a score; trials that are behind in it after as many images trained are stopped early (Li et al. 2020,
             arXiv:1810.05934). Rounds would compare unequal work.
-        metrics: scores of your own, as for `fedray.run`.
+        own: `metrics`, `callbacks` and `report_to` of each trial, as for `fedray.run` (trackers group the trials by the
+            experiment's name), and `tune_callbacks`, as `OwnOfSweep` says.
 
     Raises:
         UserError: the request cannot be carried out; nothing was started.
@@ -121,7 +131,8 @@ def sweep(
             rounds = len(Run(trial.directory).rows)
             on_news(News(trial, "waiting" if trial.directory in waiting else outcome(trial), rounds))
         if left:
-            _tune(left, len(dataset), asha, metrics or {}, on_news, not private)
+            watch = [_Watch({trial.directory.name: trial for trial in left}, on_news), *own.get("tune_callbacks", ())]
+            _tune(left, len(dataset), asha, Added.of(own, experiment.name), watch, not private)
     return collect(trials)
 
 
@@ -165,8 +176,8 @@ def _tune(
     trials: list[Trial],
     examples: int,
     asha: str | None,
-    metrics: Mapping[str, Metric],
-    on_news: Callable[[News], None],
+    added: Added,
+    callbacks: list[tune.Callback],
     watched: bool,
 ) -> None:
     """Run trials on Tune until each is complete, stopped or failed."""
@@ -181,7 +192,7 @@ def _tune(
             time_attr="images", metric=asha, mode=mode, max_t=most, grace_period=most // 16 + 1, stop_last_trials=False
         )
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial that fails is told by us
-    given = {"provenance": environment(), "metrics": metrics, "asha": asha, "watched": watched}
+    given = {"provenance": environment(), "added": added, "asha": asha, "watched": watched}
     train = tune.with_parameters(_train, trials=by_name, **given)
     resources = tune.with_resources(train, lambda chosen: group_of(by_name[chosen["trial"]].config))
     with tempfile.TemporaryDirectory(prefix="fedray-tune-") as scratch:  # all that matters is in the runs
@@ -193,7 +204,7 @@ def _tune(
             run_config=tune.RunConfig(
                 storage_path=scratch,
                 failure_config=tune.FailureConfig(max_failures=RETRIES),
-                callbacks=[_Watch(by_name, on_news)],
+                callbacks=callbacks,
                 verbose=0,
             ),
         )
@@ -211,7 +222,7 @@ def _train(
     chosen: dict[str, Any],
     trials: dict[str, Trial],
     provenance: dict[str, Any],
-    metrics: Any,
+    added: Added,
     asha: str | None,
     watched: bool,
 ) -> None:
@@ -227,9 +238,8 @@ def _train(
         images = sum(row["images"] for row in run.rows)
         dataset = config.task.dataset()
         with open_pool(config, dataset, str(run.directory)) as pool:
-            trackers = [Metrics(str(run.directory))] if watched else []
-            plan = prepare(config, run, begun, dataset)
-            session = Session(config, plan, pool, run, metrics=metrics, trackers=trackers)
+            added = added.beside(Metrics(str(run.directory))) if watched else added
+            session = Session(config, prepare(config, run, begun, dataset), pool, run, added=added)
             for row in fit(session, provenance, begun):
                 images += row["images"]
                 scores = {name: score["value"] for name, score in row["scores"].items()}
@@ -238,7 +248,7 @@ def _train(
                 loss = math.nan if row["loss"] is None else row["loss"]  # of an empty round
                 told = {"round": row["round"], "images": images, "loss": loss}
                 # Nothing to stop a trial by once it has trained to its end: its model is yet to be saved.
-                tune.report(told | (scores if row["round"] < config.rounds else {}))
+                tune.report(told | (scores if asha is None or row["round"] < config.rounds else {}))
     except Exception as error:
         kind = "" if isinstance(error, (UserError, RunError)) else f"{type(error).__name__}: "
         leave_reason(trial, FAILED, f"{kind}{error}")

@@ -16,6 +16,7 @@ from fedray.errors import UserError
 RENAMED = {
     "--output-dir": "--out",
     "--ddpm-num-inference-steps": "--sampling-steps",
+    "--logger": "--report-to",
 }
 
 # What follows from other settings: `applied` works it out. The last has no value.
@@ -41,18 +42,12 @@ SWITCHES = (SCALE, "--center-crop", "--enable-xformers-memory-efficient-attentio
 REFUSED = {
     "--allow-tf32": "say --mixed-precision bf16, which is faster still",
     "--cache-dir": "set HF_HOME for what is downloaded, and FEDRAY_CACHE for decoded images",
-    "--hub-model-id": "upload the run's folder model/ yourself, with `hf upload`",
-    "--hub-private-repo": "make the repository on the hub, private, before you upload to it",
-    "--hub-token": "upload the run's folder model/ yourself, with `hf upload`",
     "--image-interpolation-mode": "images are resized by an antialiased bicubic filter; leave it out",
     "--local-rank": "Ray places clients; say --actors, --cpus-per-actor and --gpus-per-actor",
-    "--logger": "the curves are in OUT/tensorboard; leave it out",
     "--logging-dir": "the curves are in OUT/tensorboard; leave it out",
     "--overwrite-output-dir": "no run overwrites another; choose another --out, or remove the old one first",
     "--prediction-type": "what a pipeline predicts is in its scheduler's configuration; leave it out",
     "--preserve-input-precision": "images have 8 bits a channel here; leave it out",
-    "--push-to-hub": "upload the run's folder model/ yourself, with `hf upload`",
-    "--report-to": "the curves are in OUT/tensorboard; leave it out",
     "--use-8bit-adam": "say --optimizer Adafactor or sgd, which keep fewer numbers than adamw",
     # Of other scripts.
     "--batch-size": "say --train-batch-size",

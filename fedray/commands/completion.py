@@ -12,6 +12,7 @@ from fedray.commands.flags import Flag, flags_of
 from fedray.errors import check_name
 from fedray.menus import LINKS
 from fedray.presets import PRESETS
+from fedray.record.trackers import OURS as TRACKERS
 from fedray.tasks.ddpm import DDPM
 from fedray.tasks.lora import LoRA
 from fedray.tasks.samplers import SAMPLERS
@@ -23,13 +24,14 @@ CLASSES: dict[str, tuple[str, type | None]] = {
     "sweep": ("Flags", DDPM),
     "sample": ("Sample", None), "evaluate": ("Evaluate", None), "audit": ("Audit", None), "report": ("Report", None),
     "runs": ("Runs", None), "attach": ("Attach", None), "stop": ("Stop", None), "cache": ("Cache", None),
+    "push": ("Push", None),
     "completion": ("Completion", None),
 }  # fmt: skip
 
 NAMES = {
     "--preset": list(PRESETS), "--sampler": list(SAMPLERS), "--lr-scheduler": list(LR_SCHEDULERS),
     "--mixed-precision": ["no", "bf16", "fp16"], "--weights": ["examples", "uniform"],
-    "--wire": ["float32", *LINKS.classes], "shell": list(shtab.SUPPORTED_SHELLS),
+    "--report-to": [*TRACKERS, "none"], "--wire": ["float32", *LINKS.classes], "shell": list(shtab.SUPPORTED_SHELLS),
 }  # fmt: skip
 
 

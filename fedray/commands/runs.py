@@ -65,6 +65,7 @@ def _told(directory: Path) -> list[str]:
     run = Run(directory)
     try:
         state = "goes on" if goes_on(run) else "stopped" if run.result is None else "complete"
+        state = "ended early" if state == "complete" and "stopped" in (run.result or {}) else state
         rows, rounds = run.rows, run.saved["config"]["rounds"]
     except UserError as error:
         return [f"damaged: {error}", "", "", "", ""]

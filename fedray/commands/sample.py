@@ -6,7 +6,7 @@ import math
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import tyro
 
@@ -20,7 +20,6 @@ from fedray.storage import located, shown, upload
 
 if TYPE_CHECKING:
     from fedray.federation.worker import Shared
-    from fedray.tasks import AdapterLearner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,15 +89,12 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"--strength {options.strength}: it must not be negative.")
 
     from fedray.cluster.pool import open_pool  # Ray and torch take seconds to import: mistakes are told before
-    from fedray.federation.evaluation import prompts_of, sample
-    from fedray.federation.personal import by_clients
-    from fedray.federation.sampling import Sampling
+    from fedray.federation.delivered import sampling_of
+    from fedray.federation.evaluation import sample
     from fedray.record.pictures import grid
 
     shared = model_of(run.directory, config, options.strength)
-    prompts = options.prompt or getattr(config.task, "validation_prompt", ()) or prompts_of(config)
-    sampling = replace(Sampling.of(config, options.num_images, prompts), seed=options.seed)
-    sampling = by_clients(sampling, config, run, run.complete_rounds)
+    sampling = sampling_of(run, config, options.num_images, options.seed, options.prompt)
     with open_pool(config) as pool, progress(config.rounds) as (_, show):
         _, images = sample(pool, shared, sampling, show)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -108,25 +104,11 @@ def main(arguments: list[str]) -> None:
 
 
 def model_of(directory: Path, config: Config, strength: float = 1.0) -> Shared:
-    """Load the model that a run's samples come from, as of its last complete round.
+    """Load the model that a run's samples come from; say so where its last checkpoint is damaged."""
+    from fedray.federation import delivered
 
-    Args:
-        strength: of adapters, how much of them to use.
-    """
-    from fedray.federation.worker import build, model, sampled, shared_part
-
-    learner = build(config, torch.device("cpu"))
-    shared = shared_part(config, learner)
     run = Run.open(directory)
-    if shared is not None and strength != 1:
-        raise UserError(f"--strength {strength:g}: the clients of {run} share a part of their adapters only.")
-    state = run.state(learner.flat.layout if shared is None else shared.layout)
+    shared = delivered.model_of(run, config, strength)
     if run.gone_back:
         print(f"fedray: {run.gone_back}", file=sys.stderr)
-    if state is None:
-        raise UserError(f"the run at {run} has no complete round yet.")
-    delivered = sampled(state.tensors)
-    if strength == 1:
-        return model(delivered)
-    weakened = {"model": cast("AdapterLearner", learner).adapters.weakened(delivered["model"], strength)}
-    return model(weakened | ({"base": delivered["base"] * strength} if "base" in delivered else {}))
+    return shared

@@ -33,6 +33,7 @@ from fedray.own import load_file
 from fedray.presets import PRESETS
 from fedray.record.publishing import take_over
 from fedray.record.run import RECORD
+from fedray.record.trackers import DEFAULT, open_trackers
 from fedray.storage import located, shown, upload
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ class Flags(Settings[T]):
     """Run anew what OUT has already."""
     asha: str | None = None
     """Stop trials early that are behind in this score after as many images trained (needs --evaluate-every)."""
+    report_to: tuple[str, ...] = DEFAULT
+    """Where trials are shown, in a group: tensorboard, wandb, trackio, mlflow, none, or your own FILE.py:CLASS."""
     out: Path | None = None
     """Directory of the sweep, which several may share, or its URL; by default runs/NAME."""
     take_over: bool = False
@@ -90,6 +93,7 @@ def main(arguments: list[str]) -> None:
     for name in space:
         if flag(name.removeprefix("task.")) in given or (name in DURATION and given & set(map(flag, DURATION))):
             raise UserError(f"{flag(name)} is what {flags.experiment} varies; change its SPACE.")
+    trackers = open_trackers(flags.report_to)
     name = flags.experiment.stem
     out = flags.out or Path("runs") / (f"{name}-smoke" if flags.smoke else name)
 
@@ -102,7 +106,10 @@ def main(arguments: list[str]) -> None:
     experiment = Experiment(config, space, name, question)
     with _progress(len(config.task.dataset())) as on_news:
         try:
-            done = sweep(experiment, out, resume=flags.resume, again=flags.again, asha=flags.asha, on_news=on_news)
+            done = sweep(
+                experiment, out, resume=flags.resume, again=flags.again, asha=flags.asha, on_news=on_news,
+                report_to=trackers,
+            )  # fmt: skip
         except (KeyboardInterrupt, RunError):
             if (place / f"{name}{RECORD}").exists():
                 once = ("--again", "--resume", "--take-over")

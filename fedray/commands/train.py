@@ -13,6 +13,7 @@ import tyro
 from fedray.commands import aliases, config_file
 from fedray.commands.dry_run import print_plan
 from fedray.commands.flags import flags_of
+from fedray.commands.push import Hub
 from fedray.commands.settings import Settings, T, ask, command_of, preset_help, presets_of
 from fedray.commands.terminal import print_table, program, progress
 from fedray.config import Config
@@ -21,6 +22,7 @@ from fedray.forms import files_named
 from fedray.presets import PRESETS
 from fedray.record.publishing import take_over
 from fedray.record.run import Run
+from fedray.record.trackers import DEFAULT, open_trackers
 from fedray.storage import located, shown, upload
 from fedray.tasks.named import task_class
 
@@ -29,7 +31,7 @@ DATA = {"--dataset-name", "--train-data-dir"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train(Settings[T]):
+class Train(Hub, Settings[T]):
     preset: Annotated[str | None, preset_help("train")]
     config_file: Annotated[Path | None, tyro.conf.arg(name="config")] = None
     """File of settings (YAML, TOML, or a run's config.json); flags come on top. `fedray config` prints one."""
@@ -43,6 +45,10 @@ class Train(Settings[T]):
     """Train every client alone, without a federation: what the others are worth. A run per client."""
     task_class: Annotated[str | None, tyro.conf.arg(name="task")] = None
     """A task of your own, FILE.py:CLASS, in place of a preset's: its fields become flags."""
+    report_to: tuple[str, ...] = DEFAULT
+    """Where the run is shown: tensorboard, wandb, trackio, mlflow, none, or a class of your own, FILE.py:CLASS."""
+    push_to_hub: bool = False
+    """After the run, push its model to the Hugging Face hub."""
     code: tuple[Path, ...] = ()
     """Files of your own classes that a resumed run names: only those given here, or in another flag, may run."""
     dry_run: bool = False
@@ -165,6 +171,9 @@ def _main(arguments: list[str], command: str, what: str) -> None:
     if asked.local_only and config.only_client is not None:
         raise UserError("--local-only trains every client alone, and --only-client one of them; leave one out.")
     config.check()
+    trackers = open_trackers(asked.report_to)
+    if asked.push_to_hub:
+        asked.check(out)
     if asked.take_over:
         take_over(out)
     place = located(out)
@@ -176,7 +185,7 @@ def _main(arguments: list[str], command: str, what: str) -> None:
     dataset = config.task.dataset()  # decoding shows progress of its own
     if asked.local_only:
         with progress(config.rounds, alone=True) as (on_row, show):
-            runs = run_local_only(config, out, on_row=on_row, show=show, dataset=dataset)
+            runs = run_local_only(config, out, on_row=on_row, show=show, dataset=dataset, report_to=trackers)
         directories = {run.directory.name: run.directory for run in runs}
         summary(directories).to_csv(place / "summary.csv", index_label="run")
         upload(place / "summary.csv")
@@ -184,10 +193,10 @@ def _main(arguments: list[str], command: str, what: str) -> None:
         print(f"table     {shown(place / 'summary.csv')}")
         print(f"runs      {shown(place)}")
         return
-    resuming = _resuming(command, shown(place), config, arguments)
+    resuming = _resuming(command, shown(place), config, arguments, asked.report_to)
     with progress(config.rounds) as (on_row, show):
         try:
-            finished = run(config, out, resume=resume, on_row=on_row, show=show, dataset=dataset)
+            finished = run(config, out, resume=resume, on_row=on_row, show=show, dataset=dataset, report_to=trackers)
         except Detached:
             print(f"\nThe run goes on on the cluster. Follow it with: {resuming}", file=sys.stderr)
             raise
@@ -198,14 +207,18 @@ def _main(arguments: list[str], command: str, what: str) -> None:
     print_table({shown(place): finished.directory})
     if config.evaluate_samples:
         print(f"samples   {shown(place / 'samples.png')}")
+    if asked.push_to_hub:
+        asked.push(finished)
     print(f"run       {shown(place)}\nnext      {program()} sample {shown(place)} --num-images 100 --seed 1")
 
 
-def _resuming(command: str, out: str, config: Config, arguments: list[str]) -> str:
+def _resuming(command: str, out: str, config: Config, arguments: list[str], report_to: tuple[str, ...]) -> str:
     """Spell the command that continues a run, with what its directory alone does not say."""
     words = [program(), command, "--resume", out]
     if config.address not in (None, "local"):
         words += ["--address", config.address]
     for file in sorted(files_named(arguments)):
         words += ["--code", str(file)]
+    if report_to != DEFAULT:
+        words += ["--report-to", *report_to]
     return shlex.join(words)

@@ -4,17 +4,19 @@ import math
 import time
 import traceback
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fedray import vector
 from fedray.config import Config
 from fedray.data.dataset import Dataset
 from fedray.errors import RunError, reason
+from fedray.federation.callbacks import Callbacks
 from fedray.federation.evaluation import (
     GRID,
     Comparison,
@@ -34,6 +36,7 @@ from fedray.federation.worker import Worker, model, sampled
 from fedray.files import durably, remove, write
 from fedray.forms import check_loaded
 from fedray.record import pictures
+from fedray.record.card import model_card
 from fedray.record.checkpoint import State
 from fedray.record.following import stoppable
 from fedray.record.logs import logged
@@ -42,7 +45,6 @@ from fedray.record.run import Row, Run
 from fedray.record.saver import Saver
 from fedray.record.spending import Spending
 from fedray.record.trackers import Trackers
-from fedray.record.trackers.tensorboard import TensorBoard
 from fedray.scores.nearest import LOOKED_AT
 from fedray.scores.reference import Reference
 
@@ -85,9 +87,10 @@ def fit(session: Session, provenance: dict[str, Any], resume: bool = False) -> I
         UserError: the images cannot be scored against, or the directory is not writable (nothing is written then).
         RunError: the run cannot go on; what was saved stays, and it can be resumed.
     """
-    config, plan, run = session.config, session.plan, session.run
+    config, plan, run, added = session.config, session.plan, session.run, session.added
     scoring = Scoring.of(config) if config.evaluate_samples else None
     against = open_reference(scoring, plan.dataset, session.pool, session.show) if scoring else None
+    ended = run.result is not None
     if not resume:
         look_at_a_sample(session)
         run.create(config, plan.data, provenance)
@@ -107,28 +110,44 @@ def fit(session: Session, provenance: dict[str, Any], resume: bool = False) -> I
             run.prune(state.round, found, config.checkpoints_total_limit)
             *before, row = found
             saver.recovered(before)
-        trackers = Trackers(run, [TensorBoard(run.directory / "tensorboard"), *session.trackers])
+        done = [*run.rows, *saver.rows]
+        if done and row is None and "stopped" in done[-1] and not ended:  # killed before its result was written
+            session = ending(session, state.round)
         if state.round == 0 and prompts_of(config, plan.dataset):
             draw_prompts(session, state)
-        while row is not None or state.round < config.rounds:
-            if row is None:
-                state, row = yield from _beside(run_round(session, state), saver, trackers)
-                if run.gone_back:
-                    row["gone_back"], run.gone_back = run.gone_back, ""
-                if plan.held_out.sizes.any() and config.validates(state.round):
-                    row["held_out"] = validate_round(session, state, row)
-                if config.saves(state.round):
-                    saver.begin(state, row, plan.layout, config.checkpoints_total_limit)
-            if config.validates(state.round) and prompts_of(config, plan.dataset):
-                draw_prompts(session, state)
-            if config.evaluates(state.round):
-                evaluate_round(session, state, row, against)
-            saver.rows.append(row)
-            row = None
-        yield from _shown(saver, trackers)
-        if run.result is None:
-            _finish(session, state)
-        trackers.add()
+        callbacks = Callbacks(added.callbacks)
+        callbacks.start(done)
+        with closing(Trackers(run, config, added.trackers, added.group)) as trackers:
+            while row is not None or state.round < session.config.rounds:
+                if row is None:
+                    state, row = yield from _beside(run_round(session, state), saver, trackers)
+                    if run.gone_back:
+                        row["gone_back"], run.gone_back = run.gone_back, ""
+                    hold_out(session, state, row)
+                    if config.saves(state.round):
+                        saver.begin(state, row, plan.layout, config.checkpoints_total_limit)
+                why = row.get("stopped")  # of a row that was in the checkpoint
+                if why is None:
+                    whys = measure(session, state, row, against, callbacks), callbacks.round(row)
+                    why = whys[0] or whys[1]
+                if why is not None and state.round < config.rounds:
+                    row["stopped"], session = why, ending(session, state.round)
+                    hold_out(session, state, row)
+                    if not config.saves(state.round):
+                        saver.begin(state, row, plan.layout, config.checkpoints_total_limit)
+                    measure(session, state, row, against, Callbacks(()))
+                saver.rows.append(row)
+                row = None
+            yield from _shown(saver, trackers)
+            if run.result is None:
+                _finish(session, state)
+            trackers.add()
+        callbacks.end(run.result or {})
+
+
+def ending(session: Session, rounds: int) -> Session:
+    """Have a run end after so many rounds, as if its settings said so."""
+    return replace(session, config=replace(session.config, rounds=rounds))
 
 
 @contextmanager
@@ -189,8 +208,25 @@ def look_at_a_sample(session: Session) -> None:
         sample(session.pool, model({"model": plan.initial}), one)
 
 
-def evaluate_round(session: Session, state: State, row: Row, against: Reference | None) -> None:
-    """Score the model (its average, where there is one) into `row`, and draw its samples.
+def hold_out(session: Session, state: State, row: Row) -> None:
+    """Measure held-out losses into `row`, where they are due and not there yet."""
+    due = session.plan.held_out.sizes.any() and session.config.validates(state.round)
+    if due and not row["held_out"]:
+        row["held_out"] = validate_round(session, state, row)
+
+
+def measure(session: Session, state: State, row: Row, against: Reference | None, callbacks: Callbacks) -> str | None:
+    """Sample a round, for prompts and for scores, where it is due; return why the run is to end, if it is."""
+    config = session.config
+    if config.validates(state.round) and prompts_of(config, session.plan.dataset):
+        draw_prompts(session, state)
+    if config.evaluates(state.round):
+        return callbacks.evaluation(row, evaluate_round(session, state, row, against))
+    return None
+
+
+def evaluate_round(session: Session, state: State, row: Row, against: Reference | None) -> np.ndarray:
+    """Score the model (its average, where there is one) into `row`, draw its samples, and return the first of them.
 
     After the last round also: the scores' intervals, and whether samples copy what was trained on.
     """
@@ -201,7 +237,7 @@ def evaluate_round(session: Session, state: State, row: Row, against: Reference 
     sampling = Sampling.of(config, config.evaluate_samples, prompts_of(config, plan.dataset))
     sampling = replace(sampling, repeats=config.evaluate_repeats if last else 1)
     sampling = by_clients(sampling, config, run, state.round)
-    comparison = Comparison(plan.dataset, Scoring.of(config), against, session.metrics, intervals=last)
+    comparison = Comparison(plan.dataset, Scoring.of(config), against, session.added.metrics, intervals=last)
     found = evaluate(session.pool, model(sampled(state.tensors)), sampling, comparison, keep, session.show)
     row["scores"] = {name: each.to_json() for name, each in found.scores.items()}
     row["evaluation"] = found.about | {"of": delivers(state)}
@@ -213,6 +249,7 @@ def evaluate_round(session: Session, state: State, row: Row, against: Reference 
         row["scores"]["copies"] = share.to_json()
         pictures.draw_nearest(run.directory, found.images[closest], plan.dataset.images[nearest], state.round)
     row["seconds"]["evaluate"] = time.perf_counter() - began
+    return found.images[:GRID]
 
 
 def draw_prompts(session: Session, state: State) -> None:
@@ -254,6 +291,7 @@ def _finish(session: Session, state: State) -> None:
         "delivered_sha256": vector.sha256(torch.cat(list(delivered.values()))),
         "state_sha256": vector.sha256_of(state.tensors),
         "rounds": state.round,
+        **({"stopped": rows[-1]["stopped"]} if "stopped" in rows[-1] else {}),
         "loss": next((row["loss"] for row in reversed(rows) if row["loss"] is not None), None),
         "scores": rows[-1]["scores"],
         "evaluation": rows[-1]["evaluation"],
@@ -267,5 +305,6 @@ def _finish(session: Session, state: State) -> None:
     }
     if session.spending is not None:
         result["privacy"] = session.spending.report(config.secure_noise)
-    run.write_card(config, result)
+    card = model_card(config.to_json(), result, run.saved.get("command", []))
+    (run.directory / "model/README.md").write_text(card)
     run.finish(result)

@@ -7,7 +7,7 @@ where clients run.
 
 import math
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +16,9 @@ import numpy as np
 from fedray.algorithms import Folded, Round, Rows
 from fedray.config import Config
 from fedray.errors import RunError
+from fedray.federation.added import Added
 from fedray.federation.blocks import Block, Pace, Queue, TrainBlock, merge_partials, train_block
-from fedray.federation.evaluation import Metric, Show, silent
+from fedray.federation.evaluation import Show, silent
 from fedray.federation.local import TrainJob, ValidateJob, validate
 from fedray.federation.personal import memories
 from fedray.federation.plan import Plan, dropped_of
@@ -27,7 +28,6 @@ from fedray.menus import FOLDS
 from fedray.record.checkpoint import State
 from fedray.record.run import Row, Run
 from fedray.record.spending import Spending
-from fedray.record.trackers import Tracker
 from fedray.vector import as_tensor
 from fedray.wire import Payload, counted
 
@@ -41,10 +41,9 @@ class Session:
     pool: Pool
     run: Run
     show: Show = silent
-    metrics: Mapping[str, Metric] = field(default_factory=dict)  # scores of the user's own, by name
+    added: Added = field(default_factory=Added)  # the user's own scores, callbacks and trackers
     pace: Pace = field(default_factory=Pace)
     spending: Spending | None = None  # of privacy
-    trackers: Sequence[Tracker] = ()  # beside those that every run has
 
 
 def run_round(session: Session, state: State) -> Generator[None, None, tuple[State, Row]]:

@@ -1,10 +1,16 @@
-"""Model cards in Hugging Face's form: a model's data, training and scores."""
+"""Model cards in Hugging Face's form: a model's data, training, privacy and scores."""
 
 import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedray.config import Config
+PICTURES = {  # of a run, with their captions
+    "samples.png": "Samples of the model",
+    "validation.png": "Samples for each prompt, from the base to the last round",
+    "partition.png": "Which client holds what",
+}
+WORDS = {"image": "unconditional-image-generation", "text": "text-to-image"}  # the hub's names of tasks
 
 
 def privacy_of(result: dict[str, Any]) -> str | None:
@@ -20,24 +26,80 @@ def privacy_of(result: dict[str, Any]) -> str | None:
     )
 
 
-def model_card(config: Config, result: dict[str, Any], command: list[str]) -> str:
-    """Write the card in Markdown, from a run's settings, its result and the command that began it."""
-    settings = config.to_json()
-    base = getattr(config.task, "pretrained_model_name_or_path", None)
-    base = Path(base).name if base and Path(base).exists() else base  # a path of this machine says nothing elsewhere
-    data = getattr(config.task, "train_data_dir", None) or getattr(config.task, "dataset_name", config.task.name)
+def model_card(
+    settings: Mapping[str, Any],
+    result: dict[str, Any],
+    command: Sequence[str],
+    license: str | None = None,
+    pictures: Sequence[str] = (),
+) -> str:
+    """Write the card, from a run's settings (as JSON has them), its result and the command that began it.
+
+    Args:
+        license: of the model, as the hub names it (apache-2.0, mit …): that is for the user to say.
+        pictures: which of `PICTURES` lie beside the card.
+    """
+    from huggingface_hub import ModelCardData  # takes long to import
+
+    task = settings["task"]
+    base, data = task.get("pretrained_model_name_or_path"), task.get("train_data_dir") or task.get("dataset_name")
+    here = base is not None and Path(base).exists()  # a path of this machine says nothing elsewhere
+    data = Path(str(data or task["name"])).name
+    kind = WORDS["image" if base is None else "text"]
+    prompts = [*(task.get("validation_prompt") or ()), "-"]  # "-": a picture without a prompt
+    shown = next((name for name in ("validation.png", "samples.png") if name in pictures), None)
+    front = ModelCardData(
+        license=license,
+        library_name="diffusers",
+        pipeline_tag=kind,
+        base_model=None if here else base,
+        tags=["diffusers", "federated-learning", "fedray", *(["lora"] if base is not None else [])],
+        widget=[{"text": prompts[0], "output": {"url": shown}}] if shown else None,
+        eval_results=_results(kind, data, result) or None,
+        model_name=f"{data}, {settings['clients']} clients, {settings['algorithm']}",
+    )
+    epochs, steps = settings["local_epochs"], settings["local_steps"]
     facts = {
-        "base": base,
-        "data": f"{Path(str(data)).name}, {result['examples']:,} images among {config.clients} clients",
+        "base": Path(base).name if here else base,
+        "data": f"{data}, {result['examples']:,} images among {settings['clients']} clients",
         "partition": settings["partition"],
         "rounds": f"{result['rounds']}, aggregated by {settings['algorithm']}",
-        "local training": f"{config.local_steps} steps" if config.local_steps else f"{config.local_epochs} epochs",
+        "ended early": result.get("stopped"),
+        "local training": f"{steps} steps" if steps else f"{epochs} epochs",
         "sent": f"{result['bytes_down']:,} bytes down, {result['bytes_up']:,} up",
-        "privacy of clients": privacy_of(result),
-        **{name: f"{score['value']:.4g} (n = {score['n']})" for name, score in result["scores"].items()},
+        "privacy of clients": privacy_of(result) or "no noise was added: the model may tell of the images it learned",
+        **{name: _value(score) for name, score in result["scores"].items()},
+        "scores measured with": result["evaluation"].get("features") if result["scores"] else None,
         "weights' SHA-256": result.get("delivered_sha256", result["vector_sha256"]),
         "command": f"`{shlex.join(command)}`",
     }
-    front = ["---", "library_name: diffusers", *([f"base_model: {base}"] if base else []), "tags: [fedray]", "---"]
     lines = [f"| {name} | {fact} |" for name, fact in facts.items() if fact]
-    return "\n".join([*front, "", "# A model trained by federated averaging", "", "| | |", "|---|---|", *lines, ""])
+    images = [line for name in PICTURES if name in pictures for line in (f"![{PICTURES[name]}]({name})", "")]
+    title = "# A model trained by federated averaging" if base is None else "# Adapters trained by federated averaging"
+    head = ["---", front.to_yaml(), "---", "", title, ""]
+    return "\n".join([*head, *images, "| | |", "|---|---|", *lines, ""])
+
+
+def _value(score: Mapping[str, Any]) -> str:
+    std = f" ± {score['std']:.2g}" if score.get("std") is not None else ""
+    return f"{score['value']:.4g}{std} (n = {score['n']})"
+
+
+def _results(kind: str, data: str, result: dict[str, Any]) -> list[Any]:
+    """Return a run's scores as the hub shows them."""
+    from huggingface_hub import EvalResult
+
+    features = result["evaluation"].get("features")
+    return [
+        EvalResult(
+            task_type=kind,
+            dataset_type=data,
+            dataset_name=data,
+            metric_type=name.split("[")[0].split("@")[0].split("/")[0],
+            metric_name=name,
+            metric_value=score["value"],
+            metric_args={"n": score["n"], "std": score.get("std"), "over": score.get("over"), "features": features},
+        )
+        for name, score in result["scores"].items()
+        if not name.endswith("/real")  # of real images
+    ]

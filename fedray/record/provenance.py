@@ -20,7 +20,7 @@ def environment() -> dict[str, Any]:
         "versions": versions(),
         "machine": {"platform": platform.platform(), "cpus": os.cpu_count(), "gpus": torch.cuda.device_count()},
         "git_commit": _git_commit(),
-        "command": sys.argv,
+        "command": without_secrets(sys.argv),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 
@@ -29,6 +29,16 @@ def versions() -> dict[str, str]:
     """Return the versions, in this process, of what a run's bits depend on."""
     packages = ("fedray", "torch", "diffusers", "ray", "numpy")
     return {name: importlib.metadata.version(name) for name in packages} | {"python": platform.python_version()}
+
+
+def without_secrets(command: list[str]) -> list[str]:
+    """Leave the value of --hub-token out of a command: model cards show it."""
+    kept = []
+    for before, word in zip(["", *command], command, strict=False):
+        name = word.partition("=")[0].replace("_", "-")
+        after = before.replace("_", "-") == "--hub-token"
+        kept.append("…" if after else f"{name}=…" if name == "--hub-token" and "=" in word else word)
+    return kept
 
 
 def _git_commit() -> str | None:

@@ -23,13 +23,13 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+from uuid import uuid4
 
 from fedray.config import FORMAT, Config
 from fedray.errors import RunError, UserError, reason
 from fedray.files import as_json, is_content, read_json, read_text, size, write
 from fedray.lazy import torch
-from fedray.record.card import model_card
 from fedray.record.checkpoint import State, load_rows, load_state, save_state
 from fedray.record.copies import local, strangers
 from fedray.record.lock import hold, unwritable
@@ -58,7 +58,7 @@ class Run:
         self.gone_back = ""  # why `state` is not that of the last checkpoint
 
     @classmethod
-    def open(cls, directory: str | Path) -> Run:
+    def open(cls, directory: str | Path) -> Self:
         """Open an existing run, at a path or a URL. Raises `UserError` where there is none."""
         run = cls(local(directory, whole=True))
         if not run.directory.is_dir():
@@ -159,7 +159,8 @@ class Run:
         Of two processes that begin one at the same time, the other finds the first one's.
         """
         self.check_vacant()
-        text = as_json({"format": FORMAT, "config": config.to_json(), **data, **provenance})
+        # The id is what trackers know the run by, wherever its directory is moved to.
+        text = as_json({"format": FORMAT, "id": uuid4().hex[:12], "config": config.to_json(), **data, **provenance})
         with self.locked():
             self.check_vacant()
             try:
@@ -271,10 +272,11 @@ class Run:
         """Have a run, complete or not, end after that many rounds."""
         with self.locked():
             saved = read_json(self.directory / "config.json")
+            # In this order: one that is killed between is a run without its result, which resuming writes again.
+            if not self.complete_after(rounds):
+                (self.directory / "result.json").unlink(missing_ok=True)
             if saved["config"]["rounds"] == rounds:
                 return
-            # In this order: one that is killed between is a run without its result, which resuming writes again.
-            (self.directory / "result.json").unlink(missing_ok=True)
             saved["config"]["rounds"] = rounds
             write(self.directory / "config.json", as_json(saved))
 
@@ -307,10 +309,6 @@ class Run:
                 f"the run needs about {size(sum(needed.values()))} on the disk of {self} ({parts}), and "
                 f"{size(free)} are free; {other} on another disk."
             )
-
-    def write_card(self, config: Config, result: Row) -> None:
-        """Write model/README.md, the model card, for those who get the model without the run."""
-        (self.directory / "model/README.md").write_text(model_card(config, result, self.saved.get("command", [])))
 
     def finish(self, result: Row) -> None:
         """Write the result: then the run is complete."""

@@ -143,7 +143,7 @@ def write(rounds: pd.DataFrame, directory: str | Path) -> None:
 
 def finals(rounds: pd.DataFrame) -> pd.DataFrame:
     """Take the last row of each complete run; a configuration counts once, wherever it was computed."""
-    last = rounds[rounds["complete"] & (rounds["round"] == rounds["rounds"])]
+    last = rounds[rounds["complete"] & ~rounds.duplicated(["directory", "sha256"], keep="last")]
     return last.drop_duplicates("sha256").reset_index(drop=True)
 
 
@@ -272,6 +272,7 @@ def _run(directory: Path, config: dict[str, Any], problems: list[str]) -> _Run:
     if failed:
         problems.append(left_out(directory, failed, len(rows)))
     finished = (directory / "result.json").exists()
+    rounds = len(lines) if rows and "stopped" in saved else rounds  # by a callback
     if not finished:
         problems.append(unfinished(directory, len(rows), rounds))
     elif len(rows) == len(lines) != rounds:

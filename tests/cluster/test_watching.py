@@ -125,18 +125,27 @@ def test_rounds_are_counted_once(toy_config, tmp_path, monkeypatch):
         def set(self, value):
             counts[self.name] = value
 
+    class Broken(metrics.Metrics):
+        failed = 0
+
+        def log(self, entry):
+            if entry.round == 4 and not self.failed:
+                self.failed = entry.round
+                raise OSError("the agent is gone")
+            super().log(entry)
+
     monkeypatch.setattr(metrics, "Counter", Fake)
     monkeypatch.setattr(metrics, "Gauge", Fake)
-    rows = rows_of(toy_config(rounds=6), tmp_path / "run")
-    tracker = metrics.Metrics("here")
-    tracker.restart(rows[:2])
-    assert counts == {}
-    tracker.add(rows[2])
-    tracker.restart(rows[:5])
-    tracker.add(rows[5])
-    assert counts["fedray_rounds"] == 4
-    assert counts["fedray_clients"] == 16
-    assert counts["fedray_down_bytes"] == sum(row["bytes_down"] for row in rows[2:])
+    config, out = toy_config(rounds=6), tmp_path / "run"
+    train(config, out, rounds=2)
+    before = len(Run(out).rows)
+    with pytest.warns(UserWarning, match="Broken shows no new rounds"):
+        train(config, out, resume=True, report_to=[broken := Broken("here")])
+    rows = Run(out).rows
+    assert broken.failed == 4
+    assert counts["fedray_rounds"] == 6 - before
+    assert counts["fedray_clients"] == 4 * (6 - before)
+    assert counts["fedray_down_bytes"] == sum(row["bytes_down"] for row in rows[before:])
     assert counts["fedray_loss"] == rows[5]["loss"]
 
 

@@ -1,14 +1,11 @@
 """What trackers show is what the rows say; and what befalls them does not befall the run."""
 
-import os
-
 import numpy as np
 import pytest
 from runs import assert_curves_equal_rows, crc32c, curves, fit, sha, train
 
 from fedray.federation.pool import LocalPool
 from fedray.record.run import Run
-from fedray.record.trackers import Trackers
 
 
 def test_the_checksum_is_that_of_the_standard():
@@ -54,7 +51,7 @@ def test_a_run_goes_on_while_tensorboard_cannot_be_written(toy_config, tmp_path)
 
 
 def test_an_event_that_is_written_in_part_is_written_again(toy_config, tmp_path, monkeypatch):
-    """As on a full disk: so many bytes fit, and then none."""
+    """As on a disk that is full for a while: so many bytes fit, and then none."""
     import fedray.record.trackers.tensorboard as module
 
     class Full:
@@ -75,6 +72,8 @@ def test_an_event_that_is_written_in_part_is_written_again(toy_config, tmp_path,
         for row in fit(config, LocalPool(config), tmp_path):
             if row["round"] == 1:
                 monkeypatch.setattr(module, "open", Full, raising=False)
+            if row["round"] == 2:
+                monkeypatch.undo()
 
     with pytest.warns(UserWarning, match="could not be written in full"):
         filling()
@@ -82,30 +81,54 @@ def test_an_event_that_is_written_in_part_is_written_again(toy_config, tmp_path,
 
 
 def test_a_tracker_of_another_kind(toy_config, tmp_path):
-    """One that fails at every second call still has every row in the end, once."""
+    """One that fails at every third call still has every round in the end, once, and in order."""
 
     class Flaky:
-        shown, calls = (), 0
+        def __init__(self):
+            self.shown, self.calls = [], 0
 
         def fail(self):
             self.calls += 1
-            if self.calls % 2:
+            if self.calls % 3 == 1:
                 raise ConnectionError(f"away at call {self.calls}")
 
-        def restart(self, rows):
+        def start(self, run):
             self.fail()
-            self.shown = [row["round"] for row in rows]
+            return self.shown[-1] if self.shown else None
 
-        def add(self, row):
+        def log(self, entry):
             self.fail()
-            self.shown.append(row["round"])
+            self.shown.append(entry.round)
 
-    run, flaky = Run(tmp_path), Flaky()
-    with pytest.warns(UserWarning, match="Flaky shows no new rounds for now: away at call 1"):
-        trackers = Trackers(run, [flaky])
-    for number in range(1, 7):
-        run.append([{"round": number}])
-        trackers.add({"round": number})  # warns no more
-    trackers.add()
-    assert flaky.shown == [1, 2, 3, 4, 5, 6]
-    assert os.listdir(tmp_path) == ["rounds.jsonl"]
+        def finish(self):
+            pass
+
+    flaky = Flaky()
+    with pytest.warns(UserWarning, match="Flaky shows no new rounds for now: away at call 1") as warned:
+        train(toy_config(rounds=8), tmp_path, report_to=[flaky])
+    assert len(warned) == 1
+    assert flaky.shown == list(range(9))
+    assert not (tmp_path / "tensorboard").exists()
+
+
+def test_no_picture_is_shown_through_a_link(toy_config, tmp_path):
+    """A run directory may come from anyone."""
+
+    class Told:
+        def start(self, run):
+            self.pictures = {}
+
+        def log(self, entry):
+            self.pictures |= {(entry.round, name): path for name, path in entry.pictures.items()}
+
+        def finish(self):
+            pass
+
+    train(toy_config(rounds=4, evaluate_every=1), tmp_path / "run", rounds=2)
+    (tmp_path / "secret").write_text("mine")
+    for name in ("samples/round-000001.png", "partition.png"):
+        (tmp_path / "run" / name).unlink()
+        (tmp_path / "run" / name).symlink_to(tmp_path / "secret")
+    told = Told()
+    train(toy_config(rounds=4, evaluate_every=1), tmp_path / "run", resume=True, report_to=[told])
+    assert set(told.pictures) == {(number, "samples") for number in (2, 3, 4)}

@@ -559,7 +559,9 @@ def test_what_is_saved_diffusers_loads_alone_and_draws_the_same(config, tmp_path
     untrained = learner.sample(2, torch.Generator().manual_seed(5), "dpmsolver++", 4, prompts).numpy().astype(int)
     assert np.abs(ours - untrained).max() > 3  # not the adapter from before training
     card = (run.directory / "model/README.md").read_text()
-    assert "base_model: digits_pipeline" in card
+    assert "| base | digits_pipeline |" in card
+    assert "base_model" not in card  # of a folder of this machine the hub knows nothing
+    assert "pipeline_tag: text-to-image" in card
     assert run.result["vector_sha256"] in card
 
 
