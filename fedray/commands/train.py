@@ -163,6 +163,9 @@ def directory_of(asked: Train, config: Config, words: list[str]) -> tuple[Path, 
 def _main(arguments: list[str], command: str, what: str) -> None:
     asked, config, words = asked_for(arguments, command, what)
     out, resume = directory_of(asked, config, words)
+    trackers = open_trackers(asked.report_to)
+    if asked.push_to_hub:
+        asked.check(out)
     if asked.dry_run:
         print_plan(config, out, resume)
         return
@@ -171,9 +174,6 @@ def _main(arguments: list[str], command: str, what: str) -> None:
     if asked.local_only and config.only_client is not None:
         raise UserError("--local-only trains every client alone, and --only-client one of them; leave one out.")
     config.check()
-    trackers = open_trackers(asked.report_to)
-    if asked.push_to_hub:
-        asked.check(out)
     if asked.take_over:
         take_over(out)
     place = located(out)
