@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import pytest
 from ray.exceptions import ActorDiedError
 
-from fedray.cluster import calls, crossing, ends, nodes, pool
+from fedray.cluster import calls, crossing, logs, nodes, pool
 from fedray.cluster.actors import Place
+from fedray.cluster.logs import Printed
 from fedray.cluster.messages import pack
 from fedray.cluster.pool import RayPool
 from fedray.errors import RunError
@@ -39,7 +40,7 @@ class Ray:
             self.made.append((index, self.now))
             return SimpleNamespace(
                 place=self.method(lambda: Ref(self.now + START, Place("node", "", versions()))),
-                progress=self.method(lambda: Ref(self.now, Done(0, 0))),
+                progress=self.method(lambda read: Ref(self.now, (Done(0, 0), Printed()))),
                 do=self.method(lambda *arguments: self.job(index)),
                 _actor_id=b"",
             )
@@ -55,7 +56,7 @@ class Ray:
         return Ref(self.now + JOB, value), Ref(self.now + JOB, pack(None)), Ref(self.now + JOB, pack(None))
 
     def get_runtime_context(self):
-        return SimpleNamespace(get_node_id=lambda: "node")
+        return SimpleNamespace(get_actor_id=lambda: None, get_node_id=lambda: "node")
 
     def put(self, value):
         return value
@@ -89,7 +90,7 @@ class Ray:
 def simulated(monkeypatch):
     def make(sick):
         ray = Ray(sick)
-        for module in (pool, calls, crossing, ends, nodes):
+        for module in (pool, calls, crossing, logs, nodes):
             monkeypatch.setattr(module, "ray", ray)
         for module in (pool, calls, crossing):
             monkeypatch.setattr(module, "time", ray)
