@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     0: all was done;  1: a run failed;  2: a mistake of the user's;  130: Ctrl-C;  143: SIGTERM.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
+    ours, arguments = arguments is None, sys.argv[1:] if arguments is None else arguments
     command, *rest = arguments or ["--help"]
     if command == "--version":
         print(f"fedray {fedray.__version__}")
@@ -51,7 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
     from fedray.errors import RunError, UserError, check_name, check_text
     from fedray.memory import keep_freed_memory
 
-    keep_freed_memory()
+    if ours:  # the process
+        keep_freed_memory()
 
     with interruptible() as caught:
         try:

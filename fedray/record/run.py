@@ -180,6 +180,11 @@ class Run:
     def check_vacant(self) -> None:
         """Raise `UserError` if a run cannot begin here."""
         place = self.directory
+        if "working_dir_files" in place.absolute().parts:  # of `ray job submit --working-dir`
+            raise UserError(
+                f"{place.absolute()} is in Ray's copy of a working directory, which is removed after the job; give an "
+                f"absolute --out."
+            )
         occupied = place.exists() and (not place.is_dir() or any(map(is_content, place.iterdir())))
         # Asked second: of two that begin, the other may write its configuration meanwhile.
         if (place / "config.json").exists():

@@ -5,13 +5,15 @@ from types import SimpleNamespace
 import pytest
 from ray.exceptions import ActorDiedError
 
-from fedray.cluster import calls, ends, nodes, pool
+from fedray.cluster import calls, crossing, logs, nodes, pool
 from fedray.cluster.actors import Place
+from fedray.cluster.logs import Printed
 from fedray.cluster.messages import pack
 from fedray.cluster.pool import RayPool
 from fedray.errors import RunError
 from fedray.federation.causes import BackOff, Cause
 from fedray.federation.worker import Done, Shared
+from fedray.record.provenance import versions
 
 START, JOB = 3.0, 1.0  # seconds
 
@@ -37,8 +39,8 @@ class Ray:
         def actor(settings, index, *data):
             self.made.append((index, self.now))
             return SimpleNamespace(
-                place=self.method(lambda: Ref(self.now + START, Place("node", ""))),
-                progress=self.method(lambda: Ref(self.now, Done(0, 0))),
+                place=self.method(lambda: Ref(self.now + START, Place("node", "", versions()))),
+                progress=self.method(lambda read: Ref(self.now, (Done(0, 0), Printed()))),
                 do=self.method(lambda *arguments: self.job(index)),
                 _actor_id=b"",
             )
@@ -51,7 +53,10 @@ class Ray:
     def job(self, index):
         self.lost += index in self.sick
         value = ActorDiedError() if index in self.sick else {"actor": f"actor {index}"}
-        return Ref(self.now + JOB, value), Ref(self.now + JOB, pack(None))
+        return Ref(self.now + JOB, value), Ref(self.now + JOB, pack(None)), Ref(self.now + JOB, pack(None))
+
+    def get_runtime_context(self):
+        return SimpleNamespace(get_actor_id=lambda: None, get_node_id=lambda: "node")
 
     def put(self, value):
         return value
@@ -85,11 +90,13 @@ class Ray:
 def simulated(monkeypatch):
     def make(sick):
         ray = Ray(sick)
-        for module in (pool, calls, ends, nodes):
+        for module in (pool, calls, crossing, logs, nodes):
             monkeypatch.setattr(module, "ray", ray)
-        for module in (pool, calls):
+        for module in (pool, calls, crossing):
             monkeypatch.setattr(module, "time", ray)
         monkeypatch.setattr(calls, "known_to_ray", lambda actor: {})
+        monkeypatch.setattr(pool, "draining", frozenset)
+        monkeypatch.setattr(crossing, "get_local_object_locations", lambda refs: {})
         monkeypatch.setattr(nodes, "available_resources_per_node", lambda: {})
         return ray
 

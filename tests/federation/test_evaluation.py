@@ -347,20 +347,18 @@ runpy.run_module("pytorch_fid", run_name="__main__", alter_sys=True)
 @pytest.mark.slow
 @pytest.mark.skipif(not FACES.is_dir(), reason="needs ../shared/data/faces")
 def test_fid_equals_pytorch_fid(weights, tmp_path, monkeypatch, capsys):
-    """`fedray evaluate FOLDER` against pytorch-fid's own command in a process of its own, at all dimensions."""
+    """`fedray evaluate FOLDER` against pytorch-fid's own command in a process of its own.
+
+    At the fewest and the most dimensions; `test_inceptions_features_are_pytorch_fids` has all four.
+    """
     monkeypatch.setenv("FEDRAY_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("TORCH_HOME", str(weights.parents[2]))
     photos = sorted(FACES.rglob("*.p*"))
-    for name, chosen in (("one", photos[:200:5]), ("other", photos[200::5])):
+    for name, chosen in (("one", photos[:200:8]), ("other", photos[200::8])):
         (tmp_path / name).mkdir()
         for photo in chosen:
             Image.open(photo).save(tmp_path / name / f"{photo.parent.name}-{photo.stem}.png")
-    for dimensions, features in (
-        (64, "inception-64"),
-        (192, "inception-192"),
-        (768, "inception-768"),
-        (2048, "inception"),
-    ):
+    for dimensions, features in ((64, "inception-64"), (2048, "inception")):
         command = [sys.executable, "-c", PYTORCH_FID, "one", "other", "--dims", str(dimensions), "--device", "cpu"]
         ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500, check=True)
         theirs = float(re.search(r"FID:\s+([\d.]+)", ran.stdout).group(1))

@@ -168,7 +168,7 @@ def test_a_round_of_too_few_ends_the_run(toy_config, tmp_path):
 
 def test_uploads_that_do_not_fit_the_machine_are_refused_with_their_size(toy_config, tmp_path, monkeypatch, capsys):
     config = toy_config(fold="median", size=1000)
-    print_plan(config, tmp_path / "run", resume=False)
+    print_plan(config, tmp_path / "run", False)
     said = capsys.readouterr().out
     assert "uploads kept" in said
     assert "0.0 MB at the driver" in said  # 4 clients x 1000 x 4 bytes

@@ -235,6 +235,16 @@ def in_another_process(work, as_nobody=False):
     return said
 
 
+def test_a_run_is_not_written_into_rays_copy_of_a_working_directory(toy_config, tmp_path, monkeypatch):
+    copy = tmp_path / "session_1/runtime_resources/working_dir_files/_ray_pkg_1"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    with pytest.raises(UserError, match="give an absolute --out"):
+        train(toy_config(), Path("runs/x"))
+    assert not list(copy.iterdir())
+    train(toy_config(rounds=1), tmp_path / "runs/x")
+
+
 def test_a_directory_that_may_not_be_written(made):
     with tempfile.TemporaryDirectory() as place:  # pytest's own is closed to others
         os.chmod(place, 0o755)

@@ -67,7 +67,7 @@ def test_a_file_in_a_folder_is_enough(tmp_path):
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    assert "damped|" in run("train --help").replace("\n", "").replace(" ", "")
+    assert "damped|" in run("train --help-all").replace("\n", "").replace(" ", "")
     short = "--rounds 2 --local-steps 1 --evaluate-samples 0 --test-share 0.9 --actors 0 --no-use-ema"
     run(f"train {short} --algorithm damped:0.25 --wire float64 --out run")
     saved = json.loads((tmp_path / "run/config.json").read_text())["config"]

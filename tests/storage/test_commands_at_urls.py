@@ -39,6 +39,7 @@ def wait_until(true, process):
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_a_run_is_read_from_another_node(bucket, node, capsys, tmp_path):
     out = f"{bucket}/runs/a"
     assert main(["train", *DIGITS.split(), "--out", out]) == 0
