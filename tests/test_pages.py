@@ -60,7 +60,7 @@ def commands(page):
     blocks = "".join(re.findall(r"^```(?:bash|sh)?\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL))
     inline = re.findall(r"`((?:\.venv/bin/)?fedray [a-z]+ [^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
     for line in [*blocks.splitlines(), *inline]:
-        found = re.search(r"(?:^|[\s/'\"])fedray (([a-z]+)\b.*)$", line.split(" #")[0].rstrip("'\" "))
+        found = re.search(r"(?:^|[\s/'\"])fedray (([a-z]+)\b.*)$", re.split(" [#>]", line)[0].rstrip("'\" "))
         if found and found[2] in cli.COMMANDS and not re.search(r"…|\.\.\.|\||\[", found[1]):
             yield found[1]
 
@@ -111,7 +111,7 @@ def parse(monkeypatch, begun, tmp_path):
 
 @pytest.mark.parametrize(("page", "command"), SHOWN, ids=[f"{page.stem}-{n}" for n, (page, _) in enumerate(SHOWN)])
 def test_commands_of_the_pages_are_parsed(page, command, parse, capsys):
-    file = re.search(r"(\S+\.py)\b", command)
+    file = re.search(r"(\S+\.(?:py|yaml))\b", command)
     if file and not (ROOT / file[1]).exists():
         pytest.skip(f"a file of the reader's own: {file[1]}")
     assert parse(command), capsys.readouterr().err
