@@ -393,7 +393,7 @@ def test_experiments_in_short(tmp_path, ray, capsys, name):
     assert "fd[digits]" in printed
     asked = json.loads((tmp_path / f"{name}.sweep.json").read_text())
     assert len(list(tmp_path.glob("*/result.json"))) == len(asked["trials"]) >= 4
-    table = pd.read_csv(tmp_path / f"{name}.csv")
+    table = pd.read_csv(tmp_path / f"{name}.csv", dtype=str)
     assert len(table) == len(asked["trials"]) / 2  # two seeds
     varied = [setting for setting in asked["varied"] if setting != "seed"]
     assert list(table.columns[: len(varied)]) == varied
