@@ -25,7 +25,7 @@ def load():
 def test_the_page_has_the_kept_results():
     bench = load()
     text, results = bench.PAGE.read_text(), json.loads(bench.RESULTS.read_text())
-    assert {found[2] for found in bench.BLOCK.finditer(text)} == set(bench.BENCHES) == set(results)
+    assert {found[2] for found in bench.BLOCK.finditer(text)} == set(results) <= set(bench.BENCHES)
     assert bench.page(text, results) == text
 
 
