@@ -9,7 +9,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #
-# A run on a Slurm allocation. Run on one node with a stand-in for srun; not run on Slurm.
+# A run on a Slurm allocation. Not run on Slurm, but on one node.
 # From the top of the repository, which lies with .venv and the run on storage that all nodes see:
 #
 #   .venv/bin/ray get-auth-token --generate > /dev/null && chmod 600 ~/.ray/auth_token     # once
