@@ -80,7 +80,7 @@ def test_effects_of_clients_steps_and_images_are_told_apart():
         score = 50 * 1.1 ** np.log2(clients) * 0.8 ** np.log2(images / 1e5) * np.exp(0.2 * seed + rng.normal(0, 0.05))
         rows.append(
             {"clients": clients, "local_steps": steps, "total.images": images, "seed": seed, "fd[digits]": score,
-             "round": 1, "rounds": 1, "complete": True, "sha256": str(len(rows))}
+             "round": 1, "rounds": 1, "complete": True, "directory": str(len(rows)), "sha256": str(len(rows))}
         )  # fmt: skip
     rounds = pd.DataFrame(rows)
     found = same_steps.effects(rounds)

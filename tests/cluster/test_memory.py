@@ -60,7 +60,7 @@ def environment(**changes):
     return ours | {"PYTHONPATH": os.pathsep.join([str(TOY.parent), *sys.path])} | changes
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @needs_mounts
 def test_a_client_that_fills_the_memory_of_its_node_is_left_out_and_nobody_else(toy_config, tmp_path):
     """First beside others, then alone, then with one actor in place of two."""
@@ -70,7 +70,7 @@ def test_a_client_that_fills_the_memory_of_its_node_is_left_out_and_nobody_else(
     (tmp_path / "config.pickle").write_bytes(pickle.dumps(config))
     command = ["unshare", "-rm", sys.executable, "-c", SCRIPT, "config.pickle", "run", "meminfo"]
     ran = subprocess.run(
-        command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=240, check=False
+        command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=540, check=False
     )
     assert ran.returncode == 0, ran.stderr
     first, second = Run.open(tmp_path / "run").rows
@@ -90,7 +90,7 @@ def test_a_driver_that_ray_ends_is_told_in_a_sentence(tmp_path):
     flags = f"train --task {TOY}:Toy --features None --evaluate-samples 0 --actors 1 --out {tmp_path / 'run'}"
     full = environment(RAY_memory_usage_threshold="0.001", RAY_memory_monitor_refresh_ms="100")
     command = [sys.executable, "-m", "fedray", *flags.split()]
-    ran = subprocess.run(command, env=full, capture_output=True, text=True, timeout=120, check=False)
+    ran = subprocess.run(command, env=full, capture_output=True, text=True, timeout=300, check=False)
     assert ran.returncode == 1, ran.stderr
     assert "Traceback" not in ran.stderr
     assert "died: Ray ended its process, since the memory of its node was full; it had not begun" in ran.stderr
