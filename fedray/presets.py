@@ -1,5 +1,7 @@
 """Settings to start from."""
 
+from dataclasses import replace
+
 from fedray.config import Config
 from fedray.data.partition import ByFolder
 from fedray.data.sources import CELEBA_CROP
@@ -9,6 +11,18 @@ from fedray.wire.float16 import Float16
 
 # With these, the preset "digits" takes seconds: for trying out, and for tests.
 SMOKE = {"rounds": 2, "test_share": 0.9, "evaluate_samples": 32, "sampling_steps": 4, "kid_subset_size": 16}
+
+# The U-Net of diffusers' train_unconditional.py: 113,673,219 parameters.
+UNCONDITIONAL = DDPM(
+    dataset_name="imagefolder",
+    resolution=64,
+    channels=3,
+    block_out_channels=(128, 128, 256, 256, 512, 512),
+    attention=(False, False, False, False, True, False),
+    mid_block_attention=True,
+    layers_per_block=2,
+    norm_num_groups=32,
+)
 
 PRESETS = {
     # A size at which a laptop draws recognisable digits in minutes: 159,697 parameters.
@@ -49,19 +63,9 @@ PRESETS = {
         ema_max_decay=0.997,
         sampling_steps=100,
     ),
-    # Chen 2024, section 3.1: the U-Net of diffusers' train_unconditional.py, 113,673,219 parameters.
+    # Chen 2024, section 3.1.
     "celeba": Config(
-        task=DDPM(
-            dataset_name="celeba",
-            crop=CELEBA_CROP,
-            resolution=64,
-            channels=3,
-            block_out_channels=(128, 128, 256, 256, 512, 512),
-            attention=(False, False, False, False, True, False),
-            mid_block_attention=True,
-            layers_per_block=2,
-            norm_num_groups=32,
-        ),
+        task=replace(UNCONDITIONAL, dataset_name="celeba", crop=CELEBA_CROP),
         rounds=10,
         local_epochs=4,
         learning_rate=1e-4,
@@ -69,16 +73,7 @@ PRESETS = {
     ),
     # What diffusers' train_unconditional.py does when it is told nothing but its data: that network, at 64 pixels.
     "unconditional": Config(
-        task=DDPM(
-            dataset_name="imagefolder",
-            resolution=64,
-            channels=3,
-            block_out_channels=(128, 128, 256, 256, 512, 512),
-            attention=(False, False, False, False, True, False),
-            mid_block_attention=True,
-            layers_per_block=2,
-            norm_num_groups=32,
-        ),
+        task=UNCONDITIONAL,
         rounds=100,
         local_epochs=1,
         train_batch_size=16,

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from cohorts import Learner
 from measure import spread, table
-from torch import Tensor, nn
+from torch import nn
 
 from fedray import PRESETS, Config
 from fedray.data.dataset import Dataset
@@ -27,20 +28,7 @@ from fedray.federation.round import Session, run_round
 from fedray.memory import keep_freed_memory
 from fedray.record.checkpoint import State
 from fedray.tasks.ddpm import DDPM
-from fedray.vector import FlatParameters
 from fedray.vector.optimizer import Optimizer
-
-
-class TinyLearner:
-    def __init__(self) -> None:
-        self.network = nn.Linear(100, 10, bias=False)
-        self.flat = FlatParameters(self.network)
-
-    def prepare(self, dataset: Dataset, indices: np.ndarray, mirrored: bool) -> None:
-        pass
-
-    def loss(self, batch: Any, rng: torch.Generator) -> Tensor:
-        return F.cross_entropy(self.network(batch["images"].flatten(1).float() / 255), batch["labels"])
 
 
 @dataclass(frozen=True)
@@ -58,8 +46,8 @@ class Tiny:
         n = 8 * self.clients
         return Dataset(rng.integers(0, 256, (n, 1, 10, 10), dtype=np.uint8), np.arange(n) % 10)
 
-    def build(self, device: torch.device) -> TinyLearner:
-        return TinyLearner()
+    def build(self, device: torch.device) -> Learner:
+        return Learner()
 
 
 @dataclass(frozen=True)
@@ -150,7 +138,7 @@ def main(repeats: int = 7, large: bool = True) -> None:
     torch.set_num_threads(1)
     keep_freed_memory()  # as `fedray train` does; for both sides
     common: dict[str, Any] = dict(local_steps=1, evaluate_samples=0, actors=0, rounds=1000, optimizer=Optimizer())
-    # `TinyLearner` cannot sample, which nothing here asks for: so it is no `Task` to a type checker.
+    # `Learner` cannot sample, which nothing here asks for: so it is no `Task` to a type checker.
     cases: dict[str, tuple[Config, Callable[[Config], Callable[[], None]]]] = {
         "4 kB": (Config(task=Tiny(), clients=1000, train_batch_size=8, **common), bare_tiny)  # type: ignore[arg-type]
     }

@@ -22,8 +22,8 @@ LISTED = 32  # clients, at most, that are listed
 VALUES = 6  # labels of a client that are listed
 
 
-def print_plan(config: Config, out: Path, resume: bool) -> None:
-    """Print a run's plan, without training anything. Raises `UserError` where it could not begin.
+def print_plan(config: Config, out: Path, resume: bool) -> Plan:
+    """Print a run's plan, without training anything, and return it. Raises `UserError` where it could not begin.
 
     Args:
         out: where the run would be written.
@@ -77,6 +77,7 @@ def print_plan(config: Config, out: Path, resume: bool) -> None:
     show(clients)
     if config.clients > LISTED:
         print(f"and {config.clients - LISTED:,} clients more")
+    return plan
 
 
 def labels_held(plan: Plan) -> list[str]:

@@ -1,8 +1,11 @@
 """fedray plan: what a run would take on this machine, measured."""
 
+from __future__ import annotations
+
 import shutil
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -13,6 +16,9 @@ from fedray.config import Config
 from fedray.files import size
 from fedray.storage import located
 
+if TYPE_CHECKING:
+    from fedray.federation.plan import Plan
+
 
 def main(arguments: list[str]) -> None:
     """Parse and run `fedray plan [train|finetune] …`."""
@@ -22,17 +28,16 @@ def main(arguments: list[str]) -> None:
     what = "Measure a step, its memory and a batch of samples, and say how long a run would take. Nothing is written."
     asked, config, words = asked_for(arguments, command, what, "plan")
     out, resume = directory_of(asked, config, words)
-    print_plan(config, out, resume)
-    _rehearse(config, out, began)
+    _rehearse(config, print_plan(config, out, resume), out, began)
 
 
-def _rehearse(config: Config, out: Path, began: float) -> None:
+def _rehearse(config: Config, plan: Plan, out: Path, began: float) -> None:
     """Measure on the processes that would do the run, and print what follows from it."""
     from fedray.cluster.pool import open_pool
-    from fedray.federation.plan import disk_needed, machine_memory, make_plan
+    from fedray.federation.plan import disk_needed, machine_memory
     from fedray.federation.rehearsal import measure, predict
 
-    plan, console = make_plan(config), Console()
+    console = Console()
     what = "starting, then measuring a client and a batch of samples"
     with console.status(what), open_pool(config, plan.dataset) as pool:
         measured = measure(config, plan, pool)
