@@ -6,6 +6,7 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -43,7 +44,7 @@ class Toy:
     deadly: tuple[int, ...] = ()
     crashing: tuple[int, ...] = ()  # by a segmentation fault
     hanging: tuple[int, ...] = ()
-    seats: str = ""  # if given, a folder, where each process with GPUs leaves a file NODE-GPU-PID
+    seats: str = ""  # if given, a folder: each process with GPUs leaves NODE-GPU-PID, see take_seats
     chatty: tuple[int, ...] = ()  # print, warn and log
 
     def check(self, sampler, steps):
@@ -59,11 +60,12 @@ class Toy:
 
 class ToyLearner:
     broken = False  # with the process, for good
+    seats: Sequence[Path] = ()
 
     def __init__(self, task, device):
         self.task = task
         if task.seats:
-            take_seats(task.seats)
+            self.seats = take_seats(task.seats)
         if task.layers is None:
             self.network = nn.Linear(task.size, 1, bias=False).to(device)
         else:
@@ -75,6 +77,8 @@ class ToyLearner:
 
     def loss(self, batch, rng):
         labels = set(batch["labels"].tolist())
+        for seat in self.seats:
+            os.utime(seat)  # when this process last computed
         if labels & set(self.task.failing):
             raise ValueError("this client's camera is broken")
         if labels & set(self.task.hungry):
@@ -222,10 +226,14 @@ def take(bytes, piece=50_000_000):
 
 
 def take_seats(folder):
-    """Leave a file for each GPU that Ray says this process may use."""
+    """Leave a file for each GPU that Ray says this process may use: in it, when that began. Return the files."""
     import ray
 
-    if ray.is_initialized():
-        node = ray.get_runtime_context().get_node_id()[:12]
-        for gpu in ray.get_gpu_ids():
-            Path(folder, f"{node}-{gpu}-{os.getpid()}").touch()
+    if not ray.is_initialized():
+        return []
+    node = ray.get_runtime_context().get_node_id()[:12]
+    seats = [Path(folder, f"{node}-{gpu}-{os.getpid()}") for gpu in ray.get_gpu_ids()]
+    for seat in seats:
+        if not seat.exists():  # else a learner before this one, in the same process
+            seat.write_text(str(time.time()))
+    return seats

@@ -381,7 +381,9 @@ def main(measure: bool = False, figure: Path = HERE.parents[1] / "docs/scale.png
         constants = constants_here()
         print(constants)
         kept.write_text(json.dumps({"constants": asdict(constants), "check": check(constants)}, indent=1) + "\n")
-    found = table(Constants(**json.loads(kept.read_text())["constants"]))
+    constants = Constants(**json.loads(kept.read_text())["constants"])
+    print(f"A run first waits {constants.start:.1f} s for the actors of all nodes, which start at once.")
+    found = table(constants)
     print("\n".join(lines(found)))
     draw(found, figure)
 

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -97,6 +98,23 @@ def test_all_memories_that_a_kept_checkpoint_needs_are_kept(made):
         last = [max((row["round"] for row in run.rows[:n] if client in row["cohort"]), default=None) for n in kept]
         there = sorted(int(path.stem) for path in run.directory.glob(f"clients/{client:06d}/*"))
         assert there == sorted({generation for generation in last if generation is not None}), client
+
+
+@pytest.mark.parametrize(("damage", "tenths"), [(cut, 5), (flip, 9), (empty, 0)])
+def test_a_damaged_memory_is_named_where_no_checkpoint_before_it_is_kept(made, tmp_path, damage, tenths):
+    """As `--checkpoints-total-limit` 1 has it, the default: nothing is trained, and nothing is written."""
+    config, run = replace(made[0], checkpoints_total_limit=1), tmp_path / "run"
+    train(config, run, rounds=3)
+    assert [path.stem for path in run.glob("checkpoints/*")] == ["round-000003"]
+    path = newest_memory(run)
+    right, rows = path.read_bytes(), (run / "rounds.jsonl").read_bytes()
+    damage(path, tenths)
+    with pytest.raises(UserError, match=re.escape(f"{path} is damaged")):
+        train(config, run, resume=True)
+    assert (run / "rounds.jsonl").read_bytes() == rows
+    path.write_bytes(right)
+    train(config, run, resume=True)
+    assert sha(run) == made[2]
 
 
 def test_where_every_checkpoint_is_damaged_the_last_is_named(made, stopped):

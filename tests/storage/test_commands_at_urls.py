@@ -102,7 +102,7 @@ def test_clients_that_train_alone_are_runs_below_the_url(bucket, node, capsys):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_killed_and_resumed_on_another_node_it_has_the_bits_of_a_run_at_a_path(bucket, node, tmp_path, capsys):
-    """Both the run and its images are in the storage; it is killed in its third round."""
+    """Both the run and its images are in the storage; it is killed in its third round, and goes on with two actors."""
     images = digits()
     for index in range(60):
         path = tmp_path / "photos" / str(images.labels[index]) / f"{index}.png"
@@ -128,7 +128,7 @@ def test_killed_and_resumed_on_another_node_it_has_the_bits_of_a_run_at_a_path(b
     )
     assert main(["runs", out]) == 0
     assert "goes on" in capsys.readouterr().out
-    assert main([*resume, "--take-over"]) == 0
+    assert main(["train", "--resume", out, "--take-over", "--actors", "2", "--cpus-per-actor", "0.5"]) == 0
     assert sha(Run.open(out).directory) == sha(here)
     assert len(Run.open(out).rows) == 6
 

@@ -110,6 +110,7 @@ def test_objects_do_not_grow_in_number(toy_config, place, node):
 
 
 @pytest.mark.slow
+@pytest.mark.chaos
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("elsewhere", [False, True])
 def test_killed_before_any_request_and_resumed(toy_config, tmp_path, monkeypatch, node, elsewhere):
