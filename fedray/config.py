@@ -125,7 +125,8 @@ class Config(Federation):
     cpus_per_actor: float = 1.0
     """CPUs of an actor; it computes with as many threads (at least one)."""
     gpus_per_actor: float = 0.0
-    """GPUs of an actor: a whole number, or 1/n for n actors on each GPU (0.5, 0.333, 0.25 …); 0 computes on CPUs."""
+    """GPUs of an actor: a whole number, or 1/n for n actors on each GPU (0.5, 0.333, 0.25 …); 0 computes on CPUs. On
+    the command line of a run, `auto` is 1/n for as many as fit, by a rehearsal of one."""
     node_label: str | None = None
     """KEY=VALUE, a label that Ray's nodes must have for actors to be on them, such as ray.io/accelerator-type=A100."""
     address: str | None = None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from fedray.commands import share
 from fedray.commands.dry_run import print_plan
 from fedray.commands.train import asked_for, directory_of
 from fedray.config import Config
@@ -28,6 +29,9 @@ def main(arguments: list[str]) -> None:
     what = "Measure a step, its memory and a batch of samples, and say how long a run would take. Nothing is written."
     asked, config, words = asked_for(arguments, command, what, "plan")
     out, resume = directory_of(asked, config, words)
+    if share.whole(words)[1]:
+        config.check()
+        config = share.shared(config, config.task.dataset())
     _rehearse(config, print_plan(config, out, resume), out, began)
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import tyro
 
-from fedray.commands import aliases, config_file
+from fedray.commands import aliases, config_file, share
 from fedray.commands.dry_run import print_plan
 from fedray.commands.flags import flags_of
 from fedray.commands.push import Hub
@@ -114,7 +114,8 @@ def asked_for(arguments: list[str], command: str, what: str, name: str = "") -> 
     if known.config is not None:
         all_flags = flags_of(FLAGS[command], type(base.task))
         arguments = [*config_file.words(known.config, values, all_flags, arguments), *arguments]
-    return *ask(FLAGS[command], base, arguments, name or command, what, preset), arguments
+    words, _ = share.whole(arguments)
+    return *ask(FLAGS[command], base, words, name or command, what, preset), arguments
 
 
 def _check_task(task: str, command: str, file: Path) -> None:
@@ -183,6 +184,8 @@ def _main(arguments: list[str], command: str, what: str) -> None:
     from fedray.reports.results import summary
 
     dataset = config.task.dataset()  # decoding shows progress of its own
+    if share.whole(words)[1]:
+        config = share.shared(config, dataset)
     if asked.local_only:
         with progress(config.rounds, alone=True) as (on_row, show):
             runs = run_local_only(config, out, on_row=on_row, show=show, dataset=dataset, report_to=trackers)

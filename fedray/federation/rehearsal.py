@@ -15,7 +15,7 @@ from fedray.errors import RunError
 from fedray.federation.blocks import TrainBlock, train_block
 from fedray.federation.evaluation import prompts_of
 from fedray.federation.local import TrainJob
-from fedray.federation.plan import Plan, cohort_of
+from fedray.federation.plan import Plan, cohort_of, machine_memory
 from fedray.federation.pool import Pool, failure
 from fedray.federation.sampling import SampleJob, Sampling, sample_batch
 from fedray.federation.worker import Shared, Worker
@@ -24,6 +24,7 @@ from fedray.record.run import Row
 TIMED = 2.0  # seconds of steps that are timed, where a client makes so many
 SECONDS = ("client_seconds", "step_seconds", "batch_seconds", "denoising_seconds")
 SAMPLED = "rehearsal/model"  # the model to sample from, beside what goes down
+SPARE = 1.1  # of the memory that was measured, for a client that needs a little more
 DENOISING = (2, 6)  # steps of a batch of samples that are timed, where an image takes so many
 
 
@@ -52,6 +53,7 @@ class Rehearsal(NamedTuple):
     batch: float  # of a batch of samples, beyond its denoising steps
     denoising: float  # a denoising step of a batch
     memory: int  # of the process; of its GPU, where it has one
+    fit: int  # such processes that fit into that memory
     workers: int
     seconds: float  # that it took
 
@@ -88,8 +90,12 @@ def rehearse(worker: Worker, shared: Shared, job: RehearsalJob) -> tuple[Row, No
         row["batch_seconds"], row["denoising_seconds"] = _line(batch, few, more)
     if worker.device.type == "cuda":
         row["memory"] = torch.cuda.max_memory_reserved(worker.device)
+        free, in_all = torch.cuda.mem_get_info(worker.device)
+        beside = in_all - free - torch.cuda.memory_reserved(worker.device)  # the context, and what other programs hold
+        row["fit"] = int(in_all / (SPARE * row["memory"] + beside))
     else:
         row["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        row["fit"] = int(machine_memory() / (SPARE * row["memory"]))
     return row, None
 
 
@@ -130,7 +136,8 @@ def measure(config: Config, plan: Plan, pool: Pool) -> Rehearsal:
         rows.append(reply.row)
     client, step, batch, denoising = (sum(row.get(name, 0.0) for row in rows) / len(rows) for name in SECONDS)
     memory, seconds = (max(row[name] for row in rows) for name in ("memory", "seconds"))
-    return Rehearsal(client, step, batch, denoising, memory, len(rows), seconds)
+    fit = min(row["fit"] for row in rows)
+    return Rehearsal(client, step, batch, denoising, memory, fit, len(rows), seconds)
 
 
 class Prediction(NamedTuple):

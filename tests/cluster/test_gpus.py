@@ -17,6 +17,9 @@ A100 = {"ray.io/accelerator-type": "A100"}
 
 SCRIPT = """
 import pickle, sys, time, ray, fedray, toy
+from dataclasses import replace
+from fedray.federation import rehearsal
+from fedray.commands.share import shared
 from fedray.cluster.connection import connected
 from fedray.cluster.nodes import Share, free, room
 from fedray.cluster.pool import RayPool
@@ -36,6 +39,15 @@ with connected(address):
     for out, experiment in trials.items():
         done = fedray.sweep(experiment, out)
         assert not done.missing, done.missing
+    measured = []
+    def measure(*given):
+        measured.append(measured[0] if measured else right(*given))
+        return measured[0]._replace(fit=fit)
+    right, rehearsal.measure = rehearsal.measure, measure
+    config = replace(config, task=replace(config.task, seats=""), actors=None, gpus_per_actor=1.0)
+    for fit, changes in ((3, {}), (9, {"cpus_per_actor": 0.5}), (9, {"fraction": 0.34}), (0, {}), (9, {"actors": 0})):
+        print(1 / shared(replace(config, **changes), config.task.dataset()).gpus_per_actor)
+    print(measured[0].fit)
 """
 
 
@@ -92,7 +104,8 @@ def test_which_actor_is_on_which_gpu(toy_config, tmp_path, monkeypatch):
         (tmp_path / "asked").write_bytes(pickle.dumps((runs_of, trials_of, cluster.address)))
         path = os.pathsep.join([str(Path(toy.__file__).parent), *sys.path])
         command = [sys.executable, "-c", SCRIPT, str(tmp_path / "asked")]
-        subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, check=True, timeout=300)
+        env = os.environ | {"PYTHONPATH": path}
+        said = subprocess.run(command, env=env, check=True, timeout=300, stdout=subprocess.PIPE, text=True).stdout
     finally:
         cluster.shutdown()
     assert seats(tmp_path / "whole") == {first: 1, second: 1, third: 1}
@@ -105,6 +118,9 @@ def test_which_actor_is_on_which_gpu(toy_config, tmp_path, monkeypatch):
     assert most_at_once(tmp_path / "half-trials") == {third: 2}  # of three
     assert most_at_once(tmp_path / "quarter-trials") == {third: 4}  # of three with two actors each
     assert seats(tmp_path / "quarter-trials").total() == 6
+    *automatic, fit = map(float, said.split()[-6:])
+    assert automatic == [3, 4, 2, 1, 1]  # by memory, CPUs and clients; one at least, and in this process
+    assert fit > 1
     train(toy_config(**settings), tmp_path / "here")
     for name in runs:
         assert sha(tmp_path / f"run-{name}") == sha(tmp_path / "here"), name

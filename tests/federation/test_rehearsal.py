@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 
 from fedray.cli import main
+from fedray.commands import share
 from fedray.errors import RunError
-from fedray.federation.plan import make_plan
+from fedray.federation.plan import machine_memory, make_plan
 from fedray.federation.pool import LocalPool
 from fedray.federation.rehearsal import Rehearsal, measure, predict
 
@@ -14,14 +15,14 @@ from fedray.federation.rehearsal import Rehearsal, measure, predict
 def test_clients_are_dealt_to_who_is_free_first(toy_config):
     """Four clients, one step each of 2 s, and 1 s beyond; three workers end at 3, 3 and 6 s."""
     config = toy_config(rounds=5, local_steps=1, local_epochs=None, evaluate_samples=0)
-    found = predict(config, make_plan(config), Rehearsal(1.0, 2.0, 0.0, 0.0, 0, 3, 0.0))
+    found = predict(config, make_plan(config), Rehearsal(1.0, 2.0, 0.0, 0.0, 0, 1, 3, 0.0))
     assert found == (5 * 6.0, 0.0, 6.0)
 
 
 def test_batches_of_samples_are_counted_with_the_smaller_last_one(toy_config):
     """40 samples in batches of 16: 16, 16, 8; each of 0.5 s and 10 denoising steps of 0.25 s. Twice, by one worker."""
     config = toy_config(rounds=4, evaluate_samples=40, eval_batch_size=16, evaluate_every=2, sampling_steps=10)
-    found = predict(config, make_plan(config), Rehearsal(0.0, 0.0, 0.5, 0.25, 0, 1, 0.0))
+    found = predict(config, make_plan(config), Rehearsal(0.0, 0.0, 0.5, 0.25, 0, 1, 1, 0.0))
     assert found.evaluation == pytest.approx(2 * (3.0 + 3.0 + 1.5))
 
 
@@ -35,6 +36,7 @@ def test_a_slow_client_is_measured_and_nothing_is_changed(toy_config):
     assert 0.05 <= found.step < 2
     assert found.seconds >= 6 * 0.1
     assert found.memory > 0
+    assert found.fit == int(machine_memory() / (1.1 * found.memory))
     assert pool.worker.config == config
     assert (plan.initial == before).all()
 
@@ -55,3 +57,15 @@ def test_by_the_command_line(capsys, tmp_path, monkeypatch):
     for name in ("a step", "samples", "memory", "disk", "start", "training", "evaluation", "in all", "limit"):
         assert name in said
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "whole"),
+    [
+        (["--gpus-per-actor", "auto", "--out", "auto"], ["--gpus-per-actor", "1", "--out", "auto"]),
+        (["--gpus_per_actor=auto"], ["--gpus-per-actor=1"]),
+        (["--gpus-per-actor", "0.5"], ["--gpus-per-actor", "0.5"]),
+    ],
+)
+def test_auto_asks_for_a_whole_gpu_first(words, whole):
+    assert share.whole(words) == (whole, whole != words)
