@@ -51,8 +51,8 @@ def shared(config: Config, dataset: Dataset) -> Config:
     actors = config.actors or config.cohort_size
     number = max(1, min(measured.fit, cpus, -(-actors // gpus)))
     print(
-        f"gpus      1/{number} for each actor, which needs {size(measured.memory)}: {measured.fit} fit into a GPU, there are "
-        f"CPUs for {cpus}, and {actors} actors at most for {gpus} GPUs",
+        f"gpus      1/{number} for each actor, which needs {size(measured.memory)}: {measured.fit} fit into a GPU, "
+        f"there are CPUs for {cpus}, and {actors} actors at most for {gpus} GPUs",
         file=sys.stderr,
     )
     return replace(config, gpus_per_actor=1 / number)
