@@ -35,7 +35,7 @@ chaos: .venv/installed  ## kills and simulated clusters with ten times as many s
 soak: .venv/installed  ## a run of ten minutes with kills: nothing grows
 	@FEDRAY_SOAK=1 $(BIN)/python -m pytest -s tests/cluster/test_soak.py
 
-bench: .venv/installed  ## measure what docs/benchmarks.md says, and write its tables (an hour)
+bench: .venv/installed  ## measure what docs/benchmarks.md says, and write its tables (two hours)
 	@$(BIN)/python experiments/bench/all.py $(BENCH)
 
 check: .venv/installed  ## style (ruff) and types (mypy)

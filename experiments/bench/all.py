@@ -1,9 +1,10 @@
 """Measures all that docs/benchmarks.md says of this machine, and writes its tables.
 
-    make bench [BENCH="--flower /path/to/an/environment/with/flwr/bin/python"]
+    make bench [BENCH="--flower PYTHON --pfl PYTHON"]
 
 Each script is a new process. What it prints goes to results.json beside this file, with the machine, versions and
-command; the tables of docs/benchmarks.md are made from that. Without Flower its columns say so.
+command; the tables of docs/benchmarks.md are made from that. Peers that need other versions of Ray, or are no part of
+fedray's environment, have one of their own, whose Python is given; without it their places in the tables say so.
 """
 
 import json
@@ -25,13 +26,18 @@ HERE = Path(__file__).parent
 PAGE, RESULTS = HERE.parent.parent / "docs" / "benchmarks.md", HERE / "results.json"
 BENCHES: dict[str, tuple[list[str], list[str] | None]] = {  # options, and those of the short form: None leaves it out
     "overhead": ([], None),
-    "shape": ([], None),
-    "start": ([], None),
+    "shape": ([], ["--rounds", "2", "--cohort", "4"]),
+    "start": ([], ["--repeats", "1", "--trials", "2", "--sweeps", "1"]),
     "clients": ([], ["--repeats", "1", "--no-large"]),
     "sums": ([], ["--repeats", "1"]),
-    "cohorts": ([], ["--repeats", "1", "--rounds", "2", "--most", "1000"]),
+    "cohorts": ([], ["--repeats", "1", "--rounds", "2", "--most", "1000", "--longest", "2"]),
     "payloads": ([], ["--repeats", "1", "--rounds", "2", "--only", "100"]),
+    "memory": ([], ["--no-large"]),
+    "evaluation": ([], ["--repeats", "1", "--n", "64", "--steps", "2", "--features", "400", "--dimensions", "64"]),
+    "lora": ([], ["--repeats", "1", "--steps", "2", "--no-large"]),
+    "images": ([], ["--repeats", "1", "--n", "100"]),
 }  # fmt: skip
+PEERS = {"payloads": ("flower",), "shape": ("flower", "pfl")}  # by script: the options that take a peer's Python
 BLOCK = re.compile(r"(<!-- measured: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -61,7 +67,7 @@ def measure(name: str, options: list[str]) -> dict[str, Any]:
 
 def block(result: dict[str, Any]) -> str:
     """Write a result for the page: the command, the tables, and with what they were measured."""
-    command = re.sub(r"(--flower) \S+", r"\1 FLOWERS_PYTHON", result["command"])
+    command = re.sub(r"--(flower|pfl) \S+", lambda found: f"--{found[1]} {found[1].upper()}_PYTHON", result["command"])
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items() if name != "fedray")
     where = f"{result['machine']}; {result['date']}; Python {result['python']}, {versions}."
     return "\n\n".join([f"```\n{command}\n```", *result["tables"], where]) + "\n"
@@ -76,21 +82,23 @@ def page(text: str, results: dict[str, dict[str, Any]]) -> str:
     return BLOCK.sub(made, text)
 
 
-def main(short: bool = False, only: tuple[str, ...] = (), flower: Path | None = None) -> None:
+def main(short: bool = False, only: tuple[str, ...] = (), flower: Path | None = None, pfl: Path | None = None) -> None:
     """Measure.
 
     Args:
-        short: a minute, to see that all work; writes nothing.
+        short: some minutes, to see that all work; writes nothing.
         only: measure these alone, and keep what is there of the others.
-        flower: the Python of an environment with flwr[simulation].
+        flower: the Python of an environment with flwr[simulation] and torch.
+        pfl: the Python of an environment with pfl and torch.
     """
+    pythons = {"flower": flower, "pfl": pfl}
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     forms = {name: form[short] for name, form in BENCHES.items() if not only or name in only}
     chosen = {name: options for name, options in forms.items() if options is not None}
     for number, (name, options) in enumerate(chosen.items(), 1):
         print(f"{number}/{len(chosen)} {name}", flush=True)
-        flowers = ["--flower", str(flower)] if flower and name == "payloads" else []
-        results[name] = measure(name, [*options, *flowers])
+        peers = [part for peer in PEERS.get(name, ()) if pythons[peer] for part in (f"--{peer}", str(pythons[peer]))]
+        results[name] = measure(name, [*options, *peers])
         if not short:
             RESULTS.write_text(json.dumps(results, indent=1) + "\n")
             PAGE.write_text(page(PAGE.read_text(), results))

@@ -1,9 +1,15 @@
-"""Tables of measurements: on the terminal, and for `all.py` in a file."""
+"""Tables of measurements: on the terminal, and for `all.py` in a file. The memory of processes."""
 
 import json
 import os
+import re
 import statistics
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 FILE = "FEDRAY_BENCH_TABLES"  # of the environment: where `all.py` wants the tables
 
@@ -23,3 +29,56 @@ def table(header: list[str], rows: list[list[str]]) -> None:
         path = Path(os.environ[FILE])
         kept = json.loads(path.read_text()) if path.exists() else []
         path.write_text(json.dumps([*kept, text]))
+
+
+def memory(pid: int | str) -> dict[str, int]:
+    """Return what a process holds, in bytes, where several share a page each its part.
+
+    private: what it has written, but for shared segments;  shared: those, as Ray's object store;  files: mapped ones.
+    """
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    found = {
+        kind: int(kilobytes) * 1024 for kind, kilobytes in re.findall(r"^Pss_(\w+): *(\d+) kB", text, re.MULTILINE)
+    }
+    return {"private": found["Anon"], "shared": found["Shmem"], "files": found["File"]}
+
+
+def actors_of(kind: str) -> list[int]:
+    """Find the processes of this process's own Ray that are actors of that class."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if process.cmdline()[:1] and f"ray::{kind}" in process.cmdline()[0]:
+                found.append(process.pid)
+    return found
+
+
+class Peak(threading.Thread):
+    """The most that processes hold while a block runs, in bytes by process, each kind of `memory` by itself."""
+
+    def __init__(self, pids: Callable[[], Sequence[int | str]] = lambda: ["self"]) -> None:
+        super().__init__(daemon=True)
+        self.pids, self.ended = pids, threading.Event()
+        self.private: dict[int | str, int] = {}
+        self.shared: dict[int | str, int] = {}
+        self.files: dict[int | str, int] = {}
+
+    def look(self) -> None:
+        for pid in self.pids():
+            with suppress(OSError, KeyError):  # it has ended
+                for kind, held in memory(pid).items():
+                    most = getattr(self, kind)
+                    most[pid] = max(most.get(pid, 0), held)
+
+    def run(self) -> None:
+        while not self.ended.wait(0.05):
+            self.look()
+
+    def __enter__(self) -> "Peak":
+        self.look()
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ended.set()
+        self.join()

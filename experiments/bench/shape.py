@@ -1,26 +1,30 @@
 """A published shape: the CIFAR-10 benchmark of Apple's pfl-research, on generated images.
 
-    python experiments/bench/shape.py
+    python experiments/bench/shape.py [--flower PYTHON] [--pfl PYTHON]
 
 1,000 clients of 50 images of 32x32 pixels, 50 clients a round, one epoch of batch 10, SGD at 0.1, a CNN of 1,626,442
 parameters without dropout. fedray in one process and on two actors, checkpoint included (seconds from row to row),
-against a plain loop on one thread: load the model, train, add the result up. The first round does not count. All sample
-the same clients, and train on the same images in orders of their own: the last rounds' losses must agree.
+against a plain loop on one thread: load the model, train, add the result up. The first round does not count. All but
+Flower sample the same clients, and all train on the same images in orders of their own: the last rounds' losses must
+agree. Flower (its simulation engine, two actors) and pfl (in one process, and in two by torchrun) write no checkpoint;
+both keep network and images between clients.
 """
 
+import json
+import os
+import subprocess
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import tyro
 from measure import spread, table
-from torch import nn
+from published import BATCH, CLIENTS, COHORT, RATE, cnn, generated, loss_of, train
 
 import fedray
 from fedray.cluster.connection import connected
@@ -30,24 +34,9 @@ from fedray.memory import keep_freed_memory
 from fedray.vector import FlatParameters
 from fedray.vector.optimizer import Optimizer
 
-CLIENTS, IMAGES, COHORT, BATCH, RATE = 1000, 50, 50, 10, 0.1
+HERE = Path(__file__).parent
 GOALS = {"fedray, one process": "1.02", "fedray, two actors": "0.55"}
-
-
-def cnn() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
-        nn.Linear(64 * 14 * 14, 128), nn.ReLU(), nn.Linear(128, 10),
-    )  # fmt: skip
-
-
-def generated() -> Dataset:
-    """Ten classes, each a picture with noise."""
-    rng = np.random.default_rng(0)
-    labels = np.arange(CLIENTS * IMAGES) % 10
-    pictures = rng.integers(64, 192, (10, 3, 32, 32))
-    images = pictures[labels] + rng.integers(-64, 64, (len(labels), 3, 32, 32))
-    return Dataset(images.astype(np.uint8), labels)
+Rounds = list[tuple[float, float]]  # seconds and training loss of each round but the first
 
 
 class Learner:  # cannot sample, which nothing here asks for: so its task is no `Task` to a type checker
@@ -59,7 +48,7 @@ class Learner:  # cannot sample, which nothing here asks for: so its task is no 
         pass
 
     def loss(self, batch: Any, rng: torch.Generator) -> torch.Tensor:
-        return F.cross_entropy(self.network(batch["images"].float() / 255), batch["labels"])
+        return loss_of(self.network, batch["images"], batch["labels"])
 
     def save(self, directory: Path) -> None:
         directory.mkdir()
@@ -75,52 +64,47 @@ class Shape:
         pass
 
     def dataset(self) -> Dataset:
-        return generated()
+        return Dataset(*generated())
 
     def build(self, device: torch.device) -> Learner:
         return Learner()
 
 
-CONFIG = fedray.Config(
-    task=Shape(), clients=CLIENTS, fraction=COHORT / CLIENTS, local_epochs=1, train_batch_size=BATCH,  # type: ignore[arg-type]
-    evaluate_samples=0, optimizer=Optimizer("sgd"), learning_rate=RATE, max_grad_norm=None,
-)  # fmt: skip
+def config(cohort: int, rounds: int, actors: int = 0) -> fedray.Config:
+    return fedray.Config(
+        task=Shape(), clients=CLIENTS, fraction=cohort / CLIENTS, local_epochs=1, train_batch_size=BATCH,  # type: ignore[arg-type]
+        evaluate_samples=0, optimizer=Optimizer("sgd"), learning_rate=RATE, max_grad_norm=None, rounds=rounds,
+        actors=actors,
+    )  # fmt: skip
 
 
-def by_fedray(actors: int, rounds: int) -> Iterator[tuple[float, float]]:
-    """Seconds and training loss of each round but the first."""
+def drawn(cohort: int, rounds: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw what fedray draws: the clients' shards [1000, 50], and the cohorts [rounds, cohort]."""
+    settings = config(cohort, rounds)
+    plan = make_plan(settings, settings.task.dataset())
+    cohorts = [plan.round(settings, number, {"model": plan.initial}).cohort for number in range(rounds)]
+    return np.stack(list(plan.shards)), np.array(cohorts)
+
+
+def by_fedray(cohort: int, rounds: int, actors: int) -> Rounds:
     with tempfile.TemporaryDirectory() as directory:
-        run = fedray.run(replace(CONFIG, rounds=rounds, actors=actors), Path(directory) / "run")
-        for before, row in zip(run.rows, run.rows[1:], strict=False):
-            yield row["time"] - before["time"], row["loss"]
+        rows = fedray.run(config(cohort, rounds, actors), Path(directory) / "run").rows
+        return [(row["time"] - before["time"], row["loss"]) for before, row in zip(rows, rows[1:], strict=False)]
 
 
-def by_loop(rounds: int) -> Iterator[tuple[float, float]]:
+def by_loop(shards: np.ndarray, cohorts: np.ndarray) -> Iterator[tuple[float, float]]:
     """The same by a plain loop in this process."""
-    dataset = generated()
-    plan = make_plan(CONFIG, dataset)
-    assert dataset.labels is not None
     torch.manual_seed(0)
     network = cnn()
     server = [parameter.detach().clone() for parameter in network.parameters()]
-    for number in range(rounds):
-        cohort = plan.round(CONFIG, number, {"model": plan.initial}).cohort
+    for number, cohort in enumerate(cohorts):
         started = perf_counter()
-        total, losses = [torch.zeros_like(each) for each in server], []
+        total, losses = [torch.zeros_like(each) for each in server], list[float]()
         for client in cohort:
             with torch.no_grad():
                 for parameter, value in zip(network.parameters(), server, strict=True):
                     parameter.copy_(value)
-            optimizer = torch.optim.SGD(network.parameters(), RATE, fused=True)
-            shard = plan.shards[client]
-            for indices in torch.randperm(len(shard)).split(BATCH):
-                chosen = shard[indices.numpy()]
-                images = torch.from_numpy(dataset.images[chosen]).float() / 255
-                loss = F.cross_entropy(network(images), torch.from_numpy(dataset.labels[chosen]))
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                losses.append(loss.item())
+            losses += train(network, shards[client])
             for each, parameter in zip(total, network.parameters(), strict=True):
                 each.add_(parameter.detach(), alpha=1 / len(cohort))
         server = total
@@ -128,20 +112,44 @@ def by_loop(rounds: int) -> Iterator[tuple[float, float]]:
             yield perf_counter() - started, float(np.mean(losses))
 
 
-def main(rounds: int = 8) -> None:
+def by_peer(python: Path, script: str, shards: np.ndarray, cohorts: np.ndarray, processes: int = 1) -> Rounds:
+    """The same by a script of `peers`, in its own environment."""
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "shards.npz"
+        np.savez(file, shards=shards, cohorts=cohorts)
+        several = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+        command = [str(python), *several, str(HERE / "peers" / script), str(file), str(len(cohorts))]
+        environment = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=3600, env=environment)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+    return [(seconds, loss) for seconds, loss in json.loads(done.stdout.splitlines()[-1])]
+
+
+def main(rounds: int = 8, cohort: int = COHORT, flower: Path | None = None, pfl: Path | None = None) -> None:
     """Measure.
 
     Args:
         rounds: rounds of each, of which the first is left out.
+        cohort: clients a round.
+        flower: the Python of an environment with flwr[simulation] and torch; without it, Flower is left out.
+        pfl: the Python of an environment with pfl and torch; without it, pfl is left out.
     """
     torch.set_num_threads(1)
     keep_freed_memory()
+    shards, cohorts = drawn(cohort, rounds)
+    sides: dict[str, Callable[[], Rounds]] = {
+        "plain loop": lambda: list(by_loop(shards, cohorts)),
+        "fedray, one process": lambda: by_fedray(cohort, rounds, 0),
+        "fedray, two actors": lambda: by_fedray(cohort, rounds, 2),
+    }
+    if flower:
+        sides["Flower, two actors"] = lambda: by_peer(flower, "flower_shape.py", shards, cohorts)
+    if pfl:
+        sides["pfl, one process"] = lambda: by_peer(pfl, "pfl_shape.py", shards, cohorts)
+        sides["pfl, two processes"] = lambda: by_peer(pfl, "pfl_shape.py", shards, cohorts, 2)
     with connected(None):
-        found = {
-            "plain loop": list(by_loop(rounds)),
-            "fedray, one process": list(by_fedray(0, rounds)),
-            "fedray, two actors": list(by_fedray(2, rounds)),
-        }
+        found = {name: clock() for name, clock in sides.items()}
     losses = [times[-1][1] for times in found.values()]
     assert max(losses) < 1.1 * min(losses) + 0.05, losses
     plain = [seconds for seconds, _ in found["plain loop"]]
@@ -150,6 +158,7 @@ def main(rounds: int = 8) -> None:
         seconds = [each for each, _ in times]
         ratios = [ours / theirs for ours, theirs in zip(seconds, plain, strict=True)]
         rows.append([name, spread(seconds), spread(ratios), f"{times[-1][1]:.3f}", GOALS.get(name, "")])
+    rows += [[name, "not installed", "–", "–", ""] for name, python in (("Flower", flower), ("pfl", pfl)) if not python]
     table(["", "seconds a round", "÷ plain loop", "last loss", "goal"], rows)
 
 
