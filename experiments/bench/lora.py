@@ -159,7 +159,8 @@ def shape_of_sd15(folder: Path) -> Path:
     shutil.copytree(PIPELINE, folder, ignore=shutil.ignore_patterns("unet", "text_encoder"))
     tokens = embedded.tokenizer()
     settings = embedded.text_encoder(tokens).config
-    settings.hidden_size, settings.num_attention_heads = SD15["cross_attention_dim"], 12
+    width: Any = SD15["cross_attention_dim"]
+    settings.hidden_size, settings.num_attention_heads = width, 12
     CLIPTextModel(settings).save_pretrained(folder / "text_encoder")
     torch.set_default_dtype(torch.bfloat16)
     try:

@@ -3,11 +3,11 @@
     python experiments/bench/memory.py
 
 113,673,219 parameters (455 MB), one step of AdamW on one image a client, FedAvg without an average, two rounds, one
-actor. The peaks of private memory of the actor and of the driver's process, whole and divided by the model's size; what
-they hold without a model, imports above all, is in the first row, of a network of 0.6 MB. Memory that is shared, Ray's
-object store, is stated apart, by the part that the process counts for. A block is what an actor trains before its sum
-travels: one client where clients take a second each; more where they take less, which is had by asking for longer
-blocks.
+actor. The peaks of private memory of the actor and of the driver's process, whole and divided by the model's size. What
+they hold without a model, imports above all, is in the first rows, of a network of 0.6 MB; a column leaves it out.
+Memory that is shared, Ray's object store, is stated apart, by the part that the process counts for. A block is what an
+actor trains before its sum travels: one client where clients take a second each; more where they take less, which is
+had by asking for longer blocks.
 """
 
 import tempfile
@@ -89,17 +89,20 @@ def main(large: bool = True) -> None:
     Args:
         large: the paper's U-Net, not the small one alone (6 GB of memory, some minutes).
     """
-    rows = []
+    rows, without = [], dict[str, int]()
     with connected(None):
         for what, case in CASES.items():
             if not large and case.goals:
                 continue
             found, size = measure(case)
-            for name, (private, shared) in found.items():
-                ratio = f"{private / size:.2f}" if case.goals else "–"
-                goal = case.goals.get(name, "")
-                rows.append([f"{what}: {name}", f"{private / 1e9:.2f}", ratio, goal, f"{shared / 1e9:.2f}"])
-    table(["", "private memory, GB", "÷ model", "goal", "object store, GB"], rows)
+            for name, (private, shared) in sorted(found.items()):
+                ratios = ["–", "–", ""]
+                if case.goals:
+                    ratios = [f"{private / size:.2f}", f"{(private - without[name]) / size:.2f}", case.goals[name]]
+                else:
+                    without[name] = private
+                rows.append([f"{what}: {name}", f"{private / 1e9:.2f}", *ratios, f"{shared / 1e9:.2f}"])
+    table(["", "private memory, GB", "÷ model", "beyond the first rows", "goal", "object store, GB"], rows)
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def drawn(cohort: int, rounds: int) -> tuple[np.ndarray, np.ndarray]:
     settings = config(cohort, rounds)
     plan = make_plan(settings, settings.task.dataset())
     cohorts = [plan.round(settings, number, {"model": plan.initial}).cohort for number in range(rounds)]
-    return np.stack(list(plan.shards)), np.array(cohorts)
+    return np.stack([plan.shards[client] for client in range(CLIENTS)]), np.array(cohorts)
 
 
 def by_fedray(cohort: int, rounds: int, actors: int) -> Rounds:
