@@ -1,5 +1,6 @@
 """Tables of measurements: on the terminal, and for `all.py` in a file. The memory of processes."""
 
+import itertools
 import json
 import os
 import re
@@ -63,19 +64,24 @@ class Peak(threading.Thread):
         self.shared: dict[int | str, int] = {}
         self.files: dict[int | str, int] = {}
 
-    def look(self) -> None:
-        for pid in self.pids():
+    def look(self, pids: Sequence[int | str]) -> None:
+        for pid in pids:
             with suppress(OSError, KeyError):  # it has ended
                 for kind, held in memory(pid).items():
                     most = getattr(self, kind)
                     most[pid] = max(most.get(pid, 0), held)
 
     def run(self) -> None:
-        while not self.ended.wait(0.05):
-            self.look()
+        pids = self.pids()
+        for count in itertools.count(1):
+            if self.ended.wait(0.03):
+                return
+            if count % 20 == 0:  # to find processes takes longer than to look at them
+                pids = self.pids()
+            self.look(pids)
 
     def __enter__(self) -> "Peak":
-        self.look()
+        self.look(self.pids())
         self.start()
         return self
 

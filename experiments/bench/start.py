@@ -6,7 +6,7 @@
 and on two actors of a private Ray. Each is a new process; the floor is torch and Ray alone.
 
 Then a sweep of 20 short trials (`fedray.sweep` on Ray Tune: seeds of the digits preset, one round of one step, no
-samples; as many at a time as there are cores) and one of a single trial, each on a new private Ray: what a further
+samples; as many at a time as there are cores) and one of a single trial, on a Ray that has started: what a further
 trial takes of the sweep's time, and what its round and checkpoint take by its own row.
 """
 
@@ -21,6 +21,7 @@ import tyro
 from measure import spread, table
 
 import fedray
+from fedray.cluster.connection import connected
 
 TRIALS = 20
 FEDRAY = [sys.executable, "-m", "fedray"]
@@ -89,12 +90,14 @@ def main(repeats: int = 5, trials: int = TRIALS, sweeps: int = 3) -> None:
             found[name].append(seconds(command))
     table(["", "seconds", "goal"], [[name, spread(times), GOALS.get(name, "")] for name, times in found.items()])
     single, whole, each, rounds = list[float](), list[float](), list[float](), list[float]()
-    for _ in range(sweeps):
-        single.append(sweep(1)[0])
-        took, of_round = sweep(trials)
-        whole.append(took)
-        each.append((took - single[-1]) / (trials - 1))
-        rounds.append(of_round)
+    with connected(None):
+        sweep(1)  # starts Tune
+        for _ in range(sweeps):
+            single.append(sweep(1)[0])
+            took, of_round = sweep(trials)
+            whole.append(took)
+            each.append((took - single[-1]) / (trials - 1))
+            rounds.append(of_round)
     header = ["a sweep of short trials", "of 1, s", f"of {trials}, s", "each further trial, s", "its round, s"]
     table(header, [["", spread(single), spread(whole), spread(each), spread(rounds)]])
 

@@ -286,9 +286,9 @@ def _finish(session: Session, state: State) -> None:
     }
     trained = [state.tensors[name] for name in ("model", "base") if name in state.tensors]
     result: Row = {
-        "vector_sha256": vector.sha256(torch.cat(trained)),
+        "vector_sha256": vector.sha256(*trained),
         "delivers": delivers(state),
-        "delivered_sha256": vector.sha256(torch.cat(list(delivered.values()))),
+        "delivered_sha256": vector.sha256(*delivered.values()),
         "state_sha256": vector.sha256_of(state.tensors),
         "rounds": state.round,
         **({"stopped": rows[-1]["stopped"]} if "stopped" in rows[-1] else {}),

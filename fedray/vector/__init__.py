@@ -107,9 +107,12 @@ def as_tensor(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array)
 
 
-def sha256(vector: torch.Tensor) -> str:
-    """Return the SHA-256 of the float32 bytes of `vector`: two models with the same are equal, bit for bit."""
-    return hashlib.sha256(vector.detach().cpu().contiguous().numpy().astype("<f4", copy=False).data).hexdigest()
+def sha256(*vectors: torch.Tensor) -> str:
+    """Return the SHA-256 of the float32 bytes of vectors in turn: two models with the same are equal, bit for bit."""
+    digest = hashlib.sha256()
+    for vector in vectors:
+        digest.update(vector.detach().cpu().contiguous().numpy().astype("<f4", copy=False).data)
+    return digest.hexdigest()
 
 
 def sha256_of(tensors: Mapping[str, torch.Tensor]) -> str:
