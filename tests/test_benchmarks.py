@@ -31,7 +31,7 @@ def test_the_page_has_the_kept_results():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_the_benchmarks_run_in_short():
     before = (BENCH / "results.json").read_bytes()
     done = subprocess.run([sys.executable, BENCH / "all.py", "--short"], capture_output=True, text=True)
