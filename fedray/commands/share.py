@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -45,14 +46,15 @@ def shared(config: Config, dataset: Dataset) -> Config:
     with connected(config.address):
         with open_pool(replace(config, actors=1), dataset) as pool:
             measured = measure(config, make_plan(config, dataset), pool)
-        nodes = [have for have in alive(config.node_label).values() if have.get("GPU")]
-    cpus = min(int(have.get("CPU", 0) / config.cpus_per_actor / have["GPU"] + 1e-9) for have in nodes)
-    gpus = int(sum(have["GPU"] for have in nodes))
-    actors = config.actors or config.cohort_size
-    number = max(1, min(measured.fit, cpus, -(-actors // gpus)))
-    print(
-        f"gpus      1/{number} for each actor, which needs {size(measured.memory)}: {measured.fit} fit into a GPU, "
-        f"there are CPUs for {cpus}, and {actors} actors at most for {gpus} GPUs",
-        file=sys.stderr,
-    )
+        number = actors_on_a_gpu(config, measured.fit, alive(config.node_label).values())
+    needs = f"a client needs {size(measured.memory)}, and {measured.fit} such fit"
+    print(f"gpus      1/{number} for each actor: {needs}", file=sys.stderr)
     return replace(config, gpus_per_actor=1 / number)
+
+
+def actors_on_a_gpu(config: Config, fit: int, nodes: Iterable[Mapping[str, float]]) -> int:
+    """Return how many actors are to share a GPU of these nodes, of which so many have the memory."""
+    have = [node for node in nodes if node.get("GPU")]
+    cpus = min(int(node.get("CPU", 0) / config.cpus_per_actor / node["GPU"] + 1e-9) for node in have)
+    each = math.ceil((config.actors or config.cohort_size) / sum(node["GPU"] for node in have))
+    return max(1, min(fit, cpus, each))

@@ -18,7 +18,6 @@ A100 = {"ray.io/accelerator-type": "A100"}
 SCRIPT = """
 import pickle, sys, time, ray, fedray, toy
 from dataclasses import replace
-from fedray.federation import rehearsal
 from fedray.commands.share import shared
 from fedray.cluster.connection import connected
 from fedray.cluster.nodes import Share, free, room
@@ -39,15 +38,8 @@ with connected(address):
     for out, experiment in trials.items():
         done = fedray.sweep(experiment, out)
         assert not done.missing, done.missing
-    measured = []
-    def measure(*given):
-        measured.append(measured[0] if measured else right(*given))
-        return measured[0]._replace(fit=fit)
-    right, rehearsal.measure = rehearsal.measure, measure
     config = replace(config, task=replace(config.task, seats=""), actors=None, gpus_per_actor=1.0)
-    for fit, changes in ((3, {}), (9, {"cpus_per_actor": 0.5}), (9, {"fraction": 0.34}), (0, {}), (9, {"actors": 0})):
-        print(1 / shared(replace(config, **changes), config.task.dataset()).gpus_per_actor)
-    print(measured[0].fit)
+    print(1 / shared(config, config.task.dataset()).gpus_per_actor)
 """
 
 
@@ -73,7 +65,7 @@ def test_which_actor_is_on_which_gpu(toy_config, tmp_path, monkeypatch):
     from fedray.cluster.trials import Experiment
 
     monkeypatch.setenv("FEDRAY_DEVICE", "cpu")
-    settings = {"labels": 6, "rounds": 2, "local_epochs": 1, "evaluate_samples": 0, "cpus_per_actor": 0.25}
+    settings = {"labels": 6, "rounds": 1, "local_epochs": 1, "evaluate_samples": 0, "cpus_per_actor": 0.25}
 
     def on_gpus(name, **changes):
         (tmp_path / name).mkdir()
@@ -118,9 +110,7 @@ def test_which_actor_is_on_which_gpu(toy_config, tmp_path, monkeypatch):
     assert most_at_once(tmp_path / "half-trials") == {third: 2}  # of three
     assert most_at_once(tmp_path / "quarter-trials") == {third: 4}  # of three with two actors each
     assert seats(tmp_path / "quarter-trials").total() == 6
-    *automatic, fit = map(float, said.split()[-6:])
-    assert automatic == [3, 4, 2, 1, 1]  # by memory, CPUs and clients; one at least, and in this process
-    assert fit > 1
+    assert round(float(said.split()[-1])) == 6  # clients, of which all fit, on the node with that label
     train(toy_config(**settings), tmp_path / "here")
     for name in runs:
         assert sha(tmp_path / f"run-{name}") == sha(tmp_path / "here"), name

@@ -69,3 +69,19 @@ def test_by_the_command_line(capsys, tmp_path, monkeypatch):
 )
 def test_auto_asks_for_a_whole_gpu_first(words, whole):
     assert share.whole(words) == (whole, whole != words)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fit", "expected"),
+    [
+        ({}, 3, 3),
+        ({"cpus_per_actor": 0.5}, 9, 2),  # two CPUs and two GPUs of the first node
+        ({"fraction": 0.5}, 9, 2),  # six clients on three GPUs
+        ({"actors": 4}, 9, 2),
+        ({}, 0, 1),
+    ],
+)
+def test_as_many_actors_share_a_gpu_as_have_memory_cpus_and_clients(toy_config, changes, fit, expected):
+    nodes = [{"CPU": 2, "GPU": 2}, {"CPU": 2, "GPU": 1}, {"CPU": 2}]
+    config = toy_config(**{"labels": 12, "clients": 12, "actors": None, "cpus_per_actor": 0.1} | changes)
+    assert share.actors_on_a_gpu(config, fit, nodes) == expected
