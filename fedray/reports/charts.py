@@ -11,7 +11,7 @@ from fedray.reports.results import finals
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c8c8c")  # Okabe and Ito 2008
 DASHES = ("", "6 4", "2 3", "8 3 2 3")
-POINTS = 8000  # of a chart, about
+POINTS = 2000  # of a chart, about: some 100 kB
 COSTS = {
     "total.sequential_steps": "sequential steps",
     "total.images": "images seen",
@@ -72,10 +72,9 @@ def _curve(rows: pd.DataFrame, of: int, column: str, name: str, most: int) -> di
     points = by_round[column].agg(["mean", "min", "max", "count"]).astype(float)
     points = points.join(by_round[list(COSTS)].mean())
     points = points.iloc[thinned(len(points), most)]
-    points["where"] = [f"round {number}" for number in points.index]
     across = {"round": points.index.tolist()} | {cost: values(points[cost]) for cost in COSTS}
     band = bool(points["count"].max() > 1)
-    line = _line(points, [of] * len(points), across, column) | {"name": name or rows["setting"].iloc[0], "band": band}
+    line = _line(points, of, across, column) | {"name": name or rows["setting"].iloc[0], "band": band}
     return line | style(of)
 
 
@@ -105,12 +104,12 @@ def _against(rounds: pd.DataFrame, free: list[str], done: pd.DataFrame, score: s
     for index, (_, rows) in enumerate(groups):
         by_setting = rows.dropna(subset=[along]).groupby("setting", sort=False)
         points = by_setting[score].agg(["mean", "std", "min", "max", "count"]).astype(float)
-        points["where"] = points.index
         across = {along: by_setting[along].first().tolist()}
         across |= {cost: values(by_setting[cost].mean()) for cost in COSTS}
         given = [other for other in others if rows[other].notna().all()]
         name = ", ".join(f"{field_of(other)}={value_of(rows[other].iloc[0])}" for other in given)
         line = _line(points, [index_of[setting] for setting in points.index], across, score) | {"name": name}
+        line["where"] = points.index.tolist()
         joined = {"joined": bool(numbers), "each": not numbers}  # else a point has its setting's colour
         lines.append(line | style(index) | joined)
     places = sorted(done[along].dropna().unique().tolist())
@@ -121,21 +120,18 @@ def _against(rounds: pd.DataFrame, free: list[str], done: pd.DataFrame, score: s
     return _chart(f"{LOSSES.get(score, score)} after the last round", title_of(score), lines, [axis], real)
 
 
-def _line(points: pd.DataFrame, of: list[int], across: dict[str, list[Any]], measured: str) -> dict[str, Any]:
-    """Make a line that can be drawn against each of `across`, at first the first, with a text for each point.
+def _line(points: pd.DataFrame, of: int | list[int], across: dict[str, list[Any]], measured: str) -> dict[str, Any]:
+    """Make a line that can be drawn against each of `across`, at first the first.
 
     Args:
-        of: the setting of each point, by its index.
+        of: the setting, by its index; of each point, where they are of several.
     """
-    texts = []
-    for point in points.to_dict("records"):
-        several = f"\n{number(point['min'])} to {number(point['max'])} over {point['count']:.0f} seeds"
-        value = f"{LOSSES.get(measured, measured)} {number(point['mean'], 4)}"
-        texts.append(f"{point['where']}\n{value}" + several * (point["count"] > 1))
-    spread = {"std": values(points["std"].fillna(0))} if "std" in points else {}
-    bounds = {"low": values(points["min"]), "high": values(points["max"])} if points["count"].max() > 1 else {}
-    made = {"x": across, "y": values(points["mean"]), "of": of, "text": texts, "joined": True, "each": False}
-    return made | bounds | spread
+    made: dict[str, Any] = {"x": across, "y": values(points["mean"]), "of": of, "joined": True, "each": False}
+    made["measured"] = LOSSES.get(measured, measured)
+    if points["count"].max() > 1:
+        made |= {"low": values(points["min"]), "high": values(points["max"])}
+        made["count"] = points["count"].astype(int).tolist()
+    return made | ({"std": values(points["std"].fillna(0))} if "std" in points else {})
 
 
 def _chart(

@@ -24,7 +24,8 @@ TIMES = {  # columns: what a round's seconds were for, and its colour
     "seconds.evaluate": ("evaluation", "#f0e442"),
 }
 BYTES = {"bytes_down": ("to clients", "#56b4e9"), "bytes_up": ("from clients", "#0072b2")}
-BARS = 60  # of a chart over rounds, at most
+BARS = 60  # of a setting over rounds, at most
+ALL_BARS = 3000  # of all settings
 CLIENTS = 400  # of a page, at most
 
 
@@ -38,7 +39,7 @@ def spent(rounds: pd.DataFrame) -> pd.DataFrame:
 
 def cost_charts(rounds: pd.DataFrame) -> Iterable[Chart]:
     """Draw seconds and bytes of each setting's rounds, means over its seeds, stacked by what they were for."""
-    sent = rounds[list(BYTES)].astype(float).fillna(0.0)
+    sent, settings = rounds[list(BYTES)].astype(float).fillna(0.0), rounds["setting"].nunique()
     for title, measured, frame, parts in (
         ("Where the seconds of a round went", "seconds", spent(rounds), TIMES),
         ("Where the bytes of a round went", "bytes", sent, BYTES),
@@ -47,7 +48,8 @@ def cost_charts(rounds: pd.DataFrame) -> Iterable[Chart]:
         for index, setting in enumerate(rounds["setting"].unique()):
             of_round = rounds["round"][rounds["setting"] == setting]
             means = frame.loc[of_round.index].groupby(of_round).mean()
-            bars = pd.cut(pd.Series(range(len(means))), min(BARS, len(means)), labels=False) if len(means) > 1 else [0]
+            most = min(BARS, max(2, ALL_BARS // settings), len(means))
+            bars = pd.cut(pd.Series(range(len(means))), most, labels=False) if most > 1 else [0] * len(means)
             by_bar = means.groupby(np.asarray(bars))
             spans = [(numbers[0], numbers[-1]) for numbers in by_bar.groups.values()]
             groups.append({

@@ -173,7 +173,7 @@ def test_a_sweeps_page_in_a_browser(sweep_page, browser):
     text = hovered(browser, "fd[digits] after the last round", 1)
     assert "clients=4" in text
     assert "5.75" in text
-    assert "5.00 to 6.50 over 2 seeds" in text
+    assert "5.000 to 6.500 over 2 seeds" in text
     with pytest.raises(Exception, match="no such alert"):
         browser.switch_to.alert  # noqa: B018
     assert_accessible(browser)
@@ -256,7 +256,7 @@ def test_all_is_reached_and_read_by_keyboard(sweep_page, browser):
     chart = chart_of(browser, "fd[digits] after the last round")
     reading = chart.find_element(By.XPATH, "following-sibling::p")
     chart.send_keys(Keys.ARROW_RIGHT)
-    assert reading.text == "clients=2 · fd[digits] 5.750 · 5.00 to 6.50 over 2 seeds"
+    assert reading.text == "clients=2 · fd[digits] 5.750 · 5.000 to 6.500 over 2 seeds"
     chart.send_keys(Keys.ARROW_RIGHT)
     assert reading.text.startswith("clients=4 · ")
     chart.send_keys(Keys.ARROW_LEFT, Keys.ARROW_LEFT)

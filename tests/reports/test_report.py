@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -353,6 +354,22 @@ def test_a_page_of_many_runs_is_below_its_bound(tmp_path):
     page = page_module.make([tmp_path])
     assert len(page.encode()) < 1.5e6
     assert len(Page(page).images) >= 20
+
+
+@pytest.mark.slow
+def test_so_is_one_of_many_settings_and_rounds(tmp_path):
+    config = replace(CONFIG, rounds=150)
+    for clients, seed in product(range(2, 32), (0, 1)):
+        changed = replace(config, clients=clients, seed=seed)
+        scores = list(np.linspace(9, 5, 150) + clients / 7)
+        write_run(tmp_path / f"{clients}-{seed}", scores, done=150, config=changed, held_out=True)
+    page = page_module.make([tmp_path])
+    assert len(page.encode()) < 1.5e6
+    assert len(Page(page).images) >= 30
+    charts = [json.loads(data)["figure"] for data in re.findall(r'"application/json">(.*?)</script>', page)]
+    lines = [line for chart in charts[1:4] for line in chart["lines"]]
+    assert len(lines) == 90
+    assert all(len(line["y"]) == 66 and line["x"]["round"][-1] == 150 for line in lines)
 
 
 def test_pictures_come_before_tables(tmp_path):

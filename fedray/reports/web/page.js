@@ -6,6 +6,12 @@ function short(value) {
   return size >= 1e4 ? d3.format("~s")(value) : size && size < 1e-3 ? d3.format("~e")(value) : String(+value.toPrecision(4));
 }
 
+// Numbers to read: four digits.
+function number(value) {
+  const size = Math.abs(value), digits = {minimumSignificantDigits: 4, maximumSignificantDigits: 4};
+  return value === null ? "–" : size && size < 1e-4 ? value.toExponential(3) : value.toLocaleString("en", digits);
+}
+
 // What is ticked: of a chapter without boxes all.
 function ticked(element) {
   const boxes = [...element.closest(".chapter").querySelectorAll(".compare input")];
@@ -27,7 +33,9 @@ function lines(figure, {axes, figure: chart}) {
   const bottom = d3.min(chart.lines.flatMap(line => line.y));
   for (const line of chart.lines) {
     const mine = line.y.map((y, k) => ({
-      x: line.x[axis.key][k], y, text: line.text[k], of: line.of[k], low: line.low?.[k], high: line.high?.[k], std: line.std?.[k],
+      x: line.x[axis.key][k], y, of: line.of[k] ?? line.of, low: line.low?.[k], high: line.high?.[k], std: line.std?.[k],
+      text: [line.where?.[k] ?? `round ${line.x.round[k]}`, `${line.measured} ${number(y)}`,
+        ...line.count?.[k] > 1 ? [`${number(line.low[k])} to ${number(line.high[k])} over ${line.count[k]} seeds`] : []].join("\n"),
     })).filter(point => point.y !== null && point.x !== null && shown(point.of));
     if (!mine.length) continue;
     const name = line.name, along = {x: "x", y: "y"};
