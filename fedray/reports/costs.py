@@ -45,7 +45,7 @@ def cost_charts(rounds: pd.DataFrame) -> Iterable[Chart]:
         ("Where the bytes of a round went", "bytes", sent, BYTES),
     ):
         groups = []
-        for index, setting in enumerate(rounds["setting"].unique()):
+        for setting in rounds["setting"].unique():
             of_round = rounds["round"][rounds["setting"] == setting]
             means = frame.loc[of_round.index].groupby(of_round).mean()
             most = min(BARS, max(2, ALL_BARS // settings), len(means))
@@ -53,7 +53,6 @@ def cost_charts(rounds: pd.DataFrame) -> Iterable[Chart]:
             by_bar = means.groupby(np.asarray(bars))
             spans = [(numbers[0], numbers[-1]) for numbers in by_bar.groups.values()]
             groups.append({
-                "of": index,
                 "x": [f"{first}" if first == last else f"{first}–{last}" for first, last in spans],
                 "y": {name: values(by_bar[name].mean()) for name in frame},
             })  # fmt: skip
@@ -64,27 +63,27 @@ def cost_charts(rounds: pd.DataFrame) -> Iterable[Chart]:
 
 def cost_tables(rounds: pd.DataFrame) -> Iterable[dict[str, Any]]:
     """Tabulate bytes and seconds of each setting, means over its seeds."""
-    shown = rounds[rounds["complete"]]
+    settings, done = list(rounds["setting"].unique()), rounds[rounds["complete"]]
+    rounds = rounds if done.empty else done
     seconds = spent(rounds)
     seconds["in all"] = seconds.sum(axis=1)
     sent, took = [], []
     for setting in rounds["setting"].unique():
-        rows = shown[shown["setting"] == setting]
-        rows = rounds[rounds["setting"] == setting] if rows.empty else rows
+        rows = rounds[rounds["setting"] == setting]
         runs, name = rows["directory"].nunique(), setting or rows["run"].iloc[0]
         total = rows[["bytes_down", "bytes_up"]].sum().sum()
         sent.append([name, *_payloads(rows["directory"].iloc[0])])
         sent[-1] += [number(total / count / 1e6) for count in (len(rows), runs)]
         took.append([name, *(number(value / runs) for value in seconds.loc[rows.index].sum())])
     head = ["setting", "bytes down, per client", "bytes up, per client", "MB a round", "MB a run"]
-    every = list(range(len(sent)))
-    yield table("Payloads per round: of a client; of all clients, both ways (and of a run)", head, sent, every)
+    of = [settings.index(setting) for setting in rounds["setting"].unique()]
+    yield table("Payloads per round: of a client; of all clients, both ways (and of a run)", head, sent, of)
     names = [TIMES[name][0] if name in TIMES else name for name in map(str, seconds)]
-    yield table("Seconds of a run, by what they were for", ["setting", *names], took, every)
+    yield table("Seconds of a run, by what they were for", ["setting", *names], took, of)
     if "privacy.epsilon" in rounds:
         proved = rounds.groupby("setting", sort=False)[["privacy.epsilon", "privacy.delta", "privacy.multiplier"]]
         lines = [[name, *map(number, numbers)] for name, *numbers in proved.max().itertuples()]
-        yield table("Privacy of clients at the end", ["setting", "ε", "δ", "noise over the clip"], lines, every)
+        yield table("Privacy of clients at the end", ["setting", "ε", "δ", "noise over the clip"], lines, of)
 
 
 def table(

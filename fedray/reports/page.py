@@ -77,7 +77,8 @@ def make(places: Sequence[str | Path]) -> str:
         loader=FileSystemLoader(WEB), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     ).get_template("page.html.jinja")  # fmt: skip
-    contents = [_contents(chapter) for chapter in chapters]
+    chosen = [_chosen(chapter) for chapter in chapters]
+    contents = [_contents(*each) for each in zip(chapters, chosen, strict=True)]
 
     def page(pictures: list[list[dict[str, Any]]]) -> str:
         return template.render(
@@ -90,13 +91,12 @@ def make(places: Sequence[str | Path]) -> str:
         )
 
     room = SIZE - len(page([[] for _ in chapters]).encode())
-    return page(viewers([_chosen(chapter) for chapter in chapters], room))
+    return page(viewers(chosen, room))
 
 
-def _contents(chapter: Chapter) -> dict[str, Any]:
+def _contents(chapter: Chapter, chosen: Chosen) -> dict[str, Any]:
     """Make what a chapter shows, without its pictures."""
     rounds = chapter.rounds
-    chosen = zip(rounds["setting"].unique(), _chosen(chapter), strict=True)
     return {
         "chapter": chapter,
         "answer": answer(rounds, chapter.planned),
@@ -105,7 +105,7 @@ def _contents(chapter: Chapter) -> dict[str, Any]:
         "tables": list(_tables(chapter)),
         "costs": list(cost_charts(rounds)),
         "cost_tables": list(cost_tables(rounds)),
-        "clients": client_table(dict(chosen)),
+        "clients": client_table(dict(zip(rounds["setting"].unique(), chosen, strict=True))),
     }
 
 
