@@ -200,6 +200,7 @@ def _tune(
                 storage_path=scratch,
                 failure_config=tune.FailureConfig(max_failures=RETRIES),
                 callbacks=callbacks,
+                progress_reporter=tune.CLIReporter(),  # silent; its own for notebooks clears what is there
                 verbose=0,
             ),
         )
