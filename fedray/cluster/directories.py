@@ -1,5 +1,6 @@
 """Directories of a sweep: each trial's place, the sweep's record, and the outcome of trials. Without Ray."""
 
+import html
 import json
 import re
 from collections.abc import Mapping
@@ -32,6 +33,22 @@ class Sweep(NamedTuple):
     runs: list[Run]
     stopped: dict[str, str]  # by ASHA
     missing: dict[str, str]
+
+    def __repr__(self) -> str:
+        return f"<fedray.Sweep · {self._counts()}>"
+
+    def _repr_html_(self) -> str:
+        lines = [[html.escape(run.directory.name), *map(html.escape, run.facts())] for run in self.runs]
+        width = max(map(len, lines), default=1)
+        lines = [line + [""] * (width - len(line)) for line in lines]
+        for others, outcome in ((self.stopped, "stopped"), (self.missing, "missing")):
+            lines += [[html.escape(name), outcome, html.escape(why)] for name, why in others.items()]
+        rows = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>" for line in lines)
+        return f"<div>{self._counts()}</div><table>{rows}</table>"
+
+    def _counts(self) -> str:
+        kinds = {"complete": self.runs, "stopped": self.stopped, "missing": self.missing}
+        return " · ".join(f"{len(which)} {name}" for name, which in kinds.items() if which) or "no trials"
 
 
 def name_trial(changes: Mapping[str, Any]) -> str:

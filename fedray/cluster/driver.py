@@ -163,7 +163,7 @@ def run(
         check_outside_images(out, config)
         Run(out).check_vacant()
     dataset = config.task.dataset() if dataset is None else dataset
-    with followed(config.rounds, on_row, show) as (on_row, show):
+    with followed(config.rounds, on_row, show, out) as (on_row, show):
         if config.actors == 0:
             plan = prepare(config, Run(out), resume, dataset)
             session = Session(config, plan, LocalPool(config, dataset), Run(out), show, added)

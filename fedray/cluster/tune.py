@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, Unpack
+from typing import Any, Unpack
 
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # before Tune is imported: runs log themselves
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
@@ -41,6 +41,7 @@ from fedray.cluster.driver import check_outside_images
 from fedray.cluster.metrics import Metrics
 from fedray.cluster.nodes import Share, alive, count_slots, describe, free
 from fedray.cluster.pool import open_pool
+from fedray.cluster.progress import Measured, News, OnNews, followed, measured_in
 from fedray.cluster.trials import Experiment, expand, images_planned, settings_of
 from fedray.cluster.versions import check_versions
 from fedray.config import Config
@@ -52,18 +53,10 @@ from fedray.federation.round import Session
 from fedray.record.copies import local
 from fedray.record.provenance import environment
 from fedray.record.run import FAILED, STOPPED, Run
-from fedray.scores.metrics import higher_is_better
+from fedray.scores.metrics import higher_is_better, metric_of
 from fedray.storage import discard
 
 RETRIES = 2  # of a trial that fails; it continues from its last complete round
-
-
-class News(NamedTuple):
-    """Progress of one trial. `outcome`: waiting, running, complete, failed or stopped."""
-
-    trial: Trial
-    outcome: str
-    rounds: int  # complete ones
 
 
 class OwnOfSweep(Own, total=False):
@@ -81,7 +74,7 @@ def sweep(
     resume: bool = False,
     again: bool = False,
     asha: str | None = None,
-    on_news: Callable[[News], None] = lambda news: None,
+    on_news: OnNews | None = None,
     **own: Unpack[OwnOfSweep],
 ) -> Sweep:
     """Run every trial of an experiment, as many in parallel as fit, each in its own directory in `out`.
@@ -94,6 +87,7 @@ def sweep(
         experiment: its name and question are in the record, `out`/NAME.sweep.json.
         resume: continue a sweep that was stopped: complete trials are kept, others continue from their last round.
         again: run anew, in new directories, what `out` has already.
+        on_news: is told how trials go on; without it, a terminal or notebook shows a bar for each.
         asha: a score; trials that are behind in it after as many images trained are stopped early (Li et al. 2020,
             arXiv:1810.05934). Rounds would compare unequal work.
         own: `metrics`, `callbacks` and `report_to` of each trial, as for `fedray.run` (trackers group the trials by the
@@ -121,15 +115,16 @@ def sweep(
     for config in {trial.config.features: trial.config for trial in trials if not settled(trial)}.values():
         if config.task == experiment.base.task:
             check_features(config, dataset)
-    with connected(experiment.base.address) as private:
+    with connected(experiment.base.address) as private, followed(len(dataset), on_news) as on_news:
         check_versions(experiment.base.node_label)
         left = [trial for trial in trials if not settled(trial)]
         left = [replace(trial, config=_with_actors(trial, len(left))) for trial in left]
         save_record(experiment, out, trials)
         waiting = {trial.directory for trial in left}
         for trial in trials:
-            rounds = len(Run(trial.directory).rows)
-            on_news(News(trial, "waiting" if trial.directory in waiting else outcome(trial), rounds))
+            rows = Run(trial.directory).rows
+            status = "waiting" if trial.directory in waiting else outcome(trial)
+            on_news(News(trial, status, len(rows), measured_in(rows)))
         if left:
             watch = [_Watch({trial.directory.name: trial for trial in left}, on_news), *own.get("tune_callbacks", ())]
             _tune(left, len(dataset), asha, Added.of(own, experiment.name), watch, not private)
@@ -205,6 +200,7 @@ def _tune(
                 storage_path=scratch,
                 failure_config=tune.FailureConfig(max_failures=RETRIES),
                 callbacks=callbacks,
+                progress_reporter=tune.CLIReporter(),  # silent; its own for notebooks clears what is there
                 verbose=0,
             ),
         )
@@ -287,14 +283,15 @@ class _Watch(tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        self._tell(trial, "running", result["round"])
+        measured = {name: value for name, value in result.items() if name == "loss" or metric_of(name)}
+        self._tell(trial, "running", result["round"], measured)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         ours = self.trials[trial.config["trial"]]
-        rounds = (trial.last_result or {}).get("round", 0)
+        rounds, rows = (trial.last_result or {}).get("round", 0), Run(ours.directory).rows
         if Run(ours.directory).result is None and not (ours.directory / FAILED).exists():
             leave_reason(ours, STOPPED, f"ASHA stopped it after round {rounds}")
-        self._tell(trial, outcome(ours), rounds)
+        self._tell(trial, outcome(ours), rounds, measured_in(rows))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         ours = self.trials[trial.config["trial"]]
@@ -302,5 +299,5 @@ class _Watch(tune.Callback):
             leave_reason(ours, FAILED, "its process ended (killed, or out of memory)")
         self._tell(trial, "failed", (trial.last_result or {}).get("round", 0))
 
-    def _tell(self, trial: Any, status: str, rounds: int) -> None:
-        self.on_news(News(self.trials[trial.config["trial"]], status, rounds))
+    def _tell(self, trial: Any, status: str, rounds: int, measured: Measured | None = None) -> None:
+        self.on_news(News(self.trials[trial.config["trial"]], status, rounds, measured or {}))

@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> None:
     if places[0].exists() and not out.parent.is_dir() and url_of(out) is None:
         raise UserError(f"--out {out}: the directory {out.parent} does not exist.")
 
-    from fedray.reports import page  # pandas and plotly take seconds to import: mistakes are told before
+    from fedray.reports import page  # pandas and scipy take seconds to import: mistakes are told before
 
     out.parent.mkdir(parents=True, exist_ok=True)
     page.write(places, out)

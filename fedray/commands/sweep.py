@@ -5,23 +5,12 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskID,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from fedray.checks import flag
 from fedray.commands.settings import Settings, T, ask, preset_help
@@ -38,7 +27,6 @@ from fedray.storage import located, shown, upload
 
 if TYPE_CHECKING:
     from fedray.cluster.directories import Sweep
-    from fedray.cluster.tune import News
 
 DURATION = ("local_epochs", "local_steps")  # of which one is given
 
@@ -97,6 +85,7 @@ def main(arguments: list[str]) -> None:
     name = flags.experiment.stem
     out = flags.out or Path("runs") / (f"{name}-smoke" if flags.smoke else name)
 
+    from fedray.cluster.progress import on_terminal
     from fedray.cluster.trials import Experiment  # Ray and torch take seconds to import: mistakes are told before
     from fedray.cluster.tune import sweep
 
@@ -104,7 +93,7 @@ def main(arguments: list[str]) -> None:
         take_over(out)
     place = located(out)
     experiment = Experiment(config, space, name, question)
-    with _progress(len(config.task.dataset())) as on_news:
+    with on_terminal(len(config.task.dataset())) as on_news:
         try:
             done = sweep(
                 experiment, out, resume=flags.resume, again=flags.again, asha=flags.asha, on_news=on_news,
@@ -172,39 +161,3 @@ def _show(out: Path, done: Sweep, name: str) -> None:
     print_frame(text[["seeds", *[score for score in scores if "@" not in score and "/" not in score][:4]]])
     for trial, why in done.stopped.items():
         print(f"stopped   {trial}: {why}")
-
-
-@contextmanager
-def _progress(examples: int) -> Iterator[Callable[[News], None]]:
-    """Show a line per running trial, and one for the sweep with the time left, by the images that trials train on."""
-    from fedray.cluster.trials import images_planned
-
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
-        TextColumn("left"), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, transient=True) as bar:
-        whole = bar.add_task("starting", total=None)
-        latest: dict[str, News] = {}
-        lines: dict[str, TaskID] = {}
-
-        def on_news(news: News) -> None:
-            name, rounds = news.trial.directory.name, news.trial.config.rounds
-            latest[name] = news
-            if news.outcome == "running":
-                lines[name] = lines.get(name) or bar.add_task(name, total=rounds)
-                bar.update(lines[name], completed=news.rounds, description=f"{name}  round {news.rounds}/{rounds}")
-            elif name in lines:
-                bar.remove_task(lines.pop(name))
-            if news.outcome not in ("running", "waiting"):
-                bar.console.print(f"{news.outcome:9} {name}  {news.rounds} of {rounds} rounds", highlight=False)
-            work = {name: images_planned(news.trial.config, examples) for name, news in latest.items()}
-            over = [news for news in latest.values() if news.outcome not in ("running", "waiting")]
-            done = sum(
-                work[name] * (1 if news in over else news.rounds / news.trial.config.rounds)
-                for name, news in latest.items()
-            )
-            text = f"{len(over)} of {len(latest)} trials"
-            bar.update(whole, total=sum(work.values()), completed=done, description=text)
-
-        yield on_news

@@ -182,6 +182,11 @@ class Queue:
                 return [client]
         return []
 
+    def since(self, jobs: Iterable[TrainJob]) -> float:
+        """Return for how many seconds the first of them has been taken; 0 where there is none."""
+        now = time.perf_counter()
+        return now - min((self.began[job.client] for job in jobs), default=now)
+
     def receive(self, reply: Reply, nothing: Any) -> Block | None:
         """Return the block that counts; None for one to be done again: lost, or with a client accepted before.
 
@@ -201,8 +206,7 @@ class Queue:
             except Lost as error:
                 lost = error
         if lost:
-            began = min((self.began[client] for client in jobs), default=time.perf_counter())
-            self._note(list(jobs), lost.cause, str(lost), time.perf_counter() - began, actor=True)
+            self._note(list(jobs), lost.cause, str(lost), self.since(jobs.values()), actor=True)
             self.deaths.update(list(jobs) if lost.cause in COUNTED else ())
             block = self._give_up(jobs, lost, nothing) if len(reply.job.jobs) == 1 else None
         if block is None:

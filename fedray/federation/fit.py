@@ -217,12 +217,16 @@ def hold_out(session: Session, state: State, row: Row) -> None:
 
 def measure(session: Session, state: State, row: Row, against: Reference | None, callbacks: Callbacks) -> str | None:
     """Sample a round, for prompts and for scores, where it is due; return why the run is to end, if it is."""
-    config = session.config
-    if config.validates(state.round) and prompts_of(config, session.plan.dataset):
+    config, why, began = session.config, None, time.perf_counter()
+    draws = config.validates(state.round) and prompts_of(config, session.plan.dataset)
+    scores = config.evaluates(state.round)
+    if draws:
         draw_prompts(session, state)
-    if config.evaluates(state.round):
-        return callbacks.evaluation(row, evaluate_round(session, state, row, against))
-    return None
+    if scores:
+        why = callbacks.evaluation(row, evaluate_round(session, state, row, against))
+    if draws or scores:
+        row["seconds"]["evaluate"] = row["seconds"].get("evaluate", 0.0) + time.perf_counter() - began
+    return why
 
 
 def evaluate_round(session: Session, state: State, row: Row, against: Reference | None) -> np.ndarray:
@@ -231,7 +235,7 @@ def evaluate_round(session: Session, state: State, row: Row, against: Reference 
     After the last round also: the scores' intervals, and whether samples copy what was trained on.
     """
     config, plan, run = session.config, session.plan, session.run
-    began, last = time.perf_counter(), state.round == config.rounds
+    last = state.round == config.rounds
     look = last and len(plan.unseen) > 0
     keep = config.evaluate_samples if config.keep_samples else LOOKED_AT if look else GRID
     sampling = Sampling.of(config, config.evaluate_samples, prompts_of(config, plan.dataset))
@@ -248,7 +252,6 @@ def evaluate_round(session: Session, state: State, row: Row, against: Reference 
         share, closest, nearest = look_for_copies(session.pool, found.images, plan.trained, plan.unseen, session.show)
         row["scores"]["copies"] = share.to_json()
         pictures.draw_nearest(run.directory, found.images[closest], plan.dataset.images[nearest], state.round)
-    row["seconds"]["evaluate"] = time.perf_counter() - began
     return found.images[:GRID]
 
 

@@ -18,6 +18,7 @@ from fedray.config import Config
 from fedray.errors import RunError
 from fedray.federation.added import Added
 from fedray.federation.blocks import Block, Pace, Queue, TrainBlock, merge_partials, train_block
+from fedray.federation.clock import Clock
 from fedray.federation.evaluation import Show, silent
 from fedray.federation.local import TrainJob, ValidateJob, validate
 from fedray.federation.personal import memories
@@ -53,12 +54,12 @@ def run_round(session: Session, state: State) -> Generator[None, None, tuple[Sta
         UserError: no client fits into the memory of its GPU.
         RunError: no client returned a usable model.
     """
-    config, server = session.config, state.tensors
+    config, server, clock = session.config, state.tensors, Clock()
     method, fold, wire = config.method, config.fold, config.links
     round = session.plan.round(config, state.round, server)
     if session.spending is not None:
         session.spending.check(round)
-    started, dropped = time.perf_counter(), dropped_of(config, round)
+    dropped = dropped_of(config, round)
     queue, ledger = Queue(round, config.client_retries, dropped), Ledger(round, dropped)
     broadcast = method.broadcast(server, round)
     nodes, _ = session.pool.nodes, session.pool.usage()  # of what was done since the last round
@@ -68,15 +69,15 @@ def run_round(session: Session, state: State) -> Generator[None, None, tuple[Sta
         raise RunError(f"round {round.number + 1}: {error}") from None
     ledger.bytes_down = counted(down, method.uncounted)
     partial = fold.start(round)
-    for block in train(session, queue, down):  # in the order of arrival: a fold is a monoid
-        began = time.perf_counter()
-        partial = fold.merge(partial, block.partial, round)
-        for client, memory in block.memories.items():  # counts once the round is complete
-            tensors = {name: as_tensor(array) for name, array in memory.items()}
-            session.run.remember(client, round.number + 1, tensors)
-        ledger.add(block.rows)
-        ledger.folding += time.perf_counter() - began
-        yield
+    for block in train(session, queue, down, clock):  # in the order of arrival: a fold is a monoid
+        with clock.on("fold"):
+            partial = fold.merge(partial, block.partial, round)
+            for client, memory in block.memories.items():  # counts once the round is complete
+                tensors = {name: as_tensor(array) for name, array in memory.items()}
+                session.run.remember(client, round.number + 1, tensors)
+            ledger.add(block.rows)
+        with clock.on("record"):
+            yield
     ledger.check(config.least, f"--min-clients {config.least}")
     if fold.least > 1:
         ledger.check(fold.least, f"the {fold.least} that --fold {FOLDS.form(fold)} needs")
@@ -98,11 +99,11 @@ def run_round(session: Session, state: State) -> Generator[None, None, tuple[Sta
     row = ledger.row(found, queue.losses + session.pool.losses(), session.pool.usage()) | {"privacy": spent}
     if row["lost"]:
         row["ledger"]["nodes_lost"] = len(nodes - session.pool.nodes)
-    row["seconds"]["round"] = time.perf_counter() - started
+    row["seconds"] = clock.seconds(session.pool.workers)
     return State(round.number + 1, after), row
 
 
-def train(session: Session, queue: Queue, down: Payload) -> Iterator[Block]:
+def train(session: Session, queue: Queue, down: Payload, clock: Clock) -> Iterator[Block]:
     """Train the cohort, and yield its blocks as they come, until each client was accepted once."""
     config, plan, run, pool, pace = session.config, session.plan, session.run, session.pool, session.pace
     round = queue.round
@@ -130,8 +131,11 @@ def train(session: Session, queue: Queue, down: Payload) -> Iterator[Block]:
     progress(0)
     while not queue.empty:
         before = sum(map(steps, queue.accepted))
-        for reply in pool.map(train_block, shared, blocks(), progress):
-            block = queue.receive(reply, config.fold.start(round))
+        for reply in clock.during("clients", pool.map(train_block, shared, blocks(), progress)):
+            if reply.row:
+                clock.job(reply.row["seconds"], queue.since(reply.job.jobs))
+            with clock.on("transfer"):
+                block = queue.receive(reply, config.fold.start(round))
             if block is not None:
                 pace.learn(block)
                 yield block
@@ -152,7 +156,6 @@ class Ledger:
         self.round = round
         self.dropped = dropped  # of the cohort, before they trained
         self.bytes_down = 0  # to each client
-        self.folding = 0.0  # seconds
         self.rows: dict[int, Row] = {}  # by client; the last, of one that was done again
         self.nodes: dict[int, str] = {}  # by client, where it was done
         self.failures: dict[int, str] = {}  # by client, the trace
@@ -213,7 +216,7 @@ class Ledger:
             "images": sum(row["images"] for row in took_part),
             "bytes_down": sum(row["bytes_down"] for row in rows),
             "bytes_up": sum(row["bytes_up"] for row in took_part),
-            "seconds": {"fold": self.folding},
+            "seconds": {},
             "bytes_crossed": sum(there["bytes_to"] + there["bytes_from"] for there in usage.values()),
             "nodes": {node: self._at(node) | usage.get(node, {}) for node in sorted(nodes)},
             "aggregation": dict(aggregation),

@@ -22,10 +22,11 @@ class Saver:
         self.rows: list[Row] = []  # since the last durable checkpoint, when nothing will change them
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
+        self._waited = 0.0  # seconds, for it
 
     def begin(self, state: State, row: Row, layout: Layout, limit: int) -> None:
         """Begin to write the checkpoint of a complete round, with its row as it is now, and those that wait for it."""
-        rows = copy.deepcopy([*self.rows, row])
+        rows, self._waited = copy.deepcopy([*self.rows, row]), 0.0
         self._writing = self._thread.submit(self.run.complete, state, rows, layout, limit)
 
     def recovered(self, rows: list[Row]) -> None:
@@ -38,7 +39,10 @@ class Saver:
         """Tell whether rows wait that may be shown, after at most `wait` seconds."""
         if self._writing is None or not self.rows:
             return False
-        return bool(futures.wait([self._writing], wait).done)
+        began = time.perf_counter()
+        done = futures.wait([self._writing], wait).done
+        self._waited += time.perf_counter() - began if wait else 0.0
+        return bool(done)
 
     def finish(self) -> list[Row]:
         """Wait until the checkpoint is durable; write its rows, and return them; none where none is being written."""
@@ -48,7 +52,7 @@ class Saver:
         rows, writing = self.rows, self._writing
         self.rows, self._writing = [], None
         writing.result()
-        rows[-1]["seconds"]["save"] = time.perf_counter() - began
+        rows[-1]["seconds"]["save"] = self._waited + time.perf_counter() - began
         self.run.append(rows)
         return rows
 

@@ -1,8 +1,5 @@
 """The report: runs and sweeps on one HTML page that needs no network, with the question and the answer first."""
 
-import base64
-import functools
-import io
 import json
 import re
 import shlex
@@ -11,12 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from PIL import Image
-from plotly.offline import get_plotlyjs
 
 from fedray.errors import UserError
 from fedray.files import write as write_file
@@ -34,16 +28,18 @@ from fedray.reports.answer import (
     value_of,
     with_settings,
 )
-from fedray.reports.charts import charts
+from fedray.reports.charts import charts, settings_of
 from fedray.reports.comparisons import compare
+from fedray.reports.costs import client_table, cost_charts, cost_tables, table
+from fedray.reports.pictures import KINDS, Chosen, viewers
 from fedray.reports.results import finals, load, score_table, scores_of
 from fedray.reports.tables import cells, pivot
 from fedray.reports.unlike import by_dataset, named
 from fedray.storage import located
 
-PICTURES = 5_000_000  # characters of pictures on a page, about
-SHOWN = 12  # rounds of a run that are shown
-LARGE = 40_000  # bytes; larger pictures are compressed
+SIZE = 1_450_000  # bytes of a page, about; pictures are made to fit
+WEB = Path(__file__).parent / "web"
+FILES = {"style": "page.css", "script": "page.js", "d3": "d3.min.js", "plot": "plot.umd.min.js"}
 
 
 @dataclass(frozen=True)
@@ -78,24 +74,39 @@ def make(places: Sequence[str | Path]) -> str:
         raise UserError(f"there is no complete round to report on: {' '.join(problems)}")
     chapters = list(_chapters(places, rounds))
     template = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
+        loader=FileSystemLoader(WEB), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     ).get_template("page.html.jinja")  # fmt: skip
-    contents = [
-        (chapter, answer(chapter.rounds, chapter.planned), list(_tables(chapter)),
-         list(charts(chapter.rounds, chapter.varied)))
-        for chapter in chapters
-    ]  # fmt: skip
-    return template.render(
-        title=", ".join(chapter.title for chapter in chapters),
-        problems=problems,
-        chapters=contents,
-        viewers=_viewers(chapters),
-        costs=list(_costs(chapters)),
-        environment=_environment(rounds),
-        commands=dict.fromkeys(command for chapter in chapters for command in chapter.commands if command),
-        plotly=Markup(get_plotlyjs()),
-    )
+    chosen = [_chosen(chapter) for chapter in chapters]
+    contents = [_contents(*each) for each in zip(chapters, chosen, strict=True)]
+
+    def page(pictures: list[list[dict[str, Any]]]) -> str:
+        return template.render(
+            title=", ".join(chapter.title for chapter in chapters),
+            problems=problems,
+            chapters=[content | {"viewers": those} for content, those in zip(contents, pictures, strict=True)],
+            environment=_environment(rounds),
+            commands=dict.fromkeys(command for chapter in chapters for command in chapter.commands if command),
+            **{name: Markup((WEB / file).read_text()) for name, file in FILES.items()},
+        )
+
+    room = SIZE - len(page([[] for _ in chapters]).encode())
+    return page(viewers(chosen, room))
+
+
+def _contents(chapter: Chapter, chosen: Chosen) -> dict[str, Any]:
+    """Make what a chapter shows, without its pictures."""
+    rounds = chapter.rounds
+    return {
+        "chapter": chapter,
+        "answer": answer(rounds, chapter.planned),
+        "settings": settings_of(rounds),
+        "charts": list(charts(rounds, chapter.varied)),
+        "tables": list(_tables(chapter)),
+        "costs": list(cost_charts(rounds)),
+        "cost_tables": list(cost_tables(rounds)),
+        "clients": client_table(dict(zip(rounds["setting"].unique(), chosen, strict=True))),
+    }
 
 
 # Questions
@@ -188,14 +199,15 @@ def _tables(chapter: Chapter) -> Iterable[dict[str, Any]]:
             for row in score_table(map(located, done["directory"])).to_dict("records")
         ]
         if rows:
-            yield _table("Scores", ["score", "value", "± over", "± of one run", "n", "remarks"], rows)
+            yield table("Scores", ["score", "value", "± over", "± of one run", "n", "remarks"], rows)
         return
     if len(free) == 2 and done["setting"].nunique() > done[free].nunique().max():  # neither follows from the other
-        table = cells(pivot(chapter.rounds, score, *free))
-        head = [field_of(free[0]), *(f"{field_of(free[1])}={value_of(value)}" for value in table.columns)]
-        rows = [[value_of(name), *values] for name, values in zip(table.index, table.to_numpy().tolist(), strict=True)]
+        crossed = cells(pivot(chapter.rounds, score, *free))
+        head = [field_of(free[0]), *(f"{field_of(free[1])}={value_of(value)}" for value in crossed.columns)]
+        lines = zip(crossed.index, crossed.to_numpy().tolist(), strict=True)
+        rows = [[value_of(name), *values] for name, values in lines]
         caption = f"{title_of(score)}, mean ± standard deviation over seeds"
-        yield _table(caption, head, rows)
+        yield table(caption, head, rows)
     shown = dict.fromkeys(
         [score, *scores_of(done), *(loss for loss in LOSSES if loss in done and done[loss].notna().any())]
     )
@@ -209,130 +221,39 @@ def _tables(chapter: Chapter) -> Iterable[dict[str, Any]]:
     titles = [title_of(name) for name in shown]
     caption = "After the last round: mean ± standard deviation over seeds, n samples each; difference to the best, "
     head = ["setting", "seeds", "n", titles[0], "difference", *titles[1:]]
-    yield _table(caption + "with its simultaneous 95 % interval", head, rows, [row[0] for row in rows].index(best))
-
-
-def _table(caption: str, head: list[str], rows: list[list[str]], best: int | None = None) -> dict[str, Any]:
-    return {"caption": caption, "head": head, "rows": rows, "best": best}
+    caption += "with its simultaneous 95 % interval"
+    settings = list(chapter.rounds["setting"].unique())
+    names = [row[0] for row in rows]
+    yield table(caption, head, rows, of=[settings.index(name) for name in names], best=names.index(best))
 
 
 def _text(value: Any) -> str:
     return "" if pd.isna(value) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
-# Pictures
+# Pictures and clients
 
 
-def _viewers(chapters: list[Chapter]) -> list[dict[str, Any]]:
-    """Choose pictures of a run of each setting, after as many rounds as there is room for."""
-    chosen: dict[str, str] = {}  # directory: name on the page
-    for chapter in chapters:
-        runs = chapter.rounds.drop_duplicates("directory").sort_values(["complete", "seed"], ascending=[False, True])
-        for setting in chapter.rounds["setting"].unique():
-            run = runs[runs["setting"] == setting].iloc[0]
-            name = ", ".join(part for part in (setting, f"seed {run['seed']}") if part)
-            chosen.setdefault(run["directory"], name if len(runs) > 1 else run["run"])
-    partitions = {_saved(directory).get("partition_sha256", directory): directory for directory in reversed(chosen)}
-    kinds = [
-        ("Samples", "samples", "Samples", list(chosen)),
-        ("Samples by prompt, from the same noise", "validation", "A strip of samples by prompt", list(chosen)),
-        ("Prompts, from the base to the last round", "validation.png", "Samples by prompt over rounds", list(chosen)),
-        ("Samples above the training images nearest to them", "nearest.png", "Samples, nearest images", list(chosen)),
-        ("Who holds what", "partition.png", "How many images each client holds", [*partitions.values()][::-1]),
-    ]
-    encode = functools.cache(_data_uri)
-
-    def frames(directory: str, source: str, alt: str, limit: int) -> list[dict[str, str]]:
-        pictures = [(label, encode(path)) for label, path in _thin(_pictures(located(directory), source), limit)]
-        text = f"{alt}: {chosen[directory]}"
-        return [{"label": label, "src": src, "alt": f"{text} {label}".strip()} for label, src in pictures if src]
-
-    def viewer(title: str, source: str, alt: str, directories: list[str], limit: int) -> dict[str, Any]:
-        runs = [{"name": chosen[path], "frames": frames(path, source, alt, limit)} for path in directories]
-        return {"title": title, "kind": source.removesuffix(".png"), "runs": [run for run in runs if run["frames"]]}
-
-    for limit in (SHOWN, 6, 3):
-        viewers = [viewer(*kind, limit) for kind in kinds]
-        pictures = [frame["src"] for viewer in viewers for run in viewer["runs"] for frame in run["frames"]]
-        if sum(map(len, pictures)) <= PICTURES:
-            break
-    else:
-        viewers = [viewer(*kind, 1) for kind in kinds]
-    return [viewer for viewer in viewers if viewer["runs"]]
+def _chosen(chapter: Chapter) -> Chosen:
+    """Choose a run of each setting, of which pictures and clients are shown; one of each partition for its picture."""
+    runs = chapter.rounds.drop_duplicates("directory").sort_values(["complete", "seed"], ascending=[False, True])
+    chosen: Chosen = {}
+    same: dict[str, list[int]] = {}  # settings, by their partition
+    for index, setting in enumerate(chapter.rounds["setting"].unique()):
+        run = runs[runs["setting"] == setting].iloc[0]
+        name = ", ".join(part for part in (setting, f"seed {run['seed']}") if part)
+        partition = _saved(run["directory"]).get("partition_sha256", run["directory"])
+        of = {kind: [index] for kind in KINDS}
+        if partition in same:
+            del of["partition.png"]
+        else:
+            same[partition] = of["partition.png"]
+        same[partition] += [index] * (index not in same[partition])
+        chosen[run["directory"]] = name if len(runs) > 1 else run["run"], of
+    return chosen
 
 
-def _pictures(directory: Path, source: str) -> list[tuple[str, Path]]:
-    """Find a run's pictures of a kind, with the round they are of."""
-    if source.endswith(".png"):
-        return [("", directory / source)] if (directory / source).exists() else []
-    paths = sorted(directory.glob(f"{source}/round-*.png"))
-    numbers = [int(path.stem.removeprefix("round-")) for path in paths]
-    return [(f"round {number}" if number else "base", path) for number, path in zip(numbers, paths, strict=True)]
-
-
-def _thin(items: list[Any], limit: int) -> list[Any]:
-    """Keep at most so many of them, evenly, the last always."""
-    if len(items) <= limit:
-        return items
-    back = np.unique(np.linspace(0, len(items) - 1, limit).round().astype(int))
-    return [items[len(items) - 1 - index] for index in back][::-1]
-
-
-def _data_uri(path: Path) -> str:
-    """Encode a picture as text, compressed where it is large; as nothing if it cannot be read."""
-    try:
-        data, kind = path.read_bytes(), "png"
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
-            if len(data) > LARGE:
-                image.thumbnail((1600, 1600))
-                small = io.BytesIO()
-                image.convert("RGB").save(small, "webp", quality=80)
-                data, kind = small.getvalue(), "webp"
-    except OSError:
-        return ""
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-
-
-# Costs and environment
-
-
-def _costs(chapters: list[Chapter]) -> Iterable[dict[str, Any]]:
-    """Tabulate bytes and seconds of each setting, means over its seeds."""
-    for chapter in chapters:
-        done = chapter.rounds[chapter.rounds["complete"]]
-        rounds = chapter.rounds if done.empty else done
-        of = "" if len(chapters) == 1 else f"{chapter.title}: "
-        seconds = pd.DataFrame({
-            name: rounds[f"seconds.{name}"] for name in ("fold", "validate", "evaluate", "save")
-            if f"seconds.{name}" in rounds
-        }).fillna(0.0)  # fmt: skip
-        seconds.insert(0, "training", rounds["seconds.round"] - seconds["fold"])
-        seconds["in all"] = seconds.sum(axis=1)
-        sent, spent = [], []
-        for setting in rounds["setting"].unique():
-            rows = rounds[rounds["setting"] == setting]
-            runs, name = rows["directory"].nunique(), setting or rows["run"].iloc[0]
-            total = rows[["bytes_down", "bytes_up"]].sum().sum()
-            payloads = [_payload(rows["directory"].iloc[0], way) for way in ("bytes_down", "bytes_up")]
-            sent.append([name, *payloads, *(number(total / count / 1e6) for count in (len(rows), runs))])
-            spent.append([name, *(number(value / runs) for value in seconds.loc[rows.index].sum())])
-        head = ["setting", "bytes down, per client", "bytes up, per client", "MB a round", "MB a run"]
-        yield _table(f"{of}Payloads per round: of a client; of all clients, both ways (and of a run)", head, sent)
-        yield _table(f"{of}Seconds of a run, by phase", ["setting", *seconds.columns], spent)
-        if "privacy.epsilon" in rounds:
-            proved = rounds.groupby("setting", sort=False)[["privacy.epsilon", "privacy.delta", "privacy.multiplier"]]
-            lines = [[name, *map(number, values)] for name, *values in proved.max().itertuples()]
-            yield _table(f"{of}Privacy of clients at the end", ["setting", "ε", "δ", "noise over the clip"], lines)
-
-
-def _payload(directory: str, way: str) -> str:
-    """Write the bytes per client, the least and the most."""
-    try:
-        sizes = {client[way] for row in Run(directory).rows for client in row["clients"] if client.get(way)}
-    except (UserError, OSError, KeyError):
-        return "–"
-    return " to ".join(f"{size:,}" for size in sorted({min(sizes), max(sizes)})) if sizes else "–"
+# Environment
 
 
 def _environment(rounds: pd.DataFrame) -> dict[str, str]:

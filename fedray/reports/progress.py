@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import html
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -21,18 +22,24 @@ EVERY = 0.2  # seconds between changes of it
 
 
 @contextmanager
-def followed(rounds: int, on_row: OnRow | None, show: Show | None) -> Iterator[tuple[OnRow, Show]]:
-    """Yield what is given; where nothing is, and somebody looks on, a progress bar."""
+def followed(
+    rounds: int, on_row: OnRow | None, show: Show | None, directory: Path | None = None
+) -> Iterator[tuple[OnRow, Show]]:
+    """Yield what is given; where nothing is, and somebody looks on, a progress bar.
+
+    Args:
+        directory: the run's, whose samples a notebook shows.
+    """
     console = Console()
     if on_row is None and show is None and (console.is_terminal or console.is_jupyter):
-        with progress(rounds) as made:
+        with progress(rounds, directory=directory) as made:
             yield made
     else:
         yield on_row or (lambda row: None), show or (lambda phase, done, total: None)
 
 
 @contextmanager
-def progress(rounds: int, alone: bool = False) -> Iterator[tuple[OnRow, Show]]:
+def progress(rounds: int, alone: bool = False, directory: Path | None = None) -> Iterator[tuple[OnRow, Show]]:
     """Show a progress bar with the time left, and a line per round; yield the `on_row` and `show` that `run` takes.
 
     In a notebook it is an element of the page, which a saved notebook keeps.
@@ -41,7 +48,7 @@ def progress(rounds: int, alone: bool = False) -> Iterator[tuple[OnRow, Show]]:
         alone: rounds are of several runs, one per client.
     """
     if Console().is_jupyter:
-        page = Page(rounds)
+        page = Page(rounds, directory)
         try:
             yield page.on_row, page.show
         finally:
@@ -96,48 +103,81 @@ def progress(rounds: int, alone: bool = False) -> Iterator[tuple[OnRow, Show]]:
         yield on_row, show
 
 
-class Page:
-    """Progress as HTML in a notebook: the phase, and the last rounds."""
+class Live:
+    """An element of a notebook's page that changes in place. A saved notebook keeps what it was last."""
 
-    def __init__(self, rounds: int) -> None:
-        from IPython.display import display
+    def __init__(self) -> None:
+        from IPython.display import HTML, display
 
+        self._next_change = 0.0
+        self._place = display(HTML(self.html()), display_id=True)
+
+    def html(self) -> str:
+        """Return what it shows."""
+        raise NotImplementedError
+
+    def change(self, now: bool = False) -> None:
+        """Show what there is by now, unless that was done a moment ago."""
+        from IPython.display import HTML
+
+        if now or time.monotonic() >= self._next_change:
+            self._next_change = time.monotonic() + EVERY
+            self._place.update(HTML(self.html()))
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Write a table; its rows are HTML already."""
+    names = "".join(f"<th>{html.escape(name)}</th>" for name in head)
+    lines = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    return f"<table><tr>{names}</tr>{lines}</table>"
+
+
+class Page(Live):
+    """Progress as HTML in a notebook: the phase, the last rounds, and the samples of the last evaluation."""
+
+    def __init__(self, rounds: int, directory: Path | None = None) -> None:
         self.rounds = rounds
+        self.directory = directory
         self.rows: list[Row] = []
         self.phase = ("starting", 0.0, 1.0)
         self.began = time.monotonic()
-        self.next_change = 0.0
-        self.place = display(self._page(), display_id=True)
+        super().__init__()
+        self._picture: Any = None
 
     def on_row(self, row: Row) -> None:
         self.rows = [*self.rows, row][-LINES:]
-        self._change(now=True)
+        self.change(now=True)
+        self._draw(row["round"])
 
     def show(self, phase: str, done: float, total: float) -> None:
         self.phase = (phase, done, total)
-        self._change()
+        self.change()
 
     def end(self) -> None:
         """Leave the last rounds, without the bar."""
         done = self.rows[-1]["round"] if self.rows else 0
         self.phase = (f"{done} of {self.rounds} rounds, {time.monotonic() - self.began:.1f} s", 0, 0)
-        self._change(now=True)
+        self.change(now=True)
 
-    def _change(self, now: bool = False) -> None:
-        if now or time.monotonic() >= self.next_change:
-            self.next_change = time.monotonic() + EVERY
-            self.place.update(self._page())
+    def _draw(self, number: int) -> None:
+        """Show the samples of a round, where there are any, in place of those before."""
+        from IPython.display import Image, display
 
-    def _page(self) -> Any:
-        from IPython.display import HTML
+        path = self.directory and self.directory / f"samples/round-{number:06d}.png"
+        if path is None or not path.is_file():
+            return
+        picture = Image(data=path.read_bytes(), format="png", alt=f"samples after round {number}")
+        if self._picture is None:
+            self._picture = display(picture, display_id=True)
+        else:
+            self._picture.update(picture)
 
+    def html(self) -> str:
         phase, done, total = self.phase
         bar = f'<progress value="{done:g}" max="{total:g}"></progress> ' if total else ""
-        lines = "".join(
-            f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in _cells(row))}</tr>" for row in self.rows
-        )
-        head = "<tr><th>round</th><th>loss</th><th>score</th><th>seconds</th></tr>" if lines else ""
-        return HTML(f"<div>{bar}{html.escape(phase)}</div><table>{head}{lines}</table>")
+        lines = [[html.escape(cell) for cell in _cells(row)] for row in self.rows]
+        head = ["round", "loss", "score", "seconds"]
+        return f"<div>{bar}{html.escape(phase)}</div>{table(head, lines) if lines else ''}"
 
 
 def _cells(row: Row) -> tuple[str, str, str, str]:

@@ -121,10 +121,10 @@ class Run(record.Run):
         return push(self, repository, license=license, token=token, private=private)
 
     def __repr__(self) -> str:
-        return f"<{' · '.join([f'fedray.Run {self}', *self._facts()])}>"
+        return f"<{' · '.join([f'fedray.Run {self}', *self.facts()])}>"
 
     def _repr_html_(self) -> str:
-        facts = " · ".join(map(html.escape, self._facts()))
+        facts = " · ".join(map(html.escape, self.facts()))
         picture = self.directory / "samples.png"
         image = ""
         if picture.is_file():
@@ -135,7 +135,7 @@ class Run(record.Run):
     def _last_scores(self) -> dict[str, Any]:
         return next((row["scores"] for row in reversed(self.rows) if row["scores"]), {})
 
-    def _facts(self) -> list[str]:
+    def facts(self) -> list[str]:
         """Say in a few words how far the run is, and how good."""
         if not (self.directory / "config.json").is_file():
             return ["no run"]

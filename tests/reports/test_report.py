@@ -1,123 +1,31 @@
-"""The page of fedray report: what it says, that it needs nothing else, and that it works in a browser."""
+"""The page of fedray report: what it says, and that it needs nothing else."""
 
 import base64
+import io
 import json
 import math
-import os
 import re
 import shutil
 from dataclasses import replace
-from html.parser import HTMLParser
+from itertools import product
 
 import numpy as np
 import pandas as pd
 import pytest
+from pages import CONFIG, EVIL, Page, write_run, write_sweep
 from PIL import Image
 from scipy import stats
-from selenium import webdriver
-from selenium.webdriver import ActionChains, Keys
-from selenium.webdriver.chrome.service import Service
-from selenium.webdriver.common.by import By
-from selenium.webdriver.support.ui import Select, WebDriverWait
 
-import fedray
 from fedray.cli import main
-from fedray.config import Config
 from fedray.reports import page as page_module
 from fedray.reports.answer import answer, decisive, number, pair, ranked, with_settings
 from fedray.reports.comparisons import compare, compare_columns
 from fedray.reports.results import load, varied
 
-CONFIG = Config(clients=2, rounds=3, local_epochs=1, evaluate_samples=16, features="digits", actors=0)
-EVIL = "<script>alert('<b>')</script>"
-
-
-def write_run(directory, scores=(), complete=True, done=3, config=CONFIG, held_out=False, picture=8, **texts):
-    """A run directory as a run leaves it. `scores` are those of fd[digits] in the last rounds."""
-    values = config.to_json() | texts
-    directory.mkdir(parents=True)
-    saved = {
-        "config": values, "images_sha256": "11" * 32, "partition_sha256": directory.name, "git_commit": "abc",
-        "versions": {"fedray": "0.1.0"}, "machine": {"cpus": 2, "gpus": 0}, "started": "2026-01-01T00:00:00+0000",
-        "command": ["/opt/tools/bin/fedray", "train", "--clients", "2", "--out", "with space"],
-    }  # fmt: skip
-    (directory / "config.json").write_text(json.dumps(saved))
-    for kind in ("samples", "validation"):
-        (directory / kind).mkdir()
-    rows = []
-    for k in range(1, done + 1):
-        late = k - 1 - (done - len(scores))
-        measured = {"fd[digits]": {"value": scores[late], "n": config.evaluate_samples}} if late >= 0 else {}
-        if measured:
-            measured["fd[digits]/real"] = {"value": 4.0, "n": 16}
-            noise = np.random.default_rng(k).integers(0, 256, (picture, picture, 3), np.uint8)
-            Image.fromarray(noise).save(directory / "samples" / f"round-{k:06d}.png")
-        client = {"client": 0, "seconds": 1.5, "loss": 0.5, "bytes_down": 1000, "bytes_up": 500, "outcome": "ok"}
-        losses = {"local": 0.7 / k, "aggregated": 0.6 / k, "global": 0.5 / k, "spread": 0.01}
-        rows.append({
-            "round": k, "cohort": [0], "loss": 1 / k, "steps": 8, "sequential_steps": 4, "images": 64,
-            "bytes_down": 2000, "bytes_up": 1000, "seconds": {"fold": 0.5, "round": 3.0, "save": 0.25},
-            "aggregation": {}, "held_out": losses if held_out else {}, "scores": measured, "clients": [client],
-        })  # fmt: skip
-    (directory / "rounds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    if complete:
-        result = {"scores": rows[-1]["scores"]}
-        (directory / "result.json").write_text(json.dumps(result))
-    return directory
-
-
-SWEEP = {2: [5.0, 6.0, 7.0], 8: [8.0, 10.0, 10.0]}  # by clients, of seeds 0, 1, 2
-
-
-def write_sweep(out, values=SWEEP, question="Do more clients hurt?\n\n    fedray sweep x.py\n\nMore of it."):
-    trials = [(clients, seed) for clients in values for seed in range(len(values[clients]))]
-    for clients, seed in reversed(trials):
-        config = replace(CONFIG, clients=clients, seed=seed)
-        score = values[clients][seed]
-        write_run(out / f"clients-{clients}-seed-{seed}", [score + 3, score + 1, score], config=config)
-    record = {
-        "name": "figure", "question": question, "started": "2026-01-01T00:00:00+0000",
-        "command": ["/opt/tools/bin/fedray", "sweep", "experiments/x.py"], "varied": ["clients", "seed"],
-        "trials": [
-            {"directory": f"clients-{clients}-seed-{seed}", "changes": {"clients": clients, "seed": seed}}
-            for clients, seed in trials
-        ],
-    }  # fmt: skip
-    (out / "figure.sweep.json").write_text(json.dumps(record))
-    return out
-
 
 def answer_of(*places, planned=1):
     rounds = load(*places).rounds
     return answer(with_settings(rounds, varied(rounds)), planned)
-
-
-class Page(HTMLParser):
-    """Links, styles and visible text of a page."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.links, self.styles, self.text, self.images, self.stack = [], "", "", [], []
-        self.feed(page)
-
-    def handle_starttag(self, tag, attributes):
-        found = dict(attributes)
-        self.links += [found[name] for name in ("src", "href", "srcset", "action", "poster", "data") if name in found]
-        self.styles += found.get("style") or ""
-        if tag == "img":
-            self.images.append(found)
-        if tag not in ("meta", "link", "img", "input"):
-            self.stack.append(tag)
-
-    def handle_endtag(self, tag):
-        while self.stack and self.stack.pop() != tag:
-            pass
-
-    def handle_data(self, data):
-        if self.stack[-1:] == ["style"]:
-            self.styles += data
-        elif self.stack[-1:] != ["script"]:
-            self.text += data
 
 
 # The answer
@@ -328,7 +236,7 @@ def test_two_settings_that_cross_have_a_table(tmp_path):
     rows = [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row) for row in re.findall(r"<tr.*?</tr>", page, re.DOTALL)]
     at = rows.index(["clients", "local_epochs=1", "local_epochs=4"])
     assert rows[at + 1 : at + 3] == [["2", "5.50 ± 0.71", "3.00"], ["8", "9.00", "7.00"]]
-    best = re.search(r'<tr class="best">.*?</tr>', page, re.DOTALL).group()
+    best = re.search(r'<tr class="best" data-of="\d">.*?</tr>', page, re.DOTALL).group()
     assert "clients=2, local_epochs=4" in best
 
 
@@ -336,7 +244,7 @@ def test_a_setting_without_the_score_is_left_empty(tmp_path):
     write_run(tmp_path / "a", [5.0])
     write_run(tmp_path / "b", config=replace(CONFIG, clients=8))
     page = page_module.make([tmp_path])
-    row = re.search(r"<tr><th scope=\"row\">clients=8.*?</tr>", page).group()
+    row = re.search(r"<tr data-of=\"1\"><th scope=\"row\">clients=8.*?</tr>", page).group()
     assert re.findall(r"<td>(.*?)</td>", row)[:4] == ["1", "", "–", "–"]
     assert "1 run has no fd[digits]. fd[digits] at clients=2 after round 3 is 5.00 (n = 16; " in Page(page).text
 
@@ -390,10 +298,9 @@ def test_what_users_wrote_is_text_and_not_markup(tmp_path):
     assert EVIL in text  # the question
     assert f"partition={EVIL}" in text  # a row of the table
     charts = [json.loads(data) for data in re.findall(r'"application/json">(.*?)</script>', page)]
-    escaped = "partition=&lt;script&gt;alert(&#x27;&lt;b&gt;&#x27;)&lt;/script&gt;"  # plotly.js reads markup
-    assert escaped in charts[-1]["figure"]["data"][0]["name"]
-    assert escaped in charts[-2]["figure"]["data"][0]["x"]
-    assert "<script" not in json.dumps(charts)
+    named = f"partition={EVIL}"
+    assert any(named in line["x"].get("setting", ()) for chart in charts for line in chart["figure"].get("lines", ()))
+    assert all("<" not in data for data in re.findall(r'"application/json">(.*?)</script>', page))
 
 
 def test_what_is_wrong_is_in_a_box(tmp_path):
@@ -418,7 +325,7 @@ def test_an_incomplete_run_has_a_page(tmp_path):
 
 def test_costs_are_sums_and_means(tmp_path):
     page = page_module.make([write_run(tmp_path / "run", [5.0])])
-    rows = [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row) for row in re.findall(r"<tr>.*?</tr>", page, re.DOTALL)]
+    rows = [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row) for row in re.findall(r"<tr.*?</tr>", page, re.DOTALL)]
     assert ["run", "1,000", "500", "0.00300", "0.00900"] in rows  # 2000 + 1000 bytes, three rounds
     assert ["run", "7.50", "1.50", "0.750", "9.75"] in rows  # training, fold, save and all, seconds
 
@@ -429,10 +336,97 @@ def test_many_and_large_pictures_are_thinned_and_compressed(tmp_path):
     before = sum(path.stat().st_size for path in run.glob("samples/*.png"))
     page = page_module.make([run])
     assert before > 30e6
-    assert len(page) < 12e6
-    labels = [image["data-label"] for image in Page(page).images]
-    assert 3 <= len(labels) <= 12
-    assert (labels[0], labels[-1]) == ("round 1", "round 40")
+    assert len(page.encode()) < 1.5e6
+    shown = Page(page).images
+    labels = [image["data-label"] for image in shown]
+    assert 1 <= len(labels) <= 12
+    assert labels[-1] == "round 40"
+    data = base64.b64decode(shown[-1]["src"].split(",")[1])
+    assert max(Image.open(io.BytesIO(data)).size) >= 200
+
+
+def test_a_page_of_many_runs_is_below_its_bound(tmp_path):
+    """60 settings, each with a picture of 30 kB after each of 10 rounds: 18 MB."""
+    config = replace(CONFIG, rounds=10)
+    for clients in range(2, 62):
+        changed = replace(config, clients=clients)
+        write_run(tmp_path / str(clients), list(np.linspace(9, 5, 10)), done=10, config=changed, picture=100)
+    page = page_module.make([tmp_path])
+    assert len(page.encode()) < 1.5e6
+    assert len(Page(page).images) >= 20
+
+
+@pytest.mark.slow
+def test_so_is_one_of_many_settings_and_rounds(tmp_path):
+    config = replace(CONFIG, rounds=150)
+    for clients, seed in product(range(2, 32), (0, 1)):
+        changed = replace(config, clients=clients, seed=seed)
+        scores = list(np.linspace(9, 5, 150) + clients / 7)
+        write_run(tmp_path / f"{clients}-{seed}", scores, done=150, config=changed, held_out=True)
+    page = page_module.make([tmp_path])
+    assert len(page.encode()) < 1.5e6
+    assert len(Page(page).images) >= 30
+    charts = [json.loads(data)["figure"] for data in re.findall(r'"application/json">(.*?)</script>', page)]
+    lines = [line for chart in charts[1:4] for line in chart["lines"]]
+    assert len(lines) == 90
+    assert all(len(line["y"]) == 66 and line["x"]["round"][-1] == 150 for line in lines)
+
+
+def test_pictures_come_before_tables(tmp_path):
+    page = page_module.make([write_sweep(tmp_path)])
+    assert page.index('class="answer"') < page.index("<input type=") < page.index('class="chart"') < page.index("<img ")
+    assert max(page.rindex('class="chart"'), page.rindex("<img ")) < page.index("<table>")
+
+
+def test_where_seconds_and_bytes_went_is_what_rows_say(tmp_path):
+    run = write_run(tmp_path / "run")
+    rows = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
+    for k, row in enumerate(rows, 1):
+        row["seconds"] |= {"training": 1.5 * k, "waiting": 0.5, "transfer": 0.25, "fold": 0.5, "server": 0.2}
+        row["seconds"] |= {"record": 0.05, "evaluate": 2.0 * k}
+    (run / "rounds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    older = write_run(tmp_path / "older", config=replace(CONFIG, clients=8))
+    page = page_module.make([run, older])
+    charts = [json.loads(data)["figure"] for data in re.findall(r'"application/json">(.*?)</script>', page)]
+    seconds, sent = (chart for chart in charts if chart["kind"] == "stack")
+    names = {part["key"]: part["name"] for part in seconds["parts"]}
+    first, second = ({names[key]: value for key, value in group["y"].items()} for group in seconds["groups"])
+    assert first == {
+        "training": [1.5, 3.0, 4.5], "waiting": [0.5] * 3, "transfer": [0.25] * 3, "fold": [0.5] * 3,
+        "server": [0.2] * 3, "record": [0.05] * 3, "checkpoint": [0.25] * 3, "evaluation": [2.0, 4.0, 6.0],
+    }  # fmt: skip
+    assert (second["training"], second["waiting"]) == ([2.5] * 3, [0.0] * 3)  # 3.0 of the round but for its fold
+    assert [group["y"] for group in sent["groups"]] == [{"bytes_down": [2000.0] * 3, "bytes_up": [1000.0] * 3}] * 2
+
+
+def test_many_rounds_have_few_bars_and_the_same_mean(tmp_path):
+    run = write_run(tmp_path / "run", done=150, config=replace(CONFIG, rounds=150))
+    rows = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
+    for k, row in enumerate(rows):
+        row["bytes_up"] = k
+    (run / "rounds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = re.findall(r'"application/json">(.*?)</script>', page_module.make([run]))
+    (group,) = json.loads(data[-1])["figure"]["groups"]
+    assert len(group["x"]) == 60
+    spans = [[int(number) for number in text.split("–")] for text in group["x"]]
+    assert (spans[0][0], spans[-1][-1]) == (1, 150)
+    for span, value in zip(spans, group["y"]["bytes_up"], strict=True):
+        assert value == pytest.approx(np.arange(span[0] - 1, span[-1]).mean(), rel=1e-4)
+
+
+def test_clients_are_added_up_and_at_most_so_many(tmp_path):
+    run = write_run(tmp_path / "run", held_out=True)
+    rows = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["clients"] = [row["clients"][0] | {"client": k, "loss": k / 100, "images": 10} for k in range(1000)]
+        row["held_out"]["clients"] = {str(k): k / 50 for k in range(1000)}
+    (run / "rounds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = page_module.make([run])
+    clients = re.search(r'<section class="clients">.*?</section>', page, re.DOTALL).group()
+    found = [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row) for row in re.findall(r"<tr.*?</tr>", clients, re.DOTALL)]
+    assert [row[0] for row in found[1:]] == [str(k) for k in range(600, 1000)]  # of the highest losses
+    assert found[1] == ["600", "3", "30", "6.00", "12.0", "4.50", "0.00300", "0.00150", "0"]
+    assert "without the 600 of the lowest losses" in clients
 
 
 def test_command(tmp_path, capsys, monkeypatch):
@@ -459,143 +453,3 @@ def test_mistakes(tmp_path, monkeypatch, capsys, arguments, words):
     assert main(["report", *arguments.split()]) == 2
     assert words in capsys.readouterr().err
     assert not list(tmp_path.glob("**/*.html"))
-
-
-# In a browser
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """A headless Chromium without a network."""
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not (chromium and driver) and "CI" not in os.environ:
-        pytest.skip("chromium and chromedriver are not installed")
-    assert chromium, "chromium is not installed"
-    assert driver, "chromedriver is not installed"
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    for argument in (
-        "--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--host-resolver-rules=MAP * ~NOTFOUND",
-    ):  # fmt: skip
-        options.add_argument(argument)
-    opened = webdriver.Chrome(options=options, service=Service(driver))
-    yield opened
-    opened.quit()
-
-
-def look_at(browser, path, width, height=900):
-    browser.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride",
-        {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500},
-    )
-    browser.get(path.as_uri())
-    assert "fedray report" in browser.title
-
-
-def hovered(browser, title, curve, point):
-    """What is shown when the mouse is on a point of a chart."""
-    chart = browser.find_element(By.CSS_SELECTOR, f'.chart[aria-label^="{title}"]')
-    x, y = browser.execute_script(
-        """const [chart, curve, point] = arguments, line = chart.data[curve], layout = chart._fullLayout;
-        chart.scrollIntoView({block: "center"});
-        const box = chart.getBoundingClientRect(), size = layout._size, {xaxis, yaxis} = layout;
-        return [box.left + size.l + xaxis.d2p(line.x[point]), box.top + size.t + yaxis.d2p(line.y[point])];
-        """,
-        chart, curve, point,
-    )  # fmt: skip
-    mouse = ActionChains(browser)
-    mouse.w3c_actions.pointer_action.move_to_location(round(x) - 3, round(y) - 3)
-    mouse.w3c_actions.pointer_action.move_to_location(round(x), round(y))
-    mouse.perform()
-    texts = WebDriverWait(browser, 10).until(lambda _: chart.find_elements(By.CSS_SELECTOR, ".hoverlayer .hovertext"))
-    return [text.text for text in texts]
-
-
-def shown(browser, kind):
-    """The picture that a viewer shows, and what stands beside its slider."""
-    viewer = browser.find_element(By.CSS_SELECTOR, f".viewer.{kind}")
-    pictures = [picture for picture in viewer.find_elements(By.TAG_NAME, "img") if picture.is_displayed()]
-    assert len(pictures) == 1
-    assert browser.execute_script("return arguments[0].complete && arguments[0].naturalWidth > 0", pictures[0])
-    return pictures[0].get_attribute("src"), viewer.find_element(By.TAG_NAME, "output").text
-
-
-@pytest.mark.slow
-def test_a_runs_page_in_a_browser(tmp_path, browser):
-    config = replace(
-        fedray.PRESETS["digits"], rounds=3, local_epochs=None, local_steps=2, evaluate_every=1, evaluate_samples=16,
-        sampling_steps=2, kid_subset_size=8, actors=0,
-    )  # fmt: skip
-    run = fedray.run(config, tmp_path / "run")
-    assert main(["report", str(run.directory)]) == 0
-    page = run.directory / "report.html"
-
-    look_at(browser, page, 1200)
-    source = {k: as_data(run.directory / f"samples/round-{k:06d}.png") for k in (1, 2, 3)}
-    assert shown(browser, "samples") == (source[3], "round 3")
-    slider = browser.find_element(By.CSS_SELECTOR, ".viewer.samples input")
-    slider.send_keys(Keys.ARROW_LEFT)
-    assert shown(browser, "samples") == (source[2], "round 2")
-    slider.send_keys(Keys.HOME)
-    assert shown(browser, "samples") == (source[1], "round 1")
-    assert slider.get_attribute("aria-valuetext") == "round 1"
-
-    for title, name in (("fd[digits] over rounds", "fd[digits]"), ("Training loss over rounds", "training loss")):
-        row = run.rows[1]
-        value = row["loss"] if name == "training loss" else row["scores"][name]["value"]
-        (text,) = hovered(browser, title, 0, 1)
-        assert "round 2" in text
-        assert float(text.split(name)[1].replace(",", "")) == pytest.approx(value, rel=1e-3)
-
-    # Against steps: two for each round.
-    choice = Select(browser.find_element(By.CSS_SELECTOR, ".axis"))
-    choice.select_by_visible_text("sequential steps")
-    assert browser.execute_script("return document.querySelector('.chart').data[0].x") == [2, 4, 6]
-
-    assert_fits(browser, page)
-    assert [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
-
-
-@pytest.mark.slow
-def test_a_sweeps_page_in_a_browser(tmp_path, browser):
-    sweep = write_sweep(tmp_path / "sweep", {clients: [5.0, 6.5] for clients in (2, 4, 8, 16, 32, 64, 128, 256, 512)})
-    write_run(tmp_path / "run", [5.0], partition=EVIL, held_out=True)
-    page = tmp_path / "page.html"
-    page_module.write([sweep, tmp_path / "run"], page)
-
-    look_at(browser, page, 1200)
-    (text,) = hovered(browser, "fd[digits] after the last round", 0, 1)
-    assert "clients=4" in text
-    assert "5.75" in text
-    assert "5.00 to 6.50 over 2 seeds" in text
-    first = shown(browser, "samples")
-    viewer = browser.find_element(By.CSS_SELECTOR, ".viewer.samples")
-    choice, slider = Select(viewer.find_element(By.TAG_NAME, "select")), viewer.find_element(By.TAG_NAME, "input")
-    slider.send_keys(Keys.HOME)
-    assert shown(browser, "samples")[1] == "round 1"
-    choice.select_by_visible_text("clients=4, seed 0")
-    assert shown(browser, "samples") == first  # the last round again; the writer draws the same noise for all
-    with pytest.raises(Exception, match="no such alert"):
-        browser.switch_to.alert  # noqa: B018
-
-    assert_fits(browser, page)
-    assert [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
-
-
-def as_data(path):
-    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
-
-
-def assert_fits(browser, page):
-    """Nothing is wider than a phone, but what scrolls in itself."""
-    look_at(browser, page, 375)
-    inside, page_width = browser.execute_script("return [innerWidth, document.documentElement.scrollWidth]")
-    assert inside == 375
-    assert page_width <= 375
-    wide = browser.execute_script(
-        """return [...document.querySelectorAll("main *")].filter(element =>
-            !element.closest(".wide, pre, .chart") && element.getBoundingClientRect().right > innerWidth + 1
-        ).map(element => element.outerHTML.slice(0, 100))"""
-    )
-    assert wide == []

@@ -148,7 +148,11 @@ def test_a_notebook_shows_progress_run_picture_and_scores(tmp_path):
     NotebookClient(book, resources={"metadata": {"path": str(tmp_path)}}, timeout=300).execute()
     first, run, picture, scores = (cell.outputs for cell in book.cells)
     assert "ipywidgets" not in str(book)  # nobody is told to install them
-    (page,) = [output for output in first if output.output_type == "display_data"]
+    page, samples = first  # the table, and the picture of the last evaluation
+    assert (
+        samples.data["image/png"].strip()
+        == base64.b64encode((tmp_path / "notebook-run/samples/round-000002.png").read_bytes()).decode()
+    )
     assert "2 of 2 rounds" in page.data["text/html"]
     assert "<td>2</td>" in page.data["text/html"]
     assert "<progress" not in page.data["text/html"]
