@@ -2,6 +2,7 @@
 
 import webbrowser
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import tyro
@@ -35,6 +36,9 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"--out {out} is a directory; give the name of a file in it, such as {out / 'report.html'}.")
     if places[0].exists() and not out.parent.is_dir() and url_of(out) is None:
         raise UserError(f"--out {out}: the directory {out.parent} does not exist.")
+
+    if find_spec("plotly") is None:
+        raise UserError("the page's charts are drawn by plotly; install it: pip install 'fedray[report]'.")
 
     from fedray.reports import page  # pandas and plotly take seconds to import: mistakes are told before
 
