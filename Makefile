@@ -46,7 +46,7 @@ check: .venv/installed  ## style (ruff) and types (mypy)
 	@$(BIN)/python -m mypy
 
 docs: .venv/installed  ## the pages as a site, in build/site
-	@$(BIN)/python -m mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 lock: .venv/installed  ## write requirements.lock; the newest versions with LOCK=--upgrade
 	@$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes --no-header \
