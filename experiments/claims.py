@@ -190,8 +190,8 @@ def document() -> str:
         "# What stands behind the numbers", "",
         "Made by `python experiments/claims.py` from the runs that are kept in `analysis/results`; a test computes",
         "each number again and compares it with docs/gallery.md and experiments/LOG.md. ±: standard deviation over",
-        "seeds, which includes the draw of samples. Intervals are 95 %, Student's t over seeds (paired, of differences).",
-        "",
+        "seeds, which includes the draw of samples. Intervals are 95 %, Student's t over seeds (paired, of",
+        "differences).", "",
         "## Experiments", "", "| experiment | command | runs | commit | versions |", "|---|---|---|---|---|",
     ]  # fmt: skip
     for path in sorted(RESULTS.glob("*.sweep.json")):
