@@ -1,7 +1,10 @@
 """What is said of the package: licence, citation, versions."""
 
+import ast
 import re
+import sys
 import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import yaml
@@ -40,3 +43,21 @@ def test_all_that_is_required_is_locked_with_hashes():
 def test_the_lock_names_no_index():
     assert "://" not in LOCK
     assert "index" not in LOCK
+
+
+def test_all_that_is_imported_is_required():
+    required = {name_of(each) for each in PROJECT["dependencies"]}
+    required |= {name_of(each) for extra in PROJECT["optional-dependencies"].values() for each in extra}
+    required |= {"ipython"}  # only in a notebook, which has it
+    imported = set()
+    for path in Path(fedray.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {each.name.partition(".")[0] for each in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                imported.add(node.module.partition(".")[0])
+    names = packages_distributions()
+    imported -= {"fedray", *sys.stdlib_module_names}
+    assert len(imported) > 20
+    for module in imported:
+        assert {name_of(each) for each in names.get(module, [module])} & required, module

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-BLOCK = re.compile(r'^```(sh|python)(?: title="(.*)")?\n(.*?)^```', flags=re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r'^```(sh|python)(?: title="([^"\n]*)")?\n(.*?)^```', flags=re.MULTILINE | re.DOTALL)
 BUILD = "import setuptools.build_meta as made, sys; made.build_sdist(sys.argv[1])"
 
 pytestmark = pytest.mark.slow
@@ -54,12 +54,11 @@ def environment(wheel):
     done(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=place)
     (packages,) = (place / ".venv").glob("lib/python*/site-packages")
     (packages / "of_this_environment.pth").write_text(sysconfig.get_path("purelib"))
-    found = (
-        "import fedray; from importlib.metadata import metadata; print(fedray.__file__, metadata('fedray').as_string())"
+    found = "import fedray, importlib.metadata as m; of = m.metadata('fedray')"
+    said = done(
+        python, "-c", f"{found}; print(fedray.__file__, of['License-Expression'], of['License-File'])", cwd=place
     )
-    said = done(python, "-c", found, cwd=place)
-    assert said.startswith(str(packages))
-    assert "License-Expression: Apache-2.0\nLicense-File: LICENSE" in said
+    assert said.split() == [str(packages / "fedray/__init__.py"), "Apache-2.0", "LICENSE"]
     return place
 
 
@@ -78,7 +77,8 @@ def test_every_step_of_a_page_for_new_users_runs(environment, page):
             (environment / title).write_text(text)
         for command in text.strip().splitlines() if language == "sh" else []:
             if command.startswith(".venv/bin/fedray "):
-                done("bash", "-c", command, cwd=environment, timeout=500)
+                alone = " --actors 0" if page == "method" and " train --algorithm" in command else ""  # saves time
+                done("bash", "-c", command + alone, cwd=environment, timeout=500)
                 commands += 1
     assert commands >= 3
     if page == "start":
