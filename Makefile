@@ -14,7 +14,7 @@ SIDE_BY_SIDE := -n 2 --dist worksteal
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "fedray needs Python 3.11 or newer; choose one with: make PYTHON=python3.12 ..."; exit 2; }
 	$(PYTHON) -m venv .venv
-	@echo "Installing PyTorch, Ray and diffusers into .venv: some 6 GB, a few minutes."
+	@echo "Installing PyTorch, Ray and diffusers into .venv: 7 GB, a few minutes."
 	$(BIN)/python -m pip install --require-hashes --requirement requirements.lock
 	$(BIN)/python -m pip install --no-deps --editable .
 	@touch $@
