@@ -85,7 +85,7 @@ def test_every_step_of_a_page_for_new_users_runs(environment, page):
         done(".venv/bin/python", "first.py", cwd=environment, timeout=500)
         for run, rounds in (("first", 4), ("python", 3)):
             assert json.loads((environment / f"runs/{run}/result.json").read_text())["rounds"] == rounds
-        assert "plotly" in (environment / "runs/question/report.html").read_text()
+        assert "Do more clients make the model worse?" in (environment / "runs/question/report.html").read_text()
     else:
         settings = json.loads((environment / "runs/prox/config.json").read_text())
         assert "FedProx" in json.dumps(settings)
