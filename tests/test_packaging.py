@@ -10,6 +10,8 @@ from pathlib import Path
 import yaml
 
 import fedray
+from fedray.cli import main
+from fedray.commands import report
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -61,3 +63,9 @@ def test_all_that_is_imported_is_required():
     assert len(imported) > 20
     for module in imported:
         assert {name_of(each) for each in names.get(module, [module])} & required, module
+
+
+def test_a_report_without_plotly_says_what_to_install(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "find_spec", lambda name: None)
+    assert main(["report", str(tmp_path)]) == 2
+    assert "pip install 'fedray[report]'" in capsys.readouterr().err
