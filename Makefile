@@ -4,17 +4,19 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO ?=
 BENCH ?=
+LOCK ?=
 SIDE_BY_SIDE := -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: demo demo-lora test test-fast check chaos soak bench help
+.PHONY: demo demo-lora test test-fast check chaos soak bench docs lock help
 
-.venv/installed: pyproject.toml
+.venv/installed: pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "fedray needs Python 3.11 or newer; choose one with: make PYTHON=python3.12 ..."; exit 2; }
 	$(PYTHON) -m venv .venv
-	@echo "Installing PyTorch, Ray and diffusers into .venv: some 6 GB, a few minutes."
-	$(BIN)/python -m pip install --editable '.[dev]'
+	@echo "Installing PyTorch, Ray and diffusers into .venv: 7 GB, a few minutes."
+	$(BIN)/python -m pip install --require-hashes --requirement requirements.lock
+	$(BIN)/python -m pip install --no-deps --editable .
 	@touch $@
 
 demo: .venv/installed  ## train on real digits, federated and centralised, and show the result (a few minutes)
@@ -42,6 +44,13 @@ check: .venv/installed  ## style (ruff) and types (mypy)
 	@$(BIN)/python -m ruff check .
 	@$(BIN)/python -m ruff format --check .
 	@$(BIN)/python -m mypy
+
+docs: .venv/installed  ## the pages as a site, in build/site
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+lock: .venv/installed  ## write requirements.lock; the newest versions with LOCK=--upgrade
+	@$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes --no-header \
+		--no-annotate --no-emit-index-url --quiet $(LOCK) --output-file requirements.lock
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

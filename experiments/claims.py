@@ -1,4 +1,4 @@
-"""Which kept results stand behind the numbers of README.md and LOG.md?
+"""Which kept results stand behind the numbers of docs/gallery.md and LOG.md?
 
     python experiments/claims.py        writes docs/claims.md
 
@@ -24,7 +24,8 @@ from fedray.reports.results import finals, load
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "analysis/results/digits"
-README, LOG = "README.md", "experiments/LOG.md"
+GALLERY, LOG = "docs/gallery.md", "experiments/LOG.md"
+PROSE = ("README.md", GALLERY, "docs/finetune.md", "docs/scores.md", LOG)
 FD, SURE, KID = "fd[digits]", "sure[digits]", "kid[digits]"
 SPREAD = re.compile(r"[−-]?\d[\d.,]* ± \d[\d.]*(?<=\d)(?: %)?")
 MINUS = str.maketrans("-", "−")
@@ -81,9 +82,9 @@ def _gap(low: pd.DataFrame, high: pd.DataFrame, score: str = FD) -> tuple[float,
 
 
 def _clients_and_epochs(done: pd.DataFrame) -> Iterable[Claim]:
-    """Compute the table of the log, and what the README takes from it."""
+    """Compute the table of the log, and what the gallery takes from it."""
     sweep = "clients_epochs"
-    in_readme = {
+    in_gallery = {
         (2, 2): f"rises from {_spread(_at(done, 2, 2), FD)} with two clients",
         (8, 2): f"to {_spread(_at(done, 8, 2), FD)} with eight (E = 2, three seeds)",
         (4, 4): f"| {_spread(_at(done, 4, 4), FD)} | 5.59",
@@ -92,7 +93,7 @@ def _clients_and_epochs(done: pd.DataFrame) -> Iterable[Claim]:
         row = f"| {clients} | {' | '.join(_spread(_at(done, clients, epochs), FD) for epochs in (1, 2, 4))} |"
         for epochs in (1, 2, 4):
             runs = _at(done, clients, epochs)
-            said = {LOG: row} | ({README: in_readme[clients, epochs]} if (clients, epochs) in in_readme else {})
+            said = {LOG: row} | ({GALLERY: in_gallery[clients, epochs]} if (clients, epochs) in in_gallery else {})
             about = f"`{FD}`, C = {clients}, E = {epochs}, T = 40"
             yield Claim(about, _spread(runs, FD), sweep, runs, said, _interval(runs, FD))
     words = {
@@ -109,18 +110,20 @@ def _clients_and_epochs(done: pd.DataFrame) -> Iterable[Claim]:
         yield Claim(about, number(gap[0]), sweep, runs, said, interval)
     chosen = _at(done, 4, 4)
     real = chosen[f"{FD}/real"].astype(float).mean()
-    said = {README: f"n = 512; real against real: {real:.2f}", LOG: f"real against real: {real:.2f}"}
+    said = {GALLERY: f"n = 512; real against real: {real:.2f}", LOG: f"real against real: {real:.2f}"}
     yield Claim(f"`{FD}/real`", f"{real:.2f}", sweep, chosen, said)
     sure = _spread(chosen, SURE, percent=True)
-    yield Claim(f"`{SURE}`, C = 4, E = 4", sure, sweep, chosen, {README: sure, LOG: sure}, _interval(chosen, SURE, 100))
+    yield Claim(
+        f"`{SURE}`, C = 4, E = 4", sure, sweep, chosen, {GALLERY: sure, LOG: sure}, _interval(chosen, SURE, 100)
+    )
     mean, std = (getattr(chosen[KID].astype(float), what)() for what in ("mean", "std"))
-    said = {README: f"| {mean:.0f} ± {std:.0f} |", LOG: f"| {mean:.1f} ± {std:.1f} |"}
+    said = {GALLERY: f"| {mean:.0f} ± {std:.0f} |", LOG: f"| {mean:.1f} ± {std:.1f} |"}
     yield Claim(f"`{KID}`, C = 4, E = 4", f"{mean:.0f} ± {std:.0f}", sweep, chosen, said, _interval(chosen, KID))
     shares = [chosen[f"{name}[digits]"].astype(float).mean() for name in ("precision", "recall")]
-    said = {README: f"| {shares[0]:.2f}, {shares[1]:.2f} |", LOG: f"| {shares[0]:.3f}, {shares[1]:.3f} |"}
-    yield Claim("precision, recall, C = 4, E = 4", said[README].strip("| "), sweep, chosen, said)
+    said = {GALLERY: f"| {shares[0]:.2f}, {shares[1]:.2f} |", LOG: f"| {shares[0]:.3f}, {shares[1]:.3f} |"}
+    yield Claim("precision, recall, C = 4, E = 4", said[GALLERY].strip("| "), sweep, chosen, said)
     sent = f"{chosen['total.bytes'].astype(float).mean() / 1e6:.0f}"
-    yield Claim("MB sent, both ways, C = 4, E = 4", sent, sweep, chosen, {README: f"| MB sent, both ways | {sent} |"})
+    yield Claim("MB sent, both ways, C = 4, E = 4", sent, sweep, chosen, {GALLERY: f"| MB sent, both ways | {sent} |"})
 
 
 def _same_steps(done: pd.DataFrame) -> Iterable[Claim]:
@@ -141,7 +144,7 @@ def _same_steps(done: pd.DataFrame) -> Iterable[Claim]:
         said = {LOG: f"four cannot be told from two ({gap:.1f}, {low:.1f} to {high:.1f})".translate(MINUS)}
         if one == 2:
             said = dict.fromkeys(
-                (README, LOG), f"are better than two by {gap:.2f} (95 % interval {low:.2f} to {high:.2f})"
+                (GALLERY, LOG), f"are better than two by {gap:.2f} (95 % interval {low:.2f} to {high:.2f})"
             )
         about = f"`{FD}`, C = {one} less C = {other}, equal steps"
         yield Claim(about, number(gap), sweep, all_runs, said, interval)
@@ -149,7 +152,7 @@ def _same_steps(done: pd.DataFrame) -> Iterable[Claim]:
     ratios = [settings[8][f"total.{of}"].mean() / settings[2][f"total.{of}"].mean() for of in ("images", "bytes")]
     compute, bytes_sent = (times[round(ratio)] for ratio in ratios)
     said = {
-        README: f"for {compute} the compute and {bytes_sent} the bytes",
+        GALLERY: f"for {compute} the compute and {bytes_sent} the bytes",
         LOG: f"{compute} the images trained on, at {bytes_sent} the",
     }
     values = f"{ratios[0]:.2f}, {ratios[1]:.2f}"
@@ -170,7 +173,7 @@ def _law(done: pd.DataFrame) -> Iterable[Claim]:
 
 def without_results(made: list[Claim]) -> Iterable[tuple[str, str, list[str]]]:
     """Yield a file, a section of it, and the numbers with a ± there that no claim says."""
-    for file in (README, LOG):
+    for file in PROSE:
         words = " ".join(claim.said.get(file, "") for claim in made)
         for part in re.split(r"^## ", (ROOT / file).read_text(), flags=re.MULTILINE):
             title, _, text = part.partition("\n")
@@ -186,8 +189,9 @@ def document() -> str:
     lines = [
         "# What stands behind the numbers", "",
         "Made by `python experiments/claims.py` from the runs that are kept in `analysis/results`; a test computes",
-        "each number again and compares it with README.md and experiments/LOG.md. ±: standard deviation over seeds,",
-        "which includes the draw of samples. Intervals are 95 %, Student's t over seeds (paired, of differences).", "",
+        "each number again and compares it with docs/gallery.md and experiments/LOG.md. ±: standard deviation over",
+        "seeds, which includes the draw of samples. Intervals are 95 %, Student's t over seeds (paired, of",
+        "differences).", "",
         "## Experiments", "", "| experiment | command | runs | commit | versions |", "|---|---|---|---|---|",
     ]  # fmt: skip
     for path in sorted(RESULTS.glob("*.sweep.json")):

@@ -9,8 +9,8 @@ from fedray.tasks.ddpm import DDPM
 from fedray.tasks.lora import PIPELINE, LoRA
 from fedray.wire.float16 import Float16
 
-# With these, the preset "digits" takes seconds: for trying out, and for tests.
 SMOKE = {"rounds": 2, "test_share": 0.9, "evaluate_samples": 32, "sampling_steps": 4, "kid_subset_size": 16}
+"""With these the preset "digits" takes seconds: for trying out, and for tests."""
 
 # The U-Net of diffusers' train_unconditional.py: 113,673,219 parameters.
 UNCONDITIONAL = DDPM(
@@ -125,3 +125,4 @@ PRESETS = {
         features="digits",
     ),
 }
+"""Configurations to start from, by name: what `--preset` means."""

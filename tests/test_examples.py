@@ -1,4 +1,4 @@
-"""What README and experiments/ show users, run as it stands there."""
+"""What experiments/ show users, run as it stands there."""
 
 import re
 import subprocess
@@ -20,15 +20,6 @@ def python(*arguments, cwd):
     ran = subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=500)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return ran.stdout
-
-
-@pytest.mark.slow
-def test_the_library_in_ten_lines(tmp_path):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    assert len(blocks) == 1
-    assert len(blocks[0].strip().splitlines()) <= 10
-    (tmp_path / "ten_lines.py").write_text(blocks[0])
-    assert "fd[digits]" in python("ten_lines.py", cwd=tmp_path)
 
 
 @pytest.mark.slow
