@@ -220,12 +220,12 @@ def test_two_machines_as_the_page_says(machines):
 
     # A wrong token, and none, are told in one sentence at once.
     refused = "the cluster refuses the token of this process, or it has none"
-    for settings in ({"RAY_AUTH_TOKEN": "a" * 64}, {"HOME": str(machines.root)}):
-        for command in (train.splitlines()[-1].replace("/digits", "/refused"), runs):
-            said = machines.do(command.replace("auto", "HEAD:6379"), code=2, RAY_AUTH_MODE="token", **settings)
-            assert [line for line in said.splitlines() if line][-1].startswith("fedray: --address ")
-            assert said.count(refused) == 1
-            assert "Traceback" not in said
+    commands = train.splitlines()[-1].replace("/digits", "/refused"), runs
+    for command, settings in zip(commands, ({"RAY_AUTH_TOKEN": "a" * 64}, {"HOME": str(machines.root)}), strict=True):
+        said = machines.do(command.replace("auto", "HEAD:6379"), code=2, RAY_AUTH_MODE="token", **settings)
+        assert [line for line in said.splitlines() if line][-1].startswith("fedray: --address ")
+        assert said.count(refused) == 1
+        assert "Traceback" not in said
 
     # A job of Ray's, to its end.
     said = machines.do("export RAY_AUTH_MODE=token\n" + job.replace("--gpus", "--rounds 3 --gpus"))
