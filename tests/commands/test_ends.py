@@ -123,7 +123,7 @@ def test_stopped_on_a_private_ray(tmp_path, whole, slow, gate, number, code):
 
 @pytest.mark.slow
 def test_twice_ends_at_once_and_can_be_resumed(tmp_path, whole, slow, gate):
-    process = start(*slow, "--actors", "2", "--cpus-per-actor", "0.5", "--out", tmp_path / "run")
+    process = start(*slow, "--actors", "1", "--out", tmp_path / "run")
     wait_for(process, "rounds.jsonl", tmp_path / "run")
     others = descendants(process)
     os.killpg(process.pid, signal.SIGINT)
@@ -353,10 +353,10 @@ def test_a_file_system_that_becomes_read_only_in_a_run(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("actors", [0, 2])
+@pytest.mark.parametrize("actors", [0, 1])
 def test_asked_to_stop_by_another_process(tmp_path, whole, slow, gate, capsys, actors):
     out = tmp_path / "run"
-    process = start(*slow, "--actors", actors, "--cpus-per-actor", "0.5", "--out", out)
+    process = start(*slow, "--actors", actors, "--out", out)
     wait_for(process, "rounds.jsonl", out)
     follower = start("attach", out)
     assert main(["runs", str(tmp_path)]) == 0
