@@ -162,6 +162,7 @@ def test_a_dead_actor_is_replaced_and_its_job_is_told_lost(ray_pool, toy_config,
     assert lost.startswith("its process ended (killed, or out of memory)")
     assert sorted(reply.index for reply in answers) == [0, 1, 2, 3]
     assert pool.actors[0].handle is not killed[0]
+    pool.actors[0].start(60)
     again = list(pool.map(client_update, shared(config), jobs_of(config, 4, []), seen.append))
     assert {reply.row["actor"] for reply in again} == {"actor 0", "actor 1"}
     assert seen == sorted(seen)
