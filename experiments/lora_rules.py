@@ -5,7 +5,7 @@ A and B separately (the paper's), ffa freezes A, svd takes the best factors of t
 the base. A row's aggregation error is ‖ΔW − Σ w_i ΔW_i‖ / ‖Σ w_i ΔW_i‖; the table has its mean over layers and rounds.
 
     python experiments/lora_rules.py
-    python experiments/lora_rules.py --smoke        one round, two rates, few samples: minutes
+    python experiments/lora_rules.py --smoke        one round of two steps, two rates, few samples: a minute
 
 Each algorithm is tried with every learning rate on a tuning seed; the rate that is best by prompt accuracy, and the one
 that is best by fd, then train on fresh seeds, which alone are reported. ffa has twice the rank, so that clients send as
@@ -62,7 +62,7 @@ def main(
         rounds: communication rounds.
         out: directory of the runs; by default runs/lora-rules-DATE-TIME.
         actors: client actors of a run; 0 trains in this process, without Ray.
-        smoke: try it out, with one round, two rates, one seed and few samples.
+        smoke: try it out, with one round of two steps, two rates, one seed and few samples.
     """
     if tuning_seed in seeds:
         raise fedray.UserError(f"--tuning-seed {tuning_seed} is one of the seeds of the report, which must be fresh.")
@@ -73,7 +73,7 @@ def main(
 
         def run(rule: str, rate: float, seed: int) -> dict[str, Any]:
             base = replace(PRESET, keep_optimizer=False, rounds=rounds, validation_rounds=rounds, actors=actors)
-            base = replace(base, evaluate_samples=40, sampling_steps=4) if smoke else base
+            base = replace(base, local_steps=2, evaluate_samples=40, sampling_steps=4) if smoke else base
             config = replace(base, seed=seed, learning_rate=rate, **RULES[rule])
             config = replace(config, task=replace(config.task, train_data_dir=str(photos(out, seed))))
             return finetune(config, out / f"{rule.replace(', ', '-')}-{rate:g}-{seed}", rule)

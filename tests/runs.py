@@ -37,6 +37,18 @@ def train(config, out, resume=False, rounds=None, pool=None, **own):
     return rows
 
 
+def renew(pool, config):
+    """Make a pool's actors those of another run: they keep their imports, which take seconds."""
+    import ray
+
+    from fedray.cluster.connection import send_own_code
+
+    send_own_code()
+    pool.config = config
+    started = [actor.start(60) for actor in pool.actors]
+    ray.get([actor.handle.renew.remote(config, None, None) for actor in started], timeout=60)
+
+
 def whole_round(session, state):
     """Do a round; return the next state and the row."""
     training = run_round(session, state)
@@ -69,13 +81,21 @@ def curves(out):
 
 
 def crc32c(data):
-    """Return the checksum of RFC 3720, bit by bit."""
+    """Return the checksum of RFC 3720, byte by byte."""
     crc = 0xFFFFFFFF
     for byte in data:
-        crc ^= byte
-        for _ in range(8):
-            crc = crc >> 1 ^ 0x82F63B78 * (crc & 1)
+        crc = crc >> 8 ^ CRCS[(crc ^ byte) & 0xFF]
     return crc ^ 0xFFFFFFFF
+
+
+def of_byte(byte):
+    """Divide a byte by the polynomial, bit by bit."""
+    for _ in range(8):
+        byte = byte >> 1 ^ 0x82F63B78 * (byte & 1)
+    return byte
+
+
+CRCS = [of_byte(byte) for byte in range(256)]
 
 
 def masked(crc):

@@ -1,8 +1,10 @@
 """What experiments/ show users, run as it stands there."""
 
 import re
+import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -11,6 +13,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+import fedray
+from fedray.cli import main
 from fedray.record.run import Run
 
 ROOT = Path(__file__).parent.parent
@@ -22,11 +26,37 @@ def python(*arguments, cwd):
     return ran.stdout
 
 
+@pytest.fixture
+def script(monkeypatch, capsys, tmp_path):
+    """Run a file of experiments/ as `python FILE` does, in this process: of its own, one imports for ten seconds."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        runpy.run_path(str(ROOT / "experiments" / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def few_samples(monkeypatch):
+    """Presets that draw few samples in few steps."""
+    for name in ("digits", "digits-lora"):
+        few = replace(fedray.PRESETS[name], evaluate_samples=40, sampling_steps=4, kid_subset_size=20)
+        monkeypatch.setitem(fedray.PRESETS, name, few)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("actors", [0, 2])
-def test_a_network_and_dataset_of_ones_own(tmp_path, actors):
+def test_a_network_and_dataset_of_ones_own(tmp_path, script, actors):
+    """On actors as a user's process, whose `__main__` has the classes."""
     arguments = ["--out", tmp_path / "run", "--rounds", 2, "--examples", 100, "--actors", actors]
-    assert "samples.png" in python(ROOT / "experiments/custom_task.py", *arguments, cwd=tmp_path)
+    if actors:
+        printed = python(ROOT / "experiments/custom_task.py", *arguments, cwd=tmp_path)
+    else:
+        printed = script("custom_task.py", *arguments)
+    assert "samples.png" in printed
     run = Run.open(tmp_path / "run")
     assert run.result["rounds"] == 2
     assert run.rows[1]["loss"] < run.rows[0]["loss"]
@@ -34,20 +64,9 @@ def test_a_network_and_dataset_of_ones_own(tmp_path, actors):
 
 
 @pytest.mark.slow
-def test_the_digits_experiment_in_short(tmp_path):
-    command = [
-        ROOT / "experiments/digits.py",
-        "--rounds",
-        1,
-        "--seeds",
-        0,
-        1,
-        "--out",
-        tmp_path / "runs",
-        "--actors",
-        0,
-    ]
-    printed = python(*command, cwd=tmp_path)
+def test_the_digits_experiment_in_short(tmp_path, script, few_samples):
+    command = ["digits.py", "--rounds", 1, "--seeds", 0, 1, "--out", tmp_path / "runs", "--actors", 0]
+    printed = script(*command)
     assert "fd[digits], federated ÷" in printed
     table = pd.read_csv(tmp_path / "runs/summary.csv")
     assert len(table) == 6
@@ -57,7 +76,7 @@ def test_the_digits_experiment_in_short(tmp_path):
     assert passes["federated"] == passes["centralised, same passes"] == 4
     assert Image.open(tmp_path / "runs/samples.png").width == 1600
     before = (tmp_path / "runs/federated-0/result.json").stat().st_mtime_ns
-    python(*command, cwd=tmp_path)  # nothing is trained twice
+    script(*command)  # nothing is trained twice
     assert (tmp_path / "runs/federated-0/result.json").stat().st_mtime_ns == before
 
 
@@ -84,10 +103,10 @@ def test_effects_of_clients_steps_and_images_are_told_apart():
 
 
 @pytest.mark.slow
-def test_the_samplers_experiment(tmp_path):
+def test_the_samplers_experiment(tmp_path, script):
     flags = "--rounds 1 --local-steps 2 --evaluate-samples 0 --actors 0 --kid-subset-size 8"
-    python("-m", "fedray", "train", *flags.split(), "--out", tmp_path / "run", cwd=tmp_path)
-    python(ROOT / "experiments/samplers.py", tmp_path / "run", "--samples", 10, cwd=tmp_path)
+    assert main(["train", *flags.split(), "--out", str(tmp_path / "run")]) == 0
+    script("samplers.py", tmp_path / "run", "--samples", 10)
     table = pd.read_csv(tmp_path / "run/samplers.csv", index_col="sampler")
     assert {"ddpm-1000", "ddim-50", "ddim-100", "dpmsolver++-20", "unipc-10", "unipc-20"} <= set(table.index)
     assert table["seconds"].idxmax() == "ddpm-1000"
@@ -95,9 +114,8 @@ def test_the_samplers_experiment(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_lora_experiment_in_short(tmp_path):
-    here = ["--rounds", 1, "--actors", 0, "--out"]
-    printed = python(ROOT / "experiments/lora_digits.py", *here, tmp_path / "runs", cwd=tmp_path)
+def test_the_lora_experiment_in_short(tmp_path, script, few_samples):
+    printed = script("lora_digits.py", "--rounds", 1, "--actors", 0, "--out", tmp_path / "runs")
     assert "gain in accuracy over" in printed.replace("\n", " ")
     table = pd.read_csv(tmp_path / "runs/summary.csv").set_index("run")
     assert list(table.index) == ["base", "federated", "centralised", "centralised, same images", "alone"]
@@ -107,9 +125,8 @@ def test_the_lora_experiment_in_short(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_rules_of_adapters_in_short(tmp_path):
-    command = [ROOT / "experiments/lora_rules.py", "--smoke", "--actors", 0, "--out", tmp_path / "rules"]
-    printed = python(*command, cwd=tmp_path)
+def test_the_rules_of_adapters_in_short(tmp_path, script):
+    printed = script("lora_rules.py", "--smoke", "--actors", 0, "--out", tmp_path / "rules")
     assert "rates chosen by accuracy[digits]" in printed
     tuning, report = (pd.read_csv(tmp_path / f"rules/{name}.csv") for name in ("tuning", "summary"))
     rules = ["fedavg", "fedavg, kept", "ffa", "ffa, kept", "svd", "flora"]
@@ -136,10 +153,10 @@ def test_learning_rates_are_chosen_by_each_metric():
 
 
 @pytest.mark.slow
-def test_the_payloads(tmp_path):
-    printed = python(ROOT / "experiments/lora_payload.py", cwd=tmp_path)
+def test_the_payloads(script):
+    printed = script("lora_payload.py")
     for oracle in ("454,692,876", "3,188,736", "3,438,083,856", "1,719,041,928", "143 to 1", "539 to 1"):
         assert oracle in printed
-    printed = python(ROOT / "experiments/lora_payload.py", "--smoke", cwd=tmp_path)
+    printed = script("lora_payload.py", "--smoke")
     (said,) = re.findall(r"LoRA .*?46,592.*?([\d,]+) +│\n", printed)
     assert f"a round of it: {said} bytes down to a client and {said} up" in printed

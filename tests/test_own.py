@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
+from runs import CHAOS
 
 import fedray
 from fedray.cluster.pool import RayPool
@@ -128,6 +129,7 @@ def test_what_is_not_a_python_file(tmp_path):
         load_file(tmp_path / "notes.txt")
 
 
+@pytest.mark.slow
 def test_a_files_classes_reach_client_actors(ray, toy_config, file):
     config = toy_config(partition=load_file(file).Strided(), actors=1)
     model, sampling = model_of({"model": torch.zeros(16)}), Sampling.of(config, 4)
@@ -140,7 +142,8 @@ def test_a_files_classes_reach_client_actors(ray, toy_config, file):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("actors", [0, 2])
+@pytest.mark.chaos
+@pytest.mark.parametrize("actors", [0, 1] if CHAOS else [1])
 def test_a_files_classes_and_functions_reach_trials(ray, toy_config, tmp_path, file, actors):
     module = load_file(file)
     config = toy_config(partition=module.Strided(), actors=actors)

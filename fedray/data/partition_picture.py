@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
-from functools import partial
+from functools import lru_cache, partial
 
 import matplotlib
 import numpy as np
@@ -47,10 +48,16 @@ def table(dataset: Dataset, parts: Mapping[str, Shards]) -> pd.DataFrame:
     return pd.concat([frame, pd.DataFrame(shares)], axis=1)
 
 
-def make(dataset: Dataset, parts: Mapping[str, Shards]) -> tuple[pd.DataFrame, Figure]:
-    """Return the table, and a picture of its first 200 clients."""
-    frame = table(dataset, parts)
-    return frame, _picture(frame[:SHOWN], list(parts))
+def draw(table: pd.DataFrame, parts: tuple[str, ...]) -> bytes:
+    """Draw the first 200 clients of a table as a PNG."""
+    return _drawn(table[:SHOWN].to_csv(index=False), parts)
+
+
+@lru_cache(maxsize=16)  # runs of one process, as clients alone and trials, often have the same table
+def _drawn(table: str, parts: tuple[str, ...]) -> bytes:
+    png = io.BytesIO()
+    _picture(pd.read_csv(io.StringIO(table)), list(parts)).savefig(png, dpi=100, format="png")
+    return png.getvalue()
 
 
 def _columns(dataset: Dataset) -> dict[str, np.ndarray]:

@@ -191,10 +191,10 @@ def _draw_partition(directory: Path, plan: Plan) -> None:
     if not (directory / "partition.csv").exists():
         from fedray.data import partition_picture  # matplotlib takes a second to import
 
-        frame, picture = partition_picture.make(plan.dataset, plan.parts)
+        table = partition_picture.table(plan.dataset, plan.parts)
         with durably(directory / "partition.png") as aside:
-            picture.savefig(aside, dpi=100, format="png")
-        write(directory / "partition.csv", frame.to_csv(index=False))
+            aside.write_bytes(partition_picture.draw(table, tuple(plan.parts)))
+        write(directory / "partition.csv", table.to_csv(index=False))
 
 
 def look_at_a_sample(session: Session) -> None:

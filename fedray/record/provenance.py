@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,11 @@ def environment() -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Return the versions, in this process, of what a run's bits depend on."""
     packages = ("fedray", "torch", "diffusers", "ray", "numpy")
-    return {name: importlib.metadata.version(name) for name in packages} | {"python": platform.python_version()}
+    return {name: _version(name) for name in packages} | {"python": platform.python_version()}
+
+
+# Of both, what was there when this process began counts.
+_version = cache(importlib.metadata.version)
 
 
 def without_secrets(command: list[str]) -> list[str]:
@@ -41,6 +46,7 @@ def without_secrets(command: list[str]) -> list[str]:
     return kept
 
 
+@cache
 def _git_commit() -> str | None:
     here = Path(__file__).parents[1]
     if not (here.parent / ".git").exists():

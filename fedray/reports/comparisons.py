@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import optimize, stats
 
 LEVEL = 0.95
 POWER = 0.8
@@ -87,6 +86,8 @@ def compare_columns(table: pd.DataFrame) -> Comparisons:
 @cache
 def _critical(k: int, freedom: int) -> tuple[float, float]:
     """Return the studentized range's quantile, and the shift of a t that exceeds it with a chance of 80 %."""
+    from scipy import optimize, stats  # which take half a second to import
+
     q = float(stats.studentized_range.ppf(LEVEL, k, freedom))
     shift = optimize.brentq(lambda shift: stats.nct.sf(q / math.sqrt(2), freedom, shift) - POWER, 0, 10 + 10 * q)
     return q, float(shift)

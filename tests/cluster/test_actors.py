@@ -7,11 +7,12 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from runs import fit
+from runs import CHAOS, fit
 
 import fedray
 from fedray.cli import main
@@ -36,15 +37,16 @@ PLAIN = "--no-keep-optimizer --no-use-ema"
 MANY = "--keep-optimizer --fraction 0.5 --clients 8 --codec float16"
 
 
+TWO, FOUR = "--actors 2", "--actors 4 --cpus-per-actor 0.5"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("flags", "places"),
-    [(PLAIN, ["--actors 2", "--actors 4 --cpus-per-actor 0.5"]), (MANY, ["--actors 2"])],
-    ids=["plain", "kept-fraction-float16"],
-)
+@pytest.mark.chaos
+@pytest.mark.parametrize(("flags", "places"), [(PLAIN, [FOUR]), (MANY, [TWO])], ids=["plain", "kept-fraction-float16"])
 def test_placement_never_matters(ray, tmp_path, flags, places):
+    """In `make chaos` each on two actors and on four."""
     here = train(tmp_path / "here", f"{flags} --actors 0")
-    for index, place in enumerate(places):
+    for index, place in enumerate([TWO, FOUR] if CHAOS else places):
         assert train(tmp_path / str(index), f"{flags} {place}") == here
 
 
@@ -55,24 +57,21 @@ def test_nor_does_it_on_two_threads(ray, tmp_path):
 
 
 @pytest.mark.slow
-def test_actors_share_the_clients(ray, toy_config, tmp_path):
-    run = fedray.run(toy_config(actors=2, slow=(0, 1, 2, 3), local_epochs=1), tmp_path / "run")
-    assert {client["actor"] for row in run.rows for client in row["clients"]} == {"actor 0", "actor 1"}
-    assert run.saved["command"] == sys.argv  # the user's, not the driver actor's
-
-
-@pytest.mark.slow
 def test_stopped_here_and_resumed_there(ray, toy_config, tmp_path):
-    config = toy_config(keep_optimizer=True, use_ema=True)
+    """There, two actors share the clients: each takes seconds."""
+    gate = tmp_path / "gate"
+    settings = {"keep_optimizer": True, "use_ema": True, "local_epochs": 1, "slow": (0, 1, 2, 3), "gate": str(gate)}
+    config = toy_config(**settings)
     whole = fedray.run(config, tmp_path / "whole").result["vector_sha256"]
     rounds = fit(config, LocalPool(config), tmp_path / "run")
     next(rounds)
     rounds.close()
-    moved = toy_config(keep_optimizer=True, use_ema=True, actors=2, cpus_per_actor=0.5)
-    rows = []
+    gate.touch()
+    rows, moved = [], toy_config(**settings, actors=2, cpus_per_actor=0.5)
     resumed = fedray.run(moved, tmp_path / "run", resume=True, on_row=rows.append)
     assert [row["round"] for row in rows] == [2, 3]
     assert resumed.result["vector_sha256"] == whole
+    assert {client["actor"] for row in rows for client in row["clients"]} == {"actor 0", "actor 1"}
 
 
 @pytest.mark.slow
@@ -94,9 +93,9 @@ def test_samples_do_not_depend_on_the_pool(ray, toy_config):
 def test_errors_of_the_driver_reach_the_caller(ray, toy_config, tmp_path):
     for resume in (False, True):
         with pytest.raises(RunError, match="no client returned a model. Client 0: ValueError"):
-            fedray.run(toy_config(failing=(0, 1, 2, 3), actors=2), tmp_path / "run", resume=resume)
+            fedray.run(toy_config(failing=(0, 1, 2, 3), actors=1), tmp_path / "run", resume=resume)
     with pytest.raises(UserError, match="only 32 examples"):
-        fedray.run(toy_config(clients=40, actors=2), tmp_path / "more")
+        fedray.run(toy_config(clients=40, actors=1), tmp_path / "more")
     assert not (tmp_path / "more").exists()
 
 
@@ -114,30 +113,34 @@ def test_more_actors_than_the_machine_has(ray, toy_config, tmp_path):
 @pytest.mark.slow
 def test_the_driver_outlives_its_caller_and_can_be_attached_to(ray, tmp_path, capsys, monkeypatch):
     """On a running cluster, SIGKILL the process that started a run: it goes on, and --resume shows its end."""
-    address = ray.get_runtime_context().gcs_address
-    flags = "--no-use-ema --actors 1 --rounds 12"
-    command = [sys.executable, "-m", "fedray", *TRAIN.split(), *flags.split(), "--address", address]
-    caller = subprocess.Popen([*command, "--out", str(tmp_path / "run")], start_new_session=True)
+    address, toy, gate = ray.get_runtime_context().gcs_address, Path(__file__).parents[1] / "toy.py", tmp_path / "gate"
+    gate.touch()
+    flags = f"--task {toy}:Toy --partition by-label --local-steps 2 --features None --evaluate-samples 0 --rounds 12"
+    command = ["train", *flags.split(), *f"--slow 0 1 2 3 --pause 0.2 --gate {gate} --out".split()]
+    run = tmp_path / "run"
+    begin = [sys.executable, "-m", "fedray", *command, str(run), "--actors", "1", "--address", address]
+    caller = subprocess.Popen(begin, start_new_session=True)
     deadline = time.monotonic() + 90
-    while not (tmp_path / "run/rounds.jsonl").exists():
+    while not (run / "rounds.jsonl").exists():
         assert time.monotonic() < deadline
         assert caller.poll() is None
         time.sleep(0.1)
     os.killpg(caller.pid, signal.SIGKILL)
     caller.wait()
-    before = len(Run.open(tmp_path / "run").rows)
+    before = len(Run.open(run).rows)
     assert before < 12
-    assert main(["runs", str(tmp_path / "run/checkpoints"), "--address", "auto"]) == 0  # a folder without runs
+    assert main(["runs", str(run / "checkpoints"), "--address", "auto"]) == 0  # a folder without runs
     assert re.search(r"run .* goes on: ", capsys.readouterr().out)
-    again = [*TRAIN.split(), *flags.split(), "--out", str(tmp_path / "run")]
     with monkeypatch.context() as context:  # as where another node has not yet seen what is in the directory
         context.setattr(Run, "check_vacant", lambda self: None)
-        assert main(again) == 2
+        assert main([*command, str(run), "--actors", "1"]) == 2
     assert "is still going on this cluster" in capsys.readouterr().err
-    assert main(["train", "--resume", str(tmp_path / "run")]) == 0
-    resumed = Run.open(tmp_path / "run")
+    gate.unlink()
+    assert main(["train", "--resume", str(run), "--code", str(toy)]) == 0
+    resumed = Run.open(run)
     assert len({row["round"] for row in resumed.rows}) == len(resumed.rows) == 12
-    assert resumed.result["vector_sha256"] == train(tmp_path / "whole", f"{flags} --actors 0")[0]
+    assert main([*command, str(tmp_path / "whole"), "--actors", "0"]) == 0
+    assert resumed.result["vector_sha256"] == Run.open(tmp_path / "whole").result["vector_sha256"]
 
 
 @pytest.mark.slow
@@ -150,5 +153,6 @@ def test_a_task_that_the_driver_cannot_import_is_told_at_once(ray, toy_config, t
     with pytest.raises(RunError, match="could not begin: .*hidden_task"):
         fedray.run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    config = toy_config(actors=1)
-    assert fedray.run(config, tmp_path / "run").result["rounds"] == 3  # the directory is free
+    run = fedray.run(toy_config(actors=1), tmp_path / "run")  # the directory is free
+    assert run.result["rounds"] == 3
+    assert run.saved["command"] == sys.argv  # the user's, not the driver actor's

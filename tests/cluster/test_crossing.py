@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import ray as ray_itself
-from runs import whole_round
+from runs import renew, whole_round
 
 from fedray.algorithms.folds import Mean
 from fedray.cluster.actors import Place
@@ -53,40 +53,39 @@ class Memories:
         assert not memory
 
 
-@pytest.mark.parametrize(
-    ("deaths", "clients", "partials"),
-    [
-        (0, 0, {1}),
-        (1, 2, {1}),  # as a job goes on with what another has left: that is there still
-        (1, 8, {2}),  # as all are merged: each comes by itself
-    ],
-)
-def test_a_merge_that_is_lost_costs_no_client_that_was_done(ray, toy_config, tmp_path, deaths, clients, partials):
+def test_a_merge_that_is_lost_costs_no_client_that_was_done(ray, toy_config, tmp_path):
     ray.cloudpickle.register_pickle_by_value(__import__("test_crossing"))
-    (tmp_path / "lives").mkdir()
-    for number in range(deaths):
-        (tmp_path / f"lives/{os.getpid()}-{number}").touch()
-    settings = {"labels": 8, "local_epochs": 1, "slow": tuple(range(8)), "pause": 0.2}
-    config = toy_config(**settings, actors=2, fold=Deadly(folder=str(tmp_path / "lives"), clients=clients))
-    plan = make_plan(config)
-    state = State(0, config.method.init(plan.initial, plan.layout))
-    expected, _ = whole_round(Session(config, plan, LocalPool(replace(config, actors=0)), Memories()), state)
-    pool = RayPool.start(config)
+    pool = RayPool.start(toy_config(actors=2))
     pool._crossing.here = "elsewhere"  # so this node is another than the driver's
+    settings = {"labels": 8, "local_epochs": 1, "slow": tuple(range(8)), "pause": 0.2, "actors": 2}
     try:
-        list(pool.map(wait, Shared({}), [Job(0), Job(1)], lambda done: None))  # both have started
-        after, row = whole_round(Session(config, plan, pool, Memories()), state)
-        assert not pool._crossing.nodes  # nothing is left there
+        for deaths, clients, partials in (
+            (0, 0, 1),
+            (1, 2, 1),  # as a job goes on with what another has left: that is there still
+            (1, 8, 2),  # as all are merged: each comes by itself
+        ):
+            folder = tmp_path / f"{deaths}-{clients}"
+            folder.mkdir()
+            for number in range(deaths):
+                (folder / f"{os.getpid()}-{number}").touch()
+            config = toy_config(**settings, fold=Deadly(folder=str(folder), clients=clients))
+            plan = make_plan(config)
+            state = State(0, config.method.init(plan.initial, plan.layout))
+            expected, _ = whole_round(Session(config, plan, LocalPool(replace(config, actors=0)), Memories()), state)
+            renew(pool, config)
+            list(pool.map(wait, Shared({}), [Job(0), Job(1)], lambda done: None))  # both have started
+            after, row = whole_round(Session(config, plan, pool, Memories()), state)
+            assert not pool._crossing.nodes  # nothing is left there
+            assert not list(folder.iterdir())
+            assert sha256_of(after.tensors) == sha256_of(expected.tensors)
+            assert [client["outcome"] for client in row["clients"]] == ["ok"] * 8
+            assert {loss["cause"] for loss in row["lost"]} <= {"actor died"}
+            assert len([client for loss in row["lost"] for client in loss["clients"]]) <= deaths
+            (there,) = row["nodes"].values()
+            assert there["partials"] == partials
+            assert row["bytes_crossed"] == there["bytes_to"] + there["bytes_from"] > 0
     finally:
         pool.close()
-    assert not list((tmp_path / "lives").iterdir())
-    assert sha256_of(after.tensors) == sha256_of(expected.tensors)
-    assert [client["outcome"] for client in row["clients"]] == ["ok"] * 8
-    assert {loss["cause"] for loss in row["lost"]} <= {"actor died"}
-    assert len([client for loss in row["lost"] for client in loss["clients"]]) <= deaths
-    (there,) = row["nodes"].values()
-    assert there["partials"] in partials
-    assert row["bytes_crossed"] == there["bytes_to"] + there["bytes_from"] > 0
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 import psutil
 import pytest
-from runs import fit
+from runs import fit, renew
 
 from fedray.cluster import driver
 from fedray.cluster.pool import RayPool
@@ -43,21 +43,23 @@ class PeakPrivateMemory(threading.Thread):
 @pytest.mark.timeout(900)
 def test_driver_memory_does_not_grow_with_the_cohort(ray, toy_config, tmp_path):
     """A vector of 16 MB; cohorts of 10 and of 100 clients, of one example and one step each."""
-    peaks = {}
-    for clients in (10, 10, 100):  # the first warms up
-        config = toy_config(
-            clients=clients, labels=clients, each=1, size=4_000_000, rounds=1, local_epochs=1, evaluate_samples=0,
-            partition=IID(), actors=2,
-        )  # fmt: skip
-        pool = RayPool.start(config)
-        try:
+    peaks, pool = {}, None
+    try:
+        for clients in (10, 10, 100):  # the first warms up
+            config = toy_config(
+                clients=clients, labels=clients, each=1, size=4_000_000, rounds=1, local_epochs=1, evaluate_samples=0,
+                partition=IID(), actors=2,
+            )  # fmt: skip
+            pool = pool or RayPool.start(config)
+            renew(pool, config)
             with PeakPrivateMemory() as memory:
                 rows = list(fit(config, pool, tmp_path / str(len(list(tmp_path.iterdir())))))
-        finally:
+            assert rows[0]["examples"] == clients
+            assert rows[0]["bytes_up"] == clients * 16_000_000
+            peaks[clients] = memory.peak
+    finally:
+        if pool is not None:
             pool.close()
-        assert rows[0]["examples"] == clients
-        assert rows[0]["bytes_up"] == clients * 16_000_000
-        peaks[clients] = memory.peak
     assert peaks[100] <= 1.1 * peaks[10], peaks
 
 

@@ -234,7 +234,7 @@ def test_the_report_counts_the_values_of_a_column_that_has_many(tmp_path):
     identity = np.repeat(np.arange(100), 3)
     dataset = Dataset(np.zeros((300, 1, 2, 2), np.uint8), None, {"identity": identity})
     shards = fedray.ByFolder().split(dataset, 4, generator(0, "partition"))
-    table, _ = partition_picture.make(dataset, {"train": shards})
+    table = partition_picture.table(dataset, {"train": shards})
     assert table["different values of identity"].tolist() == [25] * 4
 
 

@@ -6,7 +6,6 @@ import pytest
 from runs import sha, train
 
 from fedray.algorithms.cohorts import Poisson
-from fedray.cluster.driver import run as run_on_ray
 from fedray.errors import RunError, UserError
 from fedray.federation.plan import dropped_of, make_plan
 from fedray.record.run import Run
@@ -70,14 +69,6 @@ def test_a_round_may_lose_all_unless_some_are_needed(toy_config, tmp_path):
     assert Run.open(tmp_path / "run").result["rounds"] == 4
     with pytest.raises(RunError, match=r"took part \(\d dropped out\), fewer than --min-clients 2"):
         train(replace(config, min_clients=2), tmp_path / "needed")
-
-
-@pytest.mark.slow
-def test_actors_train_the_same_clients(toy_config, tmp_path, ray):
-    config = toy_config(rounds=3, dropout_rate=0.5)
-    train(config, tmp_path / "here")
-    run_on_ray(replace(config, actors=2), tmp_path / "actors")
-    assert sha(tmp_path / "actors") == sha(tmp_path / "here")
 
 
 def test_rates_that_are_none(toy_config):

@@ -161,6 +161,7 @@ def test_a_notebook_shows_progress_run_picture_and_scores(tmp_path):
     assert "fd[digits]" in scores[0].data["text/html"]
 
 
+@pytest.mark.slow
 def test_a_script_without_a_terminal_prints_nothing(tmp_path):
     code = NOTEBOOK.split("---")[0]
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)

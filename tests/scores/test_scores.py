@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from runs import CHAOS
 from scipy import stats
 from sklearn.neighbors import NearestNeighbors
 
@@ -298,10 +299,12 @@ def test_prdc_without_a_group_is_that_of_the_others(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.chaos
 def test_prdc_of_the_oracle():
-    """Two sets of 10,000 × N(0, I_1000), k = 5: the mean of four draws. The oracle is one draw; over eight of ours,
-    the numbers scatter by 0.012, 0.011, 0.06 and 0.006."""
-    found = [ours(normal(2 * seed, 10_000, 1000), normal(2 * seed + 1, 10_000, 1000))[0] for seed in range(4)]
+    """Two sets of 10,000 × N(0, I_1000), k = 5: the mean of two draws, in `make chaos` of four. The oracle is one draw;
+    over eight of ours, the numbers scatter by 0.012, 0.011, 0.06 and 0.006."""
+    seeds = range(4 if CHAOS else 2)
+    found = [ours(normal(2 * seed, 10_000, 1000), normal(2 * seed + 1, 10_000, 1000))[0] for seed in seeds]
     mean = {name: np.mean([one[name] for one in found]) for name in found[0]}
     oracle = {"precision": 0.477, "recall": 0.471, "density": 1.056, "coverage": 0.974}
     for name, scatter in {"precision": 0.012, "recall": 0.011, "density": 0.06, "coverage": 0.006}.items():

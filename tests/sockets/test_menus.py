@@ -44,10 +44,12 @@ class Float64(Link):
     def decode(self, payload, round):
         return payload.float()
 '''
-EXPERIMENT = """
+TOY = Path(__file__).parents[1] / "toy.py"
+EXPERIMENT = f"""
 import fedray
-BASE = fedray.Config(local_steps=1, rounds=1, evaluate_samples=0, test_share=0.9)
-SPACE = {"algorithm": ["fedavg", "damped:0.25"]}
+from fedray.own import load_file
+BASE = fedray.Config(task=load_file({str(TOY)!r}).Toy(), local_steps=1, rounds=1, evaluate_samples=0)
+SPACE = {{"algorithm": ["fedavg", "damped:0.25"]}}
 """
 
 
@@ -68,7 +70,7 @@ def test_a_file_in_a_folder_is_enough(tmp_path):
         return done.stdout
 
     assert "damped|" in run("train --help-all").replace("\n", "").replace(" ", "")
-    short = "--rounds 2 --local-steps 1 --evaluate-samples 0 --test-share 0.9 --actors 0 --no-use-ema"
+    short = f"--task {TOY}:Toy --features None --rounds 2 --local-steps 1 --evaluate-samples 0 --actors 0"
     run(f"train {short} --algorithm damped:0.25 --wire float64 --out run")
     saved = json.loads((tmp_path / "run/config.json").read_text())["config"]
     assert (saved["algorithm"], saved["wire"]) == ("damped:0.25", "float64")
@@ -78,6 +80,6 @@ def test_a_file_in_a_folder_is_enough(tmp_path):
     (tmp_path / "run/result.json").unlink()
     rows = (tmp_path / "run/rounds.jsonl").read_text()
     (tmp_path / "run/rounds.jsonl").write_text(rows[: rows.index("\n") + 1])  # as a kill before the last row leaves it
-    run("train --resume run")
+    run(f"train --resume run --code {TOY}")
     assert json.loads((tmp_path / "run/result.json").read_text())["state_sha256"] == json.loads(result)["state_sha256"]
     assert "damped:0.25" in run("sweep experiment.py --out sweep")

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import fit, sha, train
+from runs import fit, renew, sha, train
 from scipy.optimize import minimize
 
-from fedray.cluster.connection import send_own_code
+from fedray.cli import main
 from fedray.cluster.pool import RayPool
 from fedray.config import Config
 from fedray.errors import UserError
@@ -64,6 +64,7 @@ SETTINGS = {
     "ditto, sparse": {"algorithm": "ema:0.9:ditto:0.5", "wire": "feedback:topk:0.25", "keep_optimizer": True},
     "flora, warm": {"adapters": True, "algorithm": "flora:warm=true"},
     "poisson": {"cohort": "poisson:0.5", "fraction": 1.0},
+    "dropout": {"dropout_rate": 0.3, "fraction": 1.0},
     "secure sums": {"fold": "secure:0.5", "algorithm": "scaffold", "optimizer": "sgd"},
     "secure sums, noise": {"fold": "secure:0.5:bits=24:limit=1", "wire": "clip:0.3,noise:0.5"},
     "adaptive clip, secure sums": {"wire": "clip:0.3:quantile=0.5:count_noise=2,noise:0.5", "fold": "secure:0.5"},
@@ -124,16 +125,6 @@ def pool(ray):
     pool = RayPool.start(Config(local_steps=1, actors=2))
     yield pool
     pool.close()
-
-
-def renew(pool, config):
-    """Make the pool's actors those of another run: they keep their imports."""
-    import ray
-
-    send_own_code()
-    pool.config = config
-    started = [actor.start(60) for actor in pool.actors]
-    ray.get([actor.handle.renew.remote(config, None, None) for actor in started], timeout=60)
 
 
 @pytest.mark.slow
@@ -220,37 +211,42 @@ def test_a_geometric_median_is_the_point_nearest_to_all(toy_config, tmp_path):
 DIGITS = "--rounds 3 --local-steps 2 --evaluate-samples 0 --actors 0 --no-use-ema --no-keep-optimizer"
 
 
-def fedray(*arguments, cwd):
-    return subprocess.run([sys.executable, "-m", "fedray", *arguments], cwd=cwd, capture_output=True, text=True)
+# Of what needs no method, in a process that loads none.
+WITHOUT = """
+import sys
+from fedray import own
+from fedray.cli import main
+
+assert main("train --resume killed".split()) == 2
+print("refused", file=sys.stderr)
+assert main("sample whole --num-images 4 --sampling-steps 2 --out s.png".split()) == 0
+assert main("evaluate whole --samples 16 --sampling-steps 2 --kid-subset-size 8".split()) == 0
+assert main("report whole".split()) == 0
+assert own.loaded() == []
+"""
 
 
 @pytest.mark.slow
-def test_a_run_of_ones_own_methods_from_the_command_line(tmp_path):
+def test_a_run_of_ones_own_methods_from_the_command_line(tmp_path, monkeypatch):
     """Trained, killed, resumed, sampled, evaluated and reported on; the file is named again where it has to run."""
-    methods = ["--algorithm", f"{DYN}:FedDyn:0.01", "--wire", f"{SIGNS}:Signs"]
-    whole = fedray("train", *DIGITS.split(), *methods, "--out", "whole", cwd=tmp_path)
-    assert whole.returncode == 0, whole.stderr
-    command = [sys.executable, "-m", "fedray", "train", *DIGITS.split(), *methods, "--out", "killed"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    monkeypatch.chdir(tmp_path)
+    command = ["train", *DIGITS.split(), "--algorithm", f"{DYN}:FedDyn:0.01", "--wire", f"{SIGNS}:Signs", "--out"]
+    assert main([*command, "whole"]) == 0
+    killed = [sys.executable, "-m", "fedray", *command, "killed"]
+    process = subprocess.Popen(killed, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     checkpoint = tmp_path / "killed/checkpoints/round-000001.safetensors"
     deadline = time.monotonic() + 120
     while not checkpoint.exists() and time.monotonic() < deadline:
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    refused = fedray("train", "--resume", "killed", cwd=tmp_path)
-    assert refused.returncode == 2
-    assert any(f"name the file again (--code {file})" in refused.stderr for file in (DYN, SIGNS))
-    assert "Warning" not in refused.stderr
-    assert fedray("train", "--resume", "killed", "--code", DYN, SIGNS, cwd=tmp_path).returncode == 0
+    without = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True)
+    assert without.returncode == 0, without.stderr
+    refused, _, _ = without.stderr.rpartition("refused\n")
+    assert any(f"name the file again (--code {file})" in refused for file in (DYN, SIGNS))
+    assert "Warning" not in refused
+    assert main(["train", "--resume", "killed", "--code", DYN, SIGNS]) == 0
     assert sha(tmp_path / "killed") == sha(tmp_path / "whole")
-    for command in (
-        "sample whole --num-images 4 --sampling-steps 2 --out s.png",
-        "evaluate whole --samples 16 --sampling-steps 2 --kid-subset-size 8",
-        "report whole",
-    ):
-        done = fedray(*command.split(), cwd=tmp_path)  # these need no method, and no code runs
-        assert done.returncode == 0, done.stderr
 
 
 def test_a_file_that_a_run_names_does_not_run_by_itself(toy_config, tmp_path):

@@ -159,12 +159,11 @@ def test_a_run_is_attached_to_and_stopped_from_another_node(bucket, node, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_sweep_at_a_url_goes_on_from_another_node(bucket, node, tmp_path, capsys):
+def test_a_sweep_at_a_url_goes_on_from_another_node(ray, bucket, node, tmp_path, capsys):
     file = tmp_path / "question.py"
     file.write_text(
-        "from dataclasses import replace\nfrom fedray.presets import PRESETS\n"
-        "BASE = replace(PRESETS['digits'], rounds=1, local_epochs=None, local_steps=1, evaluate_samples=0, "
-        "features=None)\n"
+        f"from fedray import Config\nfrom fedray.own import load_file\nToy = load_file({str(TOY)!r}).Toy\n"
+        "BASE = Config(task=Toy(), rounds=1, local_steps=1, evaluate_samples=0)\n"
         "SPACE = {'seed': [0, 1]}\n"
     )
     out = f"{bucket}/sweep"
