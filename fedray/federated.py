@@ -39,6 +39,9 @@ class Federation:
     """Measure the held-out loss, and draw the prompts, every so many rounds, and after the last."""
     num_validation_images: int = 2
     """Images drawn for each prompt."""
+    canaries: int = 0
+    """Plant so many images of random pixels, half of which clients train on, for `fedray audit`: with noise at as many
+    clients (the last) of one image each, else among clients' own images."""
     only_client: int | None = None
     """Train this client alone, on its part of the partition: what it would reach without the others."""
     rounds: int = 10

@@ -60,6 +60,7 @@ def print_plan(config: Config, out: Path, resume: bool) -> Plan:
         "bytes": f"{planned.down:,} down to a client in a round, {planned.up:,} up",
         "bytes in all": f"{down / 1e6:,.1f} MB down, {planned.up * messages / 1e6:,.1f} up",
         **({"uploads kept": f"{kept / 1e6:,.1f} MB at the driver"} if kept else {}),
+        **({"canaries": _canaries(plan)} if plan.canaries is not None else {}),
         **({"malicious": ", ".join(map(str, sorted(plan.malicious)))} if plan.malicious else {}),
         **_privacy_planned(config),
         "evaluations": f"{evaluations}, of {config.evaluate_samples:,} samples" if evaluations else "none",
@@ -84,7 +85,7 @@ def labels_held(plan: Plan) -> list[str]:
     """Describe the labels, folders or identities of each client's examples; [] where the data has none."""
     from fedray.data.partition_picture import DIFFERENT, table
 
-    frame = table(plan.dataset, plan.parts)
+    frame = table(plan.examples, plan.parts)
     for kind in ("label", "folder", "identity"):
         many = f"{DIFFERENT} {kind}"
         if many in frame:
@@ -100,6 +101,12 @@ def labels_held(plan: Plan) -> list[str]:
             found.append(", ".join(f"{name} ({counts[name]:,})" for name in most[:VALUES]) + more)
         return found
     return []
+
+
+def _canaries(plan: Plan) -> str:
+    assert plan.canaries is not None
+    where = "clients of one image each" if plan.canaries.apart else "among clients' images"
+    return f"{len(plan.canaries.planted)} ({where}), of which {plan.canaries.planted.sum()} are trained on"
 
 
 def _privacy_planned(config: Config) -> dict[str, str]:

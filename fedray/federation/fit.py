@@ -191,7 +191,7 @@ def _draw_partition(directory: Path, plan: Plan) -> None:
     if not (directory / "partition.csv").exists():
         from fedray.data import partition_picture  # matplotlib takes a second to import
 
-        frame, picture = partition_picture.make(plan.dataset, plan.parts)
+        frame, picture = partition_picture.make(plan.examples, plan.parts)
         with durably(directory / "partition.png") as aside:
             picture.savefig(aside, dpi=100, format="png")
         write(directory / "partition.csv", frame.to_csv(index=False))

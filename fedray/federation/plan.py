@@ -18,6 +18,7 @@ from fedray.config import Config
 from fedray.data.dataset import Dataset
 from fedray.data.partition import Shards, hold_out
 from fedray.errors import UserError, reason
+from fedray.federation.canaries import Canaries, alone
 from fedray.federation.ranks import filled_in, left_out
 from fedray.federation.warm_start import warm_start
 from fedray.federation.worker import build, shared_part
@@ -48,6 +49,7 @@ class Plan:
     adapters: Adapters | None  # what the vector means, where it is not a whole model
     release: Release | None = None  # of a round with noise
     malicious: frozenset[int] = frozenset()  # clients
+    canaries: Canaries | None = None
 
     def check(self, config: Config) -> None:
         """Raise `UserError` where the uploads that a fold keeps do not fit this machine, or data cannot be attacked."""
@@ -73,9 +75,15 @@ class Plan:
         return data if self.features is None else data | {"features": self.features}
 
     @property
+    def examples(self) -> Dataset:
+        """What clients hold: the dataset, and the canaries after it."""
+        return self.dataset if self.canaries is None else self.canaries.planted_in(self.dataset)
+
+    @property
     def trained(self) -> np.ndarray:
         """The dataset's images that are trained on."""
-        return self.shards.indices if self.only_client is None else self.shards[self.only_client]
+        held = self.shards.indices if self.only_client is None else self.shards[self.only_client]
+        return held[held < len(self.dataset)]  # no canaries
 
     @property
     def unseen(self) -> np.ndarray:
@@ -122,13 +130,18 @@ def make_plan(config: Config, dataset: Dataset | None = None) -> Plan:
     if config.evaluate_samples and config.features is not None:
         networks.check(config.features, config.inception_weights, dataset.images)
         scored = networks.key(config.features, config.inception_weights, dataset.images)
-    if config.clients > len(dataset):
+    others = config.clients - alone(config)
+    if others > len(dataset):
         raise UserError(
             f"--clients {config.clients}: there are only {len(dataset)} examples; each client needs at least one."
         )
-    whole = config.partition.split(dataset, config.clients, generator(config.seed, "partition"))
+    whole = config.partition.split(dataset, others, generator(config.seed, "partition"))
     shares = (config.held_out_share, config.test_share)
     shards, held_out, test = hold_out(whole, shares, generator(config.seed, "held out"))
+    canaries = Canaries.of(config, len(dataset)) if config.canaries else None
+    if canaries is not None:
+        shards = canaries.added(shards, trained=True)
+        held_out, test = (canaries.added(part, trained=False) for part in (held_out, test))
     learner = build(config, torch.device("cpu"))
     flat, shared = learner.flat, shared_part(config, learner)
     fingerprint: dict[str, str] = getattr(config.task, "fingerprint", lambda dataset: {})(dataset)
@@ -150,6 +163,7 @@ def make_plan(config: Config, dataset: Dataset | None = None) -> Plan:
         malicious=frozenset() if config.malicious is None else config.malicious.draw(config.seed, config.clients),
         adapters=getattr(learner, "adapters", None) if shared is None else None,
         release=release_of(config),
+        canaries=canaries,
     )
 
 

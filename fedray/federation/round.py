@@ -60,6 +60,8 @@ def run_round(session: Session, state: State) -> Generator[None, None, tuple[Sta
     if session.spending is not None:
         session.spending.check(round)
     dropped = dropped_of(config, round)
+    if session.plan.canaries is not None:
+        dropped |= session.plan.canaries.absent.intersection(round.cohort)
     queue, ledger = Queue(round, config.client_retries, dropped), Ledger(round, dropped)
     broadcast = method.broadcast(server, round)
     nodes, _ = session.pool.nodes, session.pool.usage()  # of what was done since the last round
