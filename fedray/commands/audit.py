@@ -109,6 +109,10 @@ def by_text(rates: dict[float, Any]) -> dict[str, Any]:
 
 def spent(run: Run, config: Config, plan: Plan) -> float | None:
     """Return the ε at δ that a run's noise proves: of clients, or of examples; None without noise."""
+    if config.method.example_noise is not None:
+        from fedray.federation.examples import report
+
+        return report(config, run.rows)["epsilon"]
     if plan.release is None:
         return None
     from fedray.record.spending import Spending

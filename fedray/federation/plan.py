@@ -19,6 +19,7 @@ from fedray.data.dataset import Dataset
 from fedray.data.partition import Shards, hold_out
 from fedray.errors import UserError, reason
 from fedray.federation.canaries import Canaries, alone
+from fedray.federation.examples import check_examples
 from fedray.federation.ranks import filled_in, left_out
 from fedray.federation.warm_start import warm_start
 from fedray.federation.worker import build, shared_part
@@ -61,7 +62,7 @@ class Plan:
             )
         if config.malicious is not None:
             config.malicious.attack.poison(self.dataset)
-        if config.links.private or config.fold.uniform:
+        if config.links.private or config.fold.uniform or config.method.example_noise is not None:
             check_private(config, self)
 
     @property
@@ -144,6 +145,8 @@ def make_plan(config: Config, dataset: Dataset | None = None) -> Plan:
         held_out, test = (canaries.added(part, trained=False) for part in (held_out, test))
     learner = build(config, torch.device("cpu"))
     flat, shared = learner.flat, shared_part(config, learner)
+    if config.method.example_noise is not None:
+        check_examples(config, learner)
     fingerprint: dict[str, str] = getattr(config.task, "fingerprint", lambda dataset: {})(dataset)
     if config.init_from is not None:
         warm_start(learner, Path(config.init_from))
@@ -233,7 +236,9 @@ def bytes_planned(config: Config, plan: Plan) -> PlannedBytes:
     """
     first, method, fold = _first_message(config, plan), config.method, config.fold
     round, local, wire = first.round, first.local, config.links
-    rows = {"examples": max(1, local.examples), "steps": local.steps, "loss": 0.0} | first.rows
+    rows = {"examples": max(1, local.examples), "steps": local.steps} | first.rows
+    if method.example_noise is None:
+        rows = {"loss": 0.0} | rows
     few = round.cohort[: fold.least]
     round = replace(round, cohort=few, weights={client: max(1, round.weights[client]) for client in few})
     partial = fold.start(round)
@@ -316,6 +321,9 @@ class Idle:
 
     def watch(self, stepped: Callable[[], object]) -> None:
         """There is no step to watch."""
+
+    def protect(self, norm: float, multiplier: float) -> None:
+        """There is nothing to protect."""
 
     def gradient(self) -> torch.Tensor:
         """Return zeros in place of a gradient."""
