@@ -261,9 +261,10 @@ def client_update(worker: Worker, shared: Shared, job: TrainJob) -> tuple[Row, T
     links = {name: tensor.cpu() for name, tensor in memory.items() if name.startswith("link")}
     payload, kept_by_links = wire.encode(left_out(sent, job.client, round), links, round, job.client)
     payload = config.fold.seal(payload, round, job.client)
+    up = counted(payload, method.uncounted) + config.fold.exchanged(round)[1]
     row = {
         "client": job.client, "examples": local.examples, "steps": local.steps, "images": local.images,
-        "loss": local.loss_sum.item() / local.batches, "bytes_up": counted(payload, method.uncounted),
+        "loss": local.loss_sum.item() / local.batches, "bytes_up": up,
     }  # fmt: skip
     if len(job.held_out):
         row["held_out_local"] = _own_loss(local, kept)
