@@ -296,3 +296,15 @@ def test_a_client_that_draws_nothing_sends_its_noise(tmp_path):
     assert min(row["images"] for row in rows) == 0
     assert all(json.loads(json.dumps(row["loss"])) > 0 for row in rows)
     assert rows[-1]["clients"][0]["algorithm"]["example_steps"] == 8
+
+
+def test_results_and_the_card_say_what_is_spent(tmp_path):
+    from fedray.record.card import model_card
+
+    config = memory_config(algorithm="dpsgd:1:2")
+    rows = train(config, tmp_path / "run")
+    frame = fedray.load(tmp_path / "run").rounds
+    assert frame["example_privacy.epsilon"].tolist() == [row["example_privacy"]["epsilon"] for row in rows]
+    run = Run.open(tmp_path / "run")
+    card = model_card(config.to_json(), run.result, [])
+    assert f"ε at most {run.result['example_privacy']['epsilon']:.4g} at δ = 1e-05 for one example of a client" in card
