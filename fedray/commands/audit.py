@@ -74,7 +74,10 @@ def main(arguments: list[str]) -> None:
         if options.clients and not hidden:
             limits = options.clients, options.images
             uploads = audit_uploads(pool, config, plan, run, limits, options.seed, show)
-            rows, result = rows + _of_uploads(uploads), result | {"uploads": uploads._asdict()}
+            rows, result = (
+                rows + _of_uploads(uploads),
+                result | {"uploads": uploads._asdict() | {"rates": by_text(uploads.rates)}},
+            )
         canaries = audit_canaries(pool, model, plan, config.delta, options.seed, show)
         if canaries is not None:
             proved = spent(run, config, plan)
@@ -137,11 +140,15 @@ def _copies(options: Audit, run: Run, config: Config, plan: Plan, pool: Pool, mo
 
 
 def _of_model(found: Membership) -> list[Row]:
-    rows = [("model: area under the curve", f"{found.auc[0]:.3f}", _interval(found.auc), f"0.5 (p {found.p:.2g})")]
-    for rate, share in found.rates.items():
-        name = f"model: true positives at {rate:.1%} false ones"
-        rows.append((name, f"{share[0]:.2%}", f"{share[1]:.2%} to {share[2]:.2%}", f"{rate:.1%}"))
-    return rows
+    first = ("model: area under the curve", f"{found.auc[0]:.3f}", _interval(found.auc), f"0.5 (p {found.p:.2g})")
+    return [first, *_of_rates("model", found.rates)]
+
+
+def _of_rates(of: str, rates: dict[float, tuple[float, float, float]]) -> list[Row]:
+    return [
+        (f"{of}: true positives at {rate:.1%} false ones", f"{value:.2%}", f"{low:.2%} to {high:.2%}", f"{rate:.1%}")
+        for rate, (value, low, high) in rates.items()
+    ]
 
 
 def _of_uploads(found: Uploads) -> list[Row]:
@@ -150,6 +157,7 @@ def _of_uploads(found: Uploads) -> list[Row]:
     return [
         (f"uploads of {len(found.clients)} clients: mean area", value, _interval(found.auc), likely),
         (f"uploads: largest area (client {client})", f"{largest:.3f}", "", ""),
+        *_of_rates("uploads", found.rates),
     ]
 
 

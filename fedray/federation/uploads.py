@@ -18,7 +18,7 @@ from fedray.federation.pool import Pool, failure, in_order
 from fedray.federation.ranks import filled_in
 from fedray.federation.worker import Shared, Worker
 from fedray.record.run import Row, Run
-from fedray.scores.membership import area, pooled
+from fedray.scores.membership import area, pooled, rates_of
 from fedray.seeds import number
 
 
@@ -40,12 +40,13 @@ class UploadJob:
 class Uploads(NamedTuple):
     """Attacks on uploads.
 
-    auc: mean area under the curve over clients, and its 95 % interval;  p: of an area as large by chance;  clients:
-    the area for each.
+    auc: mean area under the curve over clients, and its 95 % interval;  p: of an area as large by chance;  rates:
+    true-positive rates by false-positive rates, of one threshold for all clients;  clients: the area for each.
     """
 
     auc: tuple[float, float, float]
     p: float
+    rates: dict[float, tuple[float, float, float]]
     clients: dict[int, float]
 
 
@@ -80,7 +81,7 @@ def audit_uploads(
 ) -> Uploads:
     """Attack what clients would send in one more round, as the server sees it.
 
-    A client's own examples are told from those that it held out by how much its training lowered their losses.
+    A client's own examples are told from as many that it held out, by how much its training lowered their losses.
 
     Args:
         config: the pool's: the run's, of which `ongoing` has made one more round possible.
@@ -113,16 +114,18 @@ def audit_uploads(
             {name: tensor.numpy() for name, tensor in memory.items()},
         )  # fmt: skip
         members = plan.shards[client][plan.shards[client] < len(plan.dataset)]
-        kinds = [rng.permutation(indices)[: limits[1]] for indices in (members, own[client])]
-        sizes.append([len(indices) for indices in kinds])
+        size = min(limits[1], len(members), len(own[client]))
+        kinds = [rng.permutation(indices)[:size] for indices in (members, own[client])]
+        sizes.append(size)
         jobs.append(UploadJob(train, np.concatenate(kinds)))
-    areas: list[float] = []
+    found: list[np.ndarray] = []  # [2, size] of each client
     shared = Shared(down, round)
     for reply in in_order(pool, upload_losses, shared, jobs, lambda done: show("attacking uploads", done, len(jobs))):
         if not reply.ok:
             error = reply.row["error"]
             raise failure(f"{reply.job} could not be attacked: {error}.", error, reply.row["trace"])
-        members, others = np.split(reply.fetch(), [sizes[len(areas)][0]])
-        areas.append(area(members, others)[0])
-    auc, p = pooled(np.array(areas), np.array(sizes), rng)
-    return Uploads(auc, p, dict(zip(chosen, areas, strict=True)))
+        found.append(reply.fetch().reshape(2, -1))
+    areas = [area(*each)[0] for each in found]
+    auc, p = pooled(np.array(areas), np.array([[size, size] for size in sizes]), rng)
+    members, others = np.concatenate(found, axis=1)
+    return Uploads(auc, p, rates_of(members, others, rng), dict(zip(chosen, areas, strict=True)))

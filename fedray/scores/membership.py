@@ -33,10 +33,15 @@ def attack(members: np.ndarray, others: np.ndarray, rng: np.random.Generator) ->
     return Membership(
         auc=area(members, others),
         p=float(mannwhitneyu(members, others, alternative="less").pvalue),
-        rates={
-            rate: true_positive_rate(members, others, rate, rng) for rate in RATES if rate * len(others) >= 1
-        },
-    )  # fmt: skip
+        rates=rates_of(members, others, rng),
+    )
+
+
+def rates_of(
+    members: np.ndarray, others: np.ndarray, rng: np.random.Generator
+) -> dict[float, tuple[float, float, float]]:
+    """Return true-positive rates, each with its interval, by false-positive rates as far as there are enough others."""
+    return {rate: true_positive_rate(members, others, rate, rng) for rate in RATES if rate * len(others) >= 1}
 
 
 def area(members: np.ndarray, others: np.ndarray) -> tuple[float, float, float]:

@@ -308,3 +308,16 @@ def test_results_and_the_card_say_what_is_spent(tmp_path):
     run = Run.open(tmp_path / "run")
     card = model_card(config.to_json(), run.result, [])
     assert f"ε at most {run.result['example_privacy']['epsilon']:.4g} at δ = 1e-05 for one example of a client" in card
+
+
+@pytest.mark.slow
+def test_canaries_and_noisy_gradients_are_the_same_on_two_actors(ray, tmp_path):
+    """Of a dataset that is cached: actors open it, and plant the canaries that this process does."""
+    config = replace(
+        fedray.PRESETS["digits"], rounds=1, local_epochs=None, local_steps=2, test_share=0.9, evaluate_samples=0,
+        canaries=8, algorithm="dpsgd:1:1", use_ema=False, actors=0,
+    )  # fmt: skip
+    fedray.run(config, tmp_path / "here")
+    fedray.run(replace(config, actors=2), tmp_path / "there")
+    assert sha(tmp_path / "there") == sha(tmp_path / "here")
+    assert any(client["images"] for client in Run.open(tmp_path / "there").rows[0]["clients"])
