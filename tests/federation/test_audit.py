@@ -260,7 +260,7 @@ def test_canaries_never_contradict_the_accountant(tmp_path):
 def test_canaries_find_the_leak_where_there_is_no_noise(tmp_path):
     found, proved = canaries_of(tmp_path / "run", 0, 0)
     assert proved == float("inf")
-    assert found.attack.auc[0] >= 0.95
+    assert found.attack.auc[0] >= 0.9
     assert found.epsilon > 1
     assert found.exposure[0] > 5
 
