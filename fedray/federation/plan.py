@@ -249,7 +249,7 @@ def bytes_planned(config: Config, plan: Plan) -> PlannedBytes:
         partial = fold.add(partial, Upload(client, arrived, weights, rows), round)
     after = method.aggregate(first.server, wire.finish(fold.result(partial, round), first.broadcast, round), round)
     later = wire.send(method.broadcast(after, plan.round(config, 1)), round)
-    down, up = fold.exchanged(round)
+    down, up = fold.exchanged(first.round)
     sizes = [counted(payload, method.uncounted) for payload in (first.payload, later, first.sent)]
     return PlannedBytes(sizes[0] + down, sizes[1] + down, sizes[2] + up)
 
