@@ -9,7 +9,7 @@ to a norm that follows the median; noise on their sum proves ε = 1, 4 or 8 at �
 finds nothing), the exposure of canaries and the ε that they prove to be spent at least, and the share of samples that
 are nearer to an image trained on than 5 % of new images are.
 
-Twelve runs of 60 rounds: some 80 minutes on two cores, and a minute a run for the attacks.
+Twelve runs of 60 rounds: about an hour on two cores, and a minute or two a run for the attacks.
 """
 
 from collections.abc import Iterable
