@@ -248,12 +248,36 @@ def canaries_of(tmp_path, noise, seed):
     return found, epsilon({release_of(config): config.rounds}, config.delta)
 
 
+def canary_examples_of(tmp_path, noise, seed):
+    """Train on canaries among the examples of clients that add the noise themselves."""
+    config = Config(
+        task=Centre(), clients=4, canaries=200, algorithm=f"dpsgd:1:{noise}", rounds=2, local_steps=8,
+        train_batch_size=12, learning_rate=0.5, optimizer="sgd", max_grad_norm=None, seed=seed, evaluate_samples=0,
+        test_share=0.2, actors=0,
+    )  # fmt: skip
+    train(config, tmp_path)
+    plan, run = prepare(config, Run(tmp_path / "x")), Run.open(tmp_path)
+    found = audit_canaries(
+        LocalPool(config), model(run.state(plan.layout).tensors), plan, config.delta, seed
+    )  # fmt: skip
+    return found, run.result["example_privacy"]["epsilon"]
+
+
 @pytest.mark.slow
-def test_canaries_never_contradict_the_accountant(tmp_path):
+@pytest.mark.parametrize("trained", [canaries_of, canary_examples_of])
+def test_canaries_never_contradict_the_accountant(tmp_path, trained):
     """Ten runs, bounds of 99.9 %, of noise that hides little and much."""
     for seed in range(10):
-        found, proved = canaries_of(tmp_path / f"{seed}", (0.7, 3.0)[seed % 2], seed)
+        found, proved = trained(tmp_path / f"{seed}", (0.7, 3.0)[seed % 2], seed)
         assert found.epsilon <= proved
+
+
+@pytest.mark.slow
+def test_canaries_find_examples_where_there_is_no_noise(tmp_path):
+    found, proved = canary_examples_of(tmp_path / "run", 0, 0)
+    assert proved is None
+    assert found.attack.auc[0] >= 0.9
+    assert found.epsilon > 1
 
 
 @pytest.mark.slow
