@@ -38,14 +38,14 @@ PRESET = fedray.PRESETS["digits-lora"]
 IMAGES = 32  # per client
 
 
-def photos(out: Path, seed: int) -> Path:
+def photos(out: Path, seed: int, images: int = IMAGES) -> Path:
     """A folder per client, named as its prompt, with images of one digit."""
     root, data = out / f"photos-{seed}", digits()
     for label in HELD_OUT:
         folder = root / prompt(label)
         folder.mkdir(parents=True, exist_ok=True)
         ours = torch.from_numpy(data.images[data.labels == label])
-        chosen = ours[torch.randperm(len(ours), generator=generator(seed, "photos", label))[:IMAGES]]
+        chosen = ours[torch.randperm(len(ours), generator=generator(seed, "photos", label))[:images]]
         for index, image in enumerate(enlarge(chosen)):
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{index:02d}.png")
     return root

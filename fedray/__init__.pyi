@@ -10,6 +10,7 @@ from .algorithms.cohorts import Cohort as Cohort
 from .algorithms.cohorts import Fixed as Fixed
 from .algorithms.cohorts import Poisson as Poisson
 from .algorithms.ditto import Ditto as Ditto
+from .algorithms.dpsgd import DPSGD as DPSGD
 from .algorithms.ema import EMA as EMA
 from .algorithms.fedavg import FedAvg as FedAvg
 from .algorithms.fedavgm import FedAvgM as FedAvgM

@@ -31,7 +31,7 @@ LIMITS: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     ), lambda value: 0 < value < math.inf, "be above 0"),
     ((
         "evaluate_samples", "gpus_per_actor", "adam_weight_decay", "adam_epsilon", "actors", "lr_warmup_steps",
-        "client_retries", "min_clients",
+        "client_retries", "min_clients", "canaries",
     ), lambda value: 0 <= value < math.inf, "not be negative"),
     (("ema_max_decay", "adam_beta1", "adam_beta2", "held_out_share", "test_share", "dropout_rate"),
      lambda value: 0 <= value < 1, "be at least 0 and below 1"),
@@ -90,6 +90,8 @@ def check(config: "Config") -> None:
         raise UserError("--init-from: clients that keep a part of the model to themselves start from fresh weights.")
     if config.malicious is not None:
         _check_malicious(config)
+    if config.canaries:
+        _check_canaries(config)
     _check_wire("--wire", config.wire)
     _check_wire("--wire-down", config.wire_down or ())
     for link in config.wire_down or ():
@@ -124,6 +126,18 @@ def _check_malicious(config: "Config") -> None:
         raise UserError(f"{what}: a client that trains alone attacks nobody.")
     if not (0 < config.malicious.share < 1 and 0 < config.malicious.count(config.clients) < config.clients):
         raise UserError(f"{what}: the share must make some of the {config.clients} clients malicious, and not all.")
+
+
+def _check_canaries(config: "Config") -> None:
+    """Raise `UserError` for canaries that nobody could hold."""
+    if config.only_client is not None or config.malicious is not None:
+        what = "--only-client" if config.only_client is not None else "--malicious"
+        raise UserError(f"--canaries {config.canaries}: all clients take part, and are honest; leave {what} out.")
+    if config.links.private and config.canaries >= config.clients:
+        raise UserError(
+            f"--canaries {config.canaries}: with noise each is a client of its own, and there are {config.clients} "
+            f"clients in all; raise --clients."
+        )
 
 
 def _check_wire(name: str, links: "tuple[Link, ...]") -> None:

@@ -39,6 +39,9 @@ class Federation:
     """Measure the held-out loss, and draw the prompts, every so many rounds, and after the last."""
     num_validation_images: int = 2
     """Images drawn for each prompt."""
+    canaries: int = 0
+    """Plant so many images of random pixels, half of which clients train on, for `fedray audit`: with noise at as many
+    clients (the last) of one image each, else among clients' own images."""
     only_client: int | None = None
     """Train this client alone, on its part of the partition: what it would reach without the others."""
     rounds: int = 10
@@ -48,8 +51,8 @@ class Federation:
     fednova, with values in order or by name, as fedadam:0.01:tau=0.1; of adapters (which fedavg averages as A and B
     apart) also ffa (A is frozen), rolora (A and B by turns), svd (the best factors of the mean of B A), fedex (what
     fedavg loses goes into the base), flora (stacking; the mean of B A goes into the base) or raflora (unequal ranks);
-    ema:DECAY:ALGORITHM; ditto:LAMBDA:ALGORITHM (each client has a model of its own beside); or your own,
-    FILE.py:CLASS:VALUES. See docs/methods.md."""
+    ema:DECAY:ALGORITHM; ditto:LAMBDA:ALGORITHM (each client has a model of its own beside); dpsgd:NORM:NOISE:ALGORITHM
+    (clients' gradients hide single examples); or your own, FILE.py:CLASS:VALUES. See docs/methods.md."""
     fold: Annotated[Fold, words_of(menus.FOLDS)] = Mean()
     """How uploads become one: mean; against malicious clients median, trimmed:BETA, krum:F, multikrum:F[:M] or
     normbound:NORM; secure:THRESHOLD (a sum of masked uploads); or your own, FILE.py:CLASS:VALUES."""

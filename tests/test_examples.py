@@ -142,6 +142,18 @@ def test_the_rules_of_adapters_in_short(tmp_path, script):
     assert first.loc["ffa", "MB up"] == pytest.approx(first.loc["fedavg", "MB up"], rel=0.05)  # at twice the rank
 
 
+@pytest.mark.slow
+def test_private_adapters_in_short(tmp_path):
+    command = [ROOT / "experiments/lora_privacy.py", "--smoke", "--actors", 0, "--out", tmp_path / "runs"]
+    printed = python(*command, cwd=tmp_path)
+    assert "membership" in printed
+    table = pd.read_csv(tmp_path / "runs/audits.csv").set_index("ε")
+    assert list(table.index.round(1)) == [float(f"{table.index[0]:.1f}"), float("inf")]
+    assert table.index[0] <= 8
+    assert table[["membership", "exposure", "copies", "accuracy[digits]", "fd[digits]"]].notna().all().all()
+    assert (table["ε at least"] <= table.index).all()
+
+
 def test_learning_rates_are_chosen_by_each_metric():
     import lora_rules
 

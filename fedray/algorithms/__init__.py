@@ -127,6 +127,9 @@ class Local(Protocol):
     def watch(self, stepped: Callable[[], object]) -> None:
         """Call `stepped` after each step."""
 
+    def protect(self, norm: float, multiplier: float) -> None:
+        """Have the steps see their examples through gradients that are clipped one by one, and noise on their sum."""
+
     def gradient(self) -> torch.Tensor:
         """Return the gradient [d] of the mean loss on all of the client's examples, at its weights as they are."""
 
@@ -142,6 +145,14 @@ class Algorithm:
     """
 
     abstract = False  # not to be named by users
+
+    @property
+    def example_noise(self) -> float | None:
+        """Multiplier of the noise that hides single examples in what a client sends; None where none does.
+
+        With it the server gets no losses, which are not noisy.
+        """
+        return None
 
     @property
     def needs(self) -> Mapping[str, str]:
@@ -217,6 +228,10 @@ class Wrapper(Algorithm):
 
     abstract = True
     algorithm: Algorithm
+
+    @property
+    def example_noise(self) -> float | None:
+        return self.algorithm.example_noise
 
     @property
     def needs(self) -> Mapping[str, str]:

@@ -54,6 +54,10 @@ class Fold:
         """How many clients of a round it can combine."""
         return math.inf
 
+    def exchanged(self, round: Round) -> tuple[int, int]:
+        """Return the bytes that each client receives and sends in a round beside its payloads."""
+        return 0, 0
+
     def seal(self, payload: dict[str, np.ndarray], round: Round, client: int) -> dict[str, np.ndarray]:
         """Return a client's message as it leaves the client: the client's half, for what the server must not see."""
         return payload

@@ -12,6 +12,8 @@ import numpy as np
 FIELD = 2**521 - 1  # of the shares: a Mersenne prime above any secret of 256 bits
 SHARE = 66  # bytes of an element of that field
 KEY = 32  # bytes of a key
+TAG = 16  # bytes by which a message is known to be whole
+SHARES = 2 * SHARE + TAG  # bytes of what a client sends for another
 CURVE = 2**255 - 19
 
 
@@ -54,14 +56,22 @@ def share(secret: bytes, count: int, threshold: int, salt: bytes) -> list[int]:
 
 def recover(shares: Mapping[int, int]) -> bytes:
     """Return the secret from shares by place, from 1: f(0), by Lagrange's formula."""
-    total = 0
-    for i, value in shares.items():
+    weights = _at_zero(tuple(shares))
+    total = sum(value * weight for value, weight in zip(shares.values(), weights, strict=True)) % FIELD
+    return total.to_bytes(SHARE, "little")[:KEY]
+
+
+@lru_cache(16)
+def _at_zero(places: tuple[int, ...]) -> list[int]:
+    """Return the values at 0 of Lagrange's polynomials, which are 1 at one of the places and 0 at the others."""
+    weights = []
+    for i in places:
         above, below = 1, 1
-        for j in shares:
+        for j in places:
             if j != i:
                 above, below = above * j % FIELD, below * (j - i) % FIELD
-        total = (total + value * above * pow(below, -1, FIELD)) % FIELD
-    return total.to_bytes(SHARE, "little")[:KEY]
+        weights.append(above * pow(below, -1, FIELD) % FIELD)
+    return weights
 
 
 def mask(seed: bytes, name: str, size: int) -> np.ndarray:
@@ -95,6 +105,7 @@ class Client:
     own: bytes
 
     @classmethod
+    @lru_cache(256)
     def of(cls, seed: int, number: int, client: int, cohort: tuple[int, ...], threshold: int) -> Client:
         """Make a client's secrets, new in every round."""
         drawn = hashlib.shake_256(repr((seed, "secure", number, client)).encode()).digest(2 * KEY)
@@ -116,7 +127,7 @@ class Client:
     def messages(self, publics: Sequence[bytes]) -> bytes:
         """Return what it sends before its upload: its key, and for each other client encrypted shares of its secrets.
 
-        Encrypted and then authenticated by SHAKE-256 under the seed that both agree on; 148 bytes for each.
+        Encrypted and then authenticated by SHAKE-256 under the seed that both agree on; `SHARES` bytes for each.
         """
         sent = [self.public]
         for place, (first, second) in enumerate(zip(*self.shares, strict=True)):
@@ -125,7 +136,7 @@ class Client:
                 pad = np.frombuffer(hashlib.shake_256(key + b"pad").digest(2 * SHARE), np.uint8)
                 plain = np.frombuffer(first.to_bytes(SHARE, "little") + second.to_bytes(SHARE, "little"), np.uint8)
                 hidden = (plain ^ pad).tobytes()
-                sent += [hidden, hashlib.shake_256(key + b"tag" + hidden).digest(16)]
+                sent += [hidden, hashlib.shake_256(key + b"tag" + hidden).digest(TAG)]
         return b"".join(sent)
 
     @cached_property

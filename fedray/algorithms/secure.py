@@ -14,7 +14,7 @@ import numpy as np
 
 from fedray.algorithms import Folded, Round, Rows, Upload
 from fedray.algorithms.folds import Fold
-from fedray.algorithms.masks import Client, recover, unmask
+from fedray.algorithms.masks import KEY, SHARE, SHARES, Client, recover, unmask
 from fedray.errors import RunError, UserError
 from fedray.lazy import torch
 
@@ -67,6 +67,11 @@ class Secure(Fold):
     def needed(self, cohort: int) -> int:
         """Return how many of a cohort must take part."""
         return max(1, math.ceil(self.threshold * cohort - 1e-9))
+
+    def exchanged(self, round: Round) -> tuple[int, int]:
+        """The others' keys and shares come down; the shares that unmask the sum, one for each of the cohort, go up."""
+        n = len(round.cohort)
+        return (n - 1) * (KEY + SHARES), n * SHARE
 
     def seal(self, payload: dict[str, np.ndarray], round: Round, client: int) -> dict[str, np.ndarray]:
         """Mask a client's message, for it alone to see.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,8 +61,9 @@ def print_plan(config: Config, out: Path, resume: bool) -> Plan:
         "bytes": f"{planned.down:,} down to a client in a round, {planned.up:,} up",
         "bytes in all": f"{down / 1e6:,.1f} MB down, {planned.up * messages / 1e6:,.1f} up",
         **({"uploads kept": f"{kept / 1e6:,.1f} MB at the driver"} if kept else {}),
+        **({"canaries": _canaries(plan)} if plan.canaries is not None else {}),
         **({"malicious": ", ".join(map(str, sorted(plan.malicious)))} if plan.malicious else {}),
-        **_privacy_planned(config),
+        **_privacy_planned(config, plan),
         "evaluations": f"{evaluations}, of {config.evaluate_samples:,} samples" if evaluations else "none",
         "directory": str(run),
         "on its disk": ", ".join(f"{what} {in_words(bytes)}" for what, bytes in disk.items() if bytes),
@@ -84,7 +86,7 @@ def labels_held(plan: Plan) -> list[str]:
     """Describe the labels, folders or identities of each client's examples; [] where the data has none."""
     from fedray.data.partition_picture import DIFFERENT, table
 
-    frame = table(plan.dataset, plan.parts)
+    frame = table(plan.examples, plan.parts)
     for kind in ("label", "folder", "identity"):
         many = f"{DIFFERENT} {kind}"
         if many in frame:
@@ -102,14 +104,34 @@ def labels_held(plan: Plan) -> list[str]:
     return []
 
 
-def _privacy_planned(config: Config) -> dict[str, str]:
+def _canaries(plan: Plan) -> str:
+    assert plan.canaries is not None
+    where = "clients of one image each" if plan.canaries.apart else "among clients' images"
+    return f"{len(plan.canaries.planted)} ({where}), of which {plan.canaries.planted.sum()} are trained on"
+
+
+def _privacy_planned(config: Config, plan: Plan) -> dict[str, str]:
     """Say what noise will prove after some of the rounds, and after all."""
     release = release_of(config)
     if release is None:
-        return {}
+        return _examples_planned(config, plan)
     some = sorted({max(1, config.rounds * share // 10) for share in (1, 2, 5, 10)})
     spent = ", ".join(f"{epsilon({release: rounds}, config.delta):.3g} after {rounds:,}" for rounds in some)
     return {
         "privacy": f"noise of {release.multiplier:.4g} times the clip; {release.neighbours}, δ = {config.delta:g}",
         "ε": f"{spent} rounds",
+        **_examples_planned(config, plan),
     }
+
+
+def _examples_planned(config: Config, plan: Plan) -> dict[str, str]:
+    """Say what a client's noise will prove of its examples, if it takes part in every round."""
+    noise = config.method.example_noise
+    if noise is None:
+        return {}
+    from fedray.federation.examples import spent
+
+    sizes = sorted({len(plan.shards[client]) for client in config.trainers})
+    found = [spent(config, noise, n, config.rounds * config.steps(n)) or math.inf for n in (sizes[0], sizes[-1])]
+    each = " to ".join(f"{each:.3g}" for each in sorted(set(found)))
+    return {"ε of examples": f"{each}, for clients that take part in all rounds, δ = {config.delta:g}"}

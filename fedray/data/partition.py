@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,12 @@ class Shards:
 
     indices: np.ndarray
     offsets: np.ndarray
+
+    @classmethod
+    def of(cls, parts: Sequence[np.ndarray]) -> Shards:
+        """Make shards of each client's examples."""
+        offsets = np.concatenate([[0], np.cumsum([len(part) for part in parts])])
+        return cls(np.concatenate(parts), offsets)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -64,7 +71,7 @@ def hold_out(shards: Shards, shares: tuple[float, ...], rng: torch.Generator) ->
                 f"a share of {share:g} of {len(shards.indices)} examples at {len(shards)} clients is to be held out, "
                 f"and that is none; raise --held-out-share (or --test-share), or choose another --partition."
             )
-    return [_shards(parts) for parts in kept]
+    return [Shards.of(parts) for parts in kept]
 
 
 class Partition:
@@ -99,7 +106,7 @@ class Quantity(Partition):
 
     def split(self, dataset: Dataset, clients: int, rng: torch.Generator) -> Shards:
         shares = _dirichlet(self.alpha, clients, rng)[0]
-        return _shards(_none_empty(np.split(_permutation(len(dataset), rng), _cuts(shares, len(dataset)))))
+        return Shards.of(_none_empty(np.split(_permutation(len(dataset), rng), _cuts(shares, len(dataset)))))
 
 
 @dataclass(frozen=True)
@@ -127,7 +134,7 @@ class ByAttribute(Partition):
         order = _permutation(len(dataset), rng)
         values, codes = np.unique(dataset.column(self.column), return_inverse=True)
         _check_values("by-label" if self.column == "label" else f"by-attribute:{self.column}", values, clients)
-        return _shards(np.array_split(order[np.argsort(codes[order], kind="stable")], clients))
+        return Shards.of(np.array_split(order[np.argsort(codes[order], kind="stable")], clients))
 
 
 @dataclass(frozen=True)
@@ -147,7 +154,7 @@ class ByFolder(Partition):
         dealt = np.arange(len(folders)) % clients
         if clients < len(folders):
             dealt = dealt[_permutation(len(folders), rng)]
-        return _shards(_by_owner(np.arange(len(dataset)), dealt[owned], clients))
+        return Shards.of(_by_owner(np.arange(len(dataset)), dealt[owned], clients))
 
 
 @dataclass(frozen=True)
@@ -174,7 +181,7 @@ class Dirichlet(Partition):
             order.append(members[_permutation(len(members), rng)])
             sizes = np.diff(_cuts(shares, len(members)), prepend=0, append=len(members))
             owners.append(np.repeat(np.arange(clients), sizes))
-        return _shards(_none_empty(_by_owner(np.concatenate(order), np.concatenate(owners), clients)))
+        return Shards.of(_none_empty(_by_owner(np.concatenate(order), np.concatenate(owners), clients)))
 
 
 def _permutation(n: int, rng: torch.Generator) -> np.ndarray:
@@ -219,8 +226,3 @@ def _none_empty(parts: list[np.ndarray]) -> list[np.ndarray]:
             largest = max(range(len(parts)), key=lambda other: len(parts[other]))
             parts[client], parts[largest] = parts[largest][:1], parts[largest][1:]
     return parts
-
-
-def _shards(parts: list[np.ndarray]) -> Shards:
-    offsets = np.concatenate([[0], np.cumsum([len(part) for part in parts])])
-    return Shards(np.concatenate(parts), offsets)

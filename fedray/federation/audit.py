@@ -14,8 +14,10 @@ from fedray.federation.plan import Plan
 from fedray.federation.pool import Pool, failure, in_order
 from fedray.federation.worker import Shared, Worker
 from fedray.record.run import Row
+from fedray.scores.canaries import Leak, leak
 from fedray.scores.membership import Membership, attack
 from fedray.seeds import generator, number
+from fedray.vector import as_tensor
 
 DRAWS = 32  # timesteps and noises, the same for every example
 BATCH = 16  # examples of a job
@@ -36,22 +38,25 @@ class LossJob:
         return f"the losses of examples from {self.start} on"
 
 
-@torch.no_grad()
 def losses_of(worker: Worker, shared: Shared, job: LossJob) -> tuple[Row, np.ndarray]:
     """Measure the loss of each example alone, the mean over `DRAWS` timesteps and noises, float64."""
-    from fedray.vector import as_tensor
-
-    config, learner = worker.config, worker.learner
     tensors = {name: as_tensor(array) for name, array in shared.arrays.items()}
     worker.load(tensors["model"], tensors.get("base"))
-    learner.prepare(worker.dataset, job.indices, False)
+    return {}, losses_at(worker, job.indices)
+
+
+@torch.no_grad()
+def losses_at(worker: Worker, indices: np.ndarray) -> np.ndarray:
+    """Measure the loss of each example alone with the worker's model as it is, as `losses_of` does."""
+    config, learner = worker.config, worker.learner
+    learner.prepare(worker.dataset, indices, False)
     losses = []
-    for index in job.indices:
+    for index in indices:
         batch = batch_of(worker.dataset, np.repeat(index, DRAWS))
         with precision(config, worker.device):
             losses.append(learner.loss(batch, generator(config.seed, "audit")).item())
         worker.step()
-    return {}, np.array(losses)
+    return np.array(losses)
 
 
 def audit(pool: Pool, model: Shared, plan: Plan, seed: int, most: int, show: Show = silent) -> tuple[Membership, Row]:
@@ -67,7 +72,24 @@ def audit(pool: Pool, model: Shared, plan: Plan, seed: int, most: int, show: Sho
         raise UserError("an audit compares examples with such that no client trains on: the run needs --test-share.")
     rng = np.random.default_rng(number(seed, "audit"))
     kinds = [rng.permutation(indices)[:most] for indices in (plan.trained, plan.unseen)]
-    chosen = np.concatenate(kinds)
+    losses = _measured(pool, model, np.concatenate(kinds), show)
+    members, others = np.split(losses, [len(kinds[0])])
+    return attack(members, others, rng), {"trained_on": len(members), "not_trained_on": len(others), "draws": DRAWS}
+
+
+def audit_canaries(pool: Pool, model: Shared, plan: Plan, delta: float, seed: int, show: Show = silent) -> Leak | None:
+    """Attack a model by the losses of the run's canaries; None where there are none of one kind.
+
+    Raises:
+        RunError: a loss could not be measured.
+    """
+    if plan.canaries is None or not 0 < plan.canaries.planted.sum() < len(plan.canaries.planted):
+        return None
+    losses = _measured(pool, model, plan.canaries.indices, show)
+    return leak(losses, plan.canaries.planted, delta, np.random.default_rng(number(seed, "audit of canaries")))
+
+
+def _measured(pool: Pool, model: Shared, chosen: np.ndarray, show: Show) -> np.ndarray:
     jobs = [LossJob(start, chosen[start : start + BATCH]) for start in range(0, len(chosen), BATCH)]
     losses = []
     for reply in in_order(pool, losses_of, model, jobs, lambda done: show("measuring losses", done, len(chosen))):
@@ -75,5 +97,4 @@ def audit(pool: Pool, model: Shared, plan: Plan, seed: int, most: int, show: Sho
             error = reply.row["error"]
             raise failure(f"{reply.job} could not be measured: {error}.", error, reply.row["trace"])
         losses.append(reply.fetch())
-    members, others = np.split(np.concatenate(losses), [len(kinds[0])])
-    return attack(members, others, rng), {"trained_on": len(members), "not_trained_on": len(others), "draws": DRAWS}
+    return np.concatenate(losses)

@@ -258,17 +258,8 @@ def look_for_copies(
         The share of samples nearer to a training image than 95 % of unseen images are; and, nearest first, the
         samples' own indices and those of their nearest training images.
     """
-
-    shared = Shared({"trained": trained})
-
-    def nearest(queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        jobs = [NearestJob(start, queries[start : start + 64]) for start in range(0, len(queries), 64)]
-        parts = zip(*_results(pool, nearest_images, shared, jobs, "looking for copies", show), strict=True)
-        index, distance = map(np.concatenate, parts)
-        return index, distance
-
-    index, distance = nearest(images[:LOOKED_AT])
-    real = nearest(unseen[torch.linspace(0, len(unseen) - 1, min(LOOKED_AT, len(unseen))).long().numpy()])[1]
+    index, distance = nearest_of(pool, images[:LOOKED_AT], trained, show)
+    real = nearest_of(pool, unseen_of(unseen), trained, show)[1]
     share, deviation, threshold, expected = copies(distance, real)
     order = np.argsort(distance)
     note = f"within {threshold:.1f} of 255, where {expected:.1%} are expected of new images"
@@ -276,6 +267,28 @@ def look_for_copies(
         note += f"; {far:.0%} are farther from all images than 95% of real ones, so that few copies say nothing"
     over = f"{len(distance)} samples and {len(real)} images not trained on"
     return Score(share, len(distance), deviation, over, note), order, index[order]
+
+
+def nearest_of(
+    pool: Pool, queries: np.ndarray, trained: np.ndarray, show: Show = silent
+) -> tuple[np.ndarray, np.ndarray]:
+    """Find the nearest training image of each query: its index, and how far it is.
+
+    Args:
+        queries: images, uint8 [n, c, h, w], or indices of images of the dataset [n].
+        trained: indices of the dataset's images that were trained on.
+    """
+    jobs = [NearestJob(start, queries[start : start + 64]) for start in range(0, len(queries), 64)]
+    parts = zip(
+        *_results(pool, nearest_images, Shared({"trained": trained}), jobs, "looking for copies", show), strict=True
+    )
+    index, distance = map(np.concatenate, parts)
+    return index, distance
+
+
+def unseen_of(unseen: np.ndarray) -> np.ndarray:
+    """Take at most `LOOKED_AT` of the images that were not trained on, evenly."""
+    return unseen[torch.linspace(0, len(unseen) - 1, min(LOOKED_AT, len(unseen))).long().numpy()]
 
 
 def _results(pool: Pool, work: Work, shared: Any, jobs: Iterable[Any], phase: str, show: Show) -> Iterator[Any]:

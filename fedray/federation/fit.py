@@ -27,6 +27,7 @@ from fedray.federation.evaluation import (
     prompts_of,
     sample,
 )
+from fedray.federation.examples import report, spend
 from fedray.federation.personal import by_clients
 from fedray.federation.plan import Plan, disk_needed, make_plan
 from fedray.federation.pool import failure
@@ -121,6 +122,7 @@ def fit(session: Session, provenance: dict[str, Any], resume: bool = False) -> I
             while row is not None or state.round < session.config.rounds:
                 if row is None:
                     state, row = yield from _beside(run_round(session, state), saver, trackers)
+                    spend(config, row)
                     if run.gone_back:
                         row["gone_back"], run.gone_back = run.gone_back, ""
                     hold_out(session, state, row)
@@ -191,7 +193,7 @@ def _draw_partition(directory: Path, plan: Plan) -> None:
     if not (directory / "partition.csv").exists():
         from fedray.data import partition_picture  # matplotlib takes a second to import
 
-        table = partition_picture.table(plan.dataset, plan.parts)
+        table = partition_picture.table(plan.examples, plan.parts)
         with durably(directory / "partition.png") as aside:
             aside.write_bytes(partition_picture.draw(table, tuple(plan.parts)))
         write(directory / "partition.csv", table.to_csv(index=False))
@@ -308,6 +310,8 @@ def _finish(session: Session, state: State) -> None:
     }
     if session.spending is not None:
         result["privacy"] = session.spending.report(config.secure_noise)
+    if config.method.example_noise is not None:
+        result["example_privacy"] = report(config, rows)
     card = model_card(config.to_json(), result, run.saved.get("command", []))
     (run.directory / "model/README.md").write_text(card)
     run.finish(result)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 
 from fedray.algorithms import Round, Rows, Tensors
+from fedray.errors import UserError
+from fedray.federation.examples import Private, drawn_steps
 from fedray.federation.ranks import held_by, left_out
 from fedray.federation.steps import batch_of, clip, lr_schedule, precision, steps_of
 from fedray.federation.worker import Shared, Worker
@@ -84,6 +87,7 @@ class LocalTraining:
         self.watchers: list[Callable[[], Any]] = []
         self.batches = 0
         self.images = 0
+        self.private: Private | None = None
         self.optimizer = worker.fresh_optimizer()
         self.scaler = torch.amp.GradScaler(worker.device.type, enabled=config.mixed_precision == "fp16")
 
@@ -97,6 +101,10 @@ class LocalTraining:
         """Call `stepped` after each step."""
         self.watchers.append(stepped)
 
+    def protect(self, norm: float, multiplier: float) -> None:
+        """Make steps of clipped gradients of single examples, with noise of `multiplier` times `norm` on their sum."""
+        self.private = Private(self, norm, multiplier)
+
     def run(self, correct: Callable[[Tensor], None]) -> None:
         """Train for `steps` steps: `correct` gets the gradient [d] before each is clipped and made."""
         worker, config, job, flat = self.worker, self.worker.config, self.job, self.worker.learner.flat
@@ -106,7 +114,10 @@ class LocalTraining:
         held = held_by(self.client, self.round)
         held = None if held is None else held.to(worker.device)
         rng = generator(config.seed, *job.key)
-        for step, group in enumerate(steps_of(self.examples, config, rng)):
+        steps = steps_of(self.examples, config, rng)
+        if self.private is not None:
+            steps = drawn_steps(config, self.examples, self.steps, rng)
+        for step, group in enumerate(steps):
             rate = learning_rate(job.round * self.steps + step)
             self.optimizer.param_groups[0]["lr"] = rate
             self._accumulate([job.indices[indices] for indices in group], rng)
@@ -129,9 +140,13 @@ class LocalTraining:
             for stepped in self.watchers:
                 stepped()
             worker.step()
+        if not self.batches:  # nothing was drawn, and the record needs a loss
+            with torch.no_grad():
+                self.loss_sum, self.batches = self._loss(job.indices[: config.train_batch_size], rng), 1
 
     def apart(self, start: Tensor, correct: Callable[[Tensor, Tensor], None]) -> tuple[Tensor, Tensor]:
         """Train another model from `start` [d], with a fresh optimizer; return it, and its mean loss."""
+        self._check_not_private()
         flat = self.worker.learner.flat.vector
         weights, state = flat.detach().clone(), self.optimizer.state.pop(flat, None)
         other = LocalTraining(self.worker, self.round, self.job)
@@ -146,15 +161,24 @@ class LocalTraining:
 
     def _accumulate(self, batches: list[np.ndarray], rng: torch.Generator) -> None:
         """Make the gradient that of the mean loss of some batches."""
-        parts = self.worker.config.gradient_accumulation_steps
-        self.worker.learner.flat.gradient.zero_()
+        parts, flat = self.worker.config.gradient_accumulation_steps, self.worker.learner.flat
+        flat.gradient.zero_()
         for indices in batches:
-            loss = self._loss(indices, rng)
-            # An operation on a scalar takes as long as one on a tiny client's weights.
-            self.scaler.scale(loss if parts == 1 else loss / parts).backward()
+            if self.private is not None:
+                loss = self.private.add(flat, partial(self._loss, indices, rng))
+            else:
+                loss = self._loss(indices, rng)
+                # An operation on a scalar takes as long as one on a tiny client's weights.
+                self.scaler.scale(loss if parts == 1 else loss / parts).backward()
             self.loss_sum += loss.detach()
             self.batches += 1
             self.images += len(indices)
+        if self.private is not None:
+            self.private.finish(flat.gradient)
+
+    def _check_not_private(self) -> None:
+        if self.private is not None:
+            raise UserError("this algorithm also looks at examples without noise: leave dpsgd, or that algorithm, out.")
 
     def _loss(self, indices: np.ndarray, rng: torch.Generator) -> Tensor:
         config = self.worker.config
@@ -165,6 +189,7 @@ class LocalTraining:
 
     def gradient(self) -> Tensor:
         """Return the gradient [d] of the mean loss on all of the client's examples, at its weights as they are."""
+        self._check_not_private()
         job, size, gradient = self.job, self.worker.config.train_batch_size, self.worker.learner.flat.gradient
         rng = generator(self.worker.config.seed, "gradient", job.round, job.client)
         gradient.zero_()
@@ -236,9 +261,10 @@ def client_update(worker: Worker, shared: Shared, job: TrainJob) -> tuple[Row, T
     links = {name: tensor.cpu() for name, tensor in memory.items() if name.startswith("link")}
     payload, kept_by_links = wire.encode(left_out(sent, job.client, round), links, round, job.client)
     payload = config.fold.seal(payload, round, job.client)
+    up = counted(payload, method.uncounted) + config.fold.exchanged(round)[1]
     row = {
         "client": job.client, "examples": local.examples, "steps": local.steps, "images": local.images,
-        "loss": local.loss_sum.item() / local.batches, "bytes_up": counted(payload, method.uncounted),
+        "loss": local.loss_sum.item() / local.batches, "bytes_up": up,
     }  # fmt: skip
     if len(job.held_out):
         row["held_out_local"] = _own_loss(local, kept)

@@ -18,6 +18,8 @@ from fedray.config import Config
 from fedray.data.dataset import Dataset
 from fedray.data.partition import Shards, hold_out
 from fedray.errors import UserError, reason
+from fedray.federation.canaries import Canaries, alone
+from fedray.federation.examples import check_examples
 from fedray.federation.ranks import filled_in, left_out
 from fedray.federation.warm_start import warm_start
 from fedray.federation.worker import build, shared_part
@@ -48,6 +50,7 @@ class Plan:
     adapters: Adapters | None  # what the vector means, where it is not a whole model
     release: Release | None = None  # of a round with noise
     malicious: frozenset[int] = frozenset()  # clients
+    canaries: Canaries | None = None
 
     def check(self, config: Config) -> None:
         """Raise `UserError` where the uploads that a fold keeps do not fit this machine, or data cannot be attacked."""
@@ -59,7 +62,7 @@ class Plan:
             )
         if config.malicious is not None:
             config.malicious.attack.poison(self.dataset)
-        if config.links.private or config.fold.uniform:
+        if config.links.private or config.fold.uniform or config.method.example_noise is not None:
             check_private(config, self)
 
     @property
@@ -73,9 +76,15 @@ class Plan:
         return data if self.features is None else data | {"features": self.features}
 
     @property
+    def examples(self) -> Dataset:
+        """What clients hold: the dataset, and the canaries after it."""
+        return self.dataset if self.canaries is None else self.canaries.planted_in(self.dataset)
+
+    @property
     def trained(self) -> np.ndarray:
         """The dataset's images that are trained on."""
-        return self.shards.indices if self.only_client is None else self.shards[self.only_client]
+        held = self.shards.indices if self.only_client is None else self.shards[self.only_client]
+        return held[held < len(self.dataset)]  # no canaries
 
     @property
     def unseen(self) -> np.ndarray:
@@ -122,15 +131,22 @@ def make_plan(config: Config, dataset: Dataset | None = None) -> Plan:
     if config.evaluate_samples and config.features is not None:
         networks.check(config.features, config.inception_weights, dataset.images)
         scored = networks.key(config.features, config.inception_weights, dataset.images)
-    if config.clients > len(dataset):
+    others = config.clients - alone(config)
+    if others > len(dataset):
         raise UserError(
             f"--clients {config.clients}: there are only {len(dataset)} examples; each client needs at least one."
         )
-    whole = config.partition.split(dataset, config.clients, generator(config.seed, "partition"))
+    whole = config.partition.split(dataset, others, generator(config.seed, "partition"))
     shares = (config.held_out_share, config.test_share)
     shards, held_out, test = hold_out(whole, shares, generator(config.seed, "held out"))
+    canaries = Canaries.of(config, len(dataset)) if config.canaries else None
+    if canaries is not None:
+        shards = canaries.added(shards, trained=True)
+        held_out, test = (canaries.added(part, trained=False) for part in (held_out, test))
     learner = build(config, torch.device("cpu"))
     flat, shared = learner.flat, shared_part(config, learner)
+    if config.method.example_noise is not None:
+        check_examples(config, learner)
     fingerprint: dict[str, str] = getattr(config.task, "fingerprint", lambda dataset: {})(dataset)
     if config.init_from is not None:
         warm_start(learner, Path(config.init_from))
@@ -150,6 +166,7 @@ def make_plan(config: Config, dataset: Dataset | None = None) -> Plan:
         malicious=frozenset() if config.malicious is None else config.malicious.draw(config.seed, config.clients),
         adapters=getattr(learner, "adapters", None) if shared is None else None,
         release=release_of(config),
+        canaries=canaries,
     )
 
 
@@ -219,7 +236,9 @@ def bytes_planned(config: Config, plan: Plan) -> PlannedBytes:
     """
     first, method, fold = _first_message(config, plan), config.method, config.fold
     round, local, wire = first.round, first.local, config.links
-    rows = {"examples": max(1, local.examples), "steps": local.steps, "loss": 0.0} | first.rows
+    rows = {"examples": max(1, local.examples), "steps": local.steps} | first.rows
+    if method.example_noise is None:
+        rows = {"loss": 0.0} | rows
     few = round.cohort[: fold.least]
     round = replace(round, cohort=few, weights={client: max(1, round.weights[client]) for client in few})
     partial = fold.start(round)
@@ -230,7 +249,9 @@ def bytes_planned(config: Config, plan: Plan) -> PlannedBytes:
         partial = fold.add(partial, Upload(client, arrived, weights, rows), round)
     after = method.aggregate(first.server, wire.finish(fold.result(partial, round), first.broadcast, round), round)
     later = wire.send(method.broadcast(after, plan.round(config, 1)), round)
-    return PlannedBytes(*(counted(payload, method.uncounted) for payload in (first.payload, later, first.sent)))
+    down, up = fold.exchanged(first.round)
+    sizes = [counted(payload, method.uncounted) for payload in (first.payload, later, first.sent)]
+    return PlannedBytes(sizes[0] + down, sizes[1] + down, sizes[2] + up)
 
 
 class _Message(NamedTuple):
@@ -302,6 +323,9 @@ class Idle:
 
     def watch(self, stepped: Callable[[], object]) -> None:
         """There is no step to watch."""
+
+    def protect(self, norm: float, multiplier: float) -> None:
+        """There is nothing to protect."""
 
     def gradient(self) -> torch.Tensor:
         """Return zeros in place of a gradient."""

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from fedray.config import Config
+from fedray.data.canaries import plant
 from fedray.data.dataset import Dataset
 from fedray.errors import RunError, UserError
 from fedray.federation.causes import Cause, Lost
@@ -97,7 +98,7 @@ class LocalPool:
             raise UserError(f"--gpus-per-actor {config.gpus_per_actor:g}: this machine has no GPU.")
         self.worker = Worker(config, device, "local")
         if dataset is not None:
-            self.worker.dataset = dataset
+            self.worker.dataset = plant(dataset, config.canaries, config.seed)
 
     def apart(self) -> list["LocalPool"]:
         return [self]

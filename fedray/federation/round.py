@@ -60,6 +60,8 @@ def run_round(session: Session, state: State) -> Generator[None, None, tuple[Sta
     if session.spending is not None:
         session.spending.check(round)
     dropped = dropped_of(config, round)
+    if session.plan.canaries is not None:
+        dropped |= session.plan.canaries.absent.intersection(round.cohort)
     queue, ledger = Queue(round, config.client_retries, dropped), Ledger(round, dropped)
     broadcast = method.broadcast(server, round)
     nodes, _ = session.pool.nodes, session.pool.usage()  # of what was done since the last round
@@ -67,7 +69,7 @@ def run_round(session: Session, state: State) -> Generator[None, None, tuple[Sta
         down = wire.send(broadcast, round)
     except OverflowError as error:
         raise RunError(f"round {round.number + 1}: {error}") from None
-    ledger.bytes_down = counted(down, method.uncounted)
+    ledger.bytes_down = counted(down, method.uncounted) + fold.exchanged(round)[0]
     partial = fold.start(round)
     for block in train(session, queue, down, clock):  # in the order of arrival: a fold is a monoid
         with clock.on("fold"):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fedray.checks import check_environment
 from fedray.config import Config
+from fedray.data.canaries import plant
 from fedray.data.dataset import Dataset, Source, is_cached
 from fedray.errors import UserError
 from fedray.federation.causes import Cause
@@ -138,11 +139,12 @@ class Worker:
             ValueError: this node has other images.
         """
         if self.source is not None and is_cached(self.source.place):
-            return Dataset.open(self.source.place, ("caption",))
-        dataset = self.config.task.dataset()
+            dataset = Dataset.open(self.source.place, ("caption",))
+        else:
+            dataset = self.config.task.dataset()
         if self.sha256 not in (None, dataset.sha256):
             raise ValueError("the images that this node has are not those of the run")
-        return dataset
+        return plant(dataset, self.config.canaries, self.config.seed)
 
     @cached_property
     def poisoned(self) -> Dataset:

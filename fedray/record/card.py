@@ -26,6 +26,16 @@ def privacy_of(result: dict[str, Any]) -> str | None:
     )
 
 
+def _examples(result: dict[str, Any]) -> str | None:
+    """Say what clients' own noise proves of their examples; None where there was none."""
+    spent = result.get("example_privacy")
+    if spent is None or spent["epsilon"] is None:
+        return None
+    return (
+        f"ε at most {spent['epsilon']:.4g} at δ = {spent['delta']:g} for {spent['neighbours']}, {spent['accountant']}"
+    )
+
+
 def model_card(
     settings: Mapping[str, Any],
     result: dict[str, Any],
@@ -68,6 +78,7 @@ def model_card(
         "local training": f"{steps} steps" if steps else f"{epochs} epochs",
         "sent": f"{result['bytes_down']:,} bytes down, {result['bytes_up']:,} up",
         "privacy of clients": privacy_of(result) or "no noise was added: the model may tell of the images it learned",
+        "privacy of examples": _examples(result),
         **{name: _value(score) for name, score in result["scores"].items()},
         "scores measured with": result["evaluation"].get("features") if result["scores"] else None,
         "weights' SHA-256": result.get("delivered_sha256", result["vector_sha256"]),

@@ -31,9 +31,18 @@ def draw(directory: Path, name: str, images: np.ndarray, rounds: int, columns: i
 
 def draw_nearest(directory: Path, images: np.ndarray, nearest: np.ndarray, rounds: int) -> None:
     """Save the first 32 images, 8 in a row, each with its nearest training image below it."""
+    draw(directory, "nearest", _pairs(images, nearest), rounds)
+
+
+def draw_audit(path: Path, images: np.ndarray, nearest: np.ndarray) -> None:
+    """Save the same picture of an audit's samples."""
+    _save(grid(torch.from_numpy(_pairs(images, nearest))), path)
+
+
+def _pairs(images: np.ndarray, nearest: np.ndarray) -> np.ndarray:
     pairs = np.stack([images[:32], nearest[:32]])
     blocks = [pairs[:, start : start + 8] for start in range(0, pairs.shape[1], 8)]
-    draw(directory, "nearest", np.concatenate([row for block in blocks for row in block]), rounds)
+    return np.concatenate([row for block in blocks for row in block])
 
 
 def draw_prompts(directory: Path, images: np.ndarray, prompts: Sequence[str], rounds: int, final: bool) -> None:

@@ -39,7 +39,8 @@ ROUND = {
     "bytes_up": int, "training_seconds": float,
 }  # fmt: skip
 TOTALS = ("total.sequential_steps", "total.images", "total.bytes", "total.training_seconds")
-GROUPS = ("seconds", "held_out", "aggregation", "ledger", "privacy")  # prefixes of numbers that have names of their own
+# Prefixes of numbers that have names of their own.
+GROUPS = ("seconds", "held_out", "aggregation", "ledger", "privacy", "example_privacy")
 SETTING = "setting"  # a column that reports add: what varies, in words
 
 

@@ -55,5 +55,29 @@ def copies(drawn: np.ndarray, real: np.ndarray) -> tuple[float, float, float, fl
     return share, (share * (1 - share) * (1 / n + 1 / m)) ** 0.5, threshold, max(EXPECTED, 1 / (m + 1))
 
 
+def excess(drawn: np.ndarray, real: np.ndarray) -> float:
+    """Return the chance that as many of n new images lie within the ⌊(m + 1) / 20⌋-th smallest of m real distances.
+
+    That is beta-binomial, whatever the distances; of fewer than 19 real ones, the smallest is taken.
+    """
+    from scipy.stats import betabinom  # takes a second to import
+
+    n, m = len(drawn), len(real)
+    place = max(1, int(EXPECTED * (m + 1)))
+    within = int((drawn < np.partition(real, place - 1)[place - 1]).sum())
+    return float(betabinom.sf(within - 1, n, place, m + 1 - place))
+
+
+def nearest_features(features: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Find the nearest of `others` [m, d] of each of features [n, d]: its row, and the Euclidean distance."""
+    queries = torch.from_numpy(features).float()
+    best, index = torch.full((len(queries),), torch.inf), torch.zeros(len(queries), dtype=torch.int64)
+    for start in range(0, len(others), ROWS):
+        distance, position = torch.cdist(queries, torch.from_numpy(others[start : start + ROWS]).float()).min(1)
+        closer = distance < best
+        best[closer], index[closer] = distance[closer], start + position[closer]
+    return index.numpy(), best.numpy()
+
+
 def _rows(images: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(images)).flatten(1).float()

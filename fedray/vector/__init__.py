@@ -61,6 +61,7 @@ class FlatParameters:
         for name, parameter in trainable.items():
             if parameter.dtype != torch.float32:
                 raise ValueError(f"trainable parameter {name} is {parameter.dtype}; fedray's vector is float32.")
+        self.module = module
         self.layout = Layout(tuple(trainable), tuple(tuple(p.shape) for p in trainable.values()))
         self.vector = torch.nn.Parameter(torch.cat([p.detach().reshape(-1) for p in trainable.values()]))
         self.gradient = self.vector.grad = torch.zeros_like(self.vector)

@@ -10,7 +10,7 @@ import torch
 from runs import sha, train
 from scipy import stats
 
-from fedray.algorithms import folds
+from fedray.algorithms import folds, secure
 from fedray.algorithms.masks import FIELD, KEY, SHARE, Client, recover, share, x25519
 from fedray.algorithms.secure import MESSAGES, Secure, quantised, signed
 from fedray.errors import RunError, UserError
@@ -32,14 +32,17 @@ def folded(fold, round, values, groups=2):
     """Seal, add in two partials, and unmask."""
     partials = [fold.start(round) for _ in range(groups)]
     for index, (client, x) in enumerate(values.items()):
-        sealed = fold.seal({"model": x}, round, client)
-        tensors = {name: torch.from_numpy(array.copy()) for name, array in sealed.items()}
-        upload = folds.Upload(client, tensors, dict.fromkeys(tensors, 1), {})
+        upload = arrived(fold.seal({"model": x}, round, client), client)
         partials[index % groups] = fold.add(partials[index % groups], upload, round)
     whole = fold.start(round)
     for partial in partials:
         whole = fold.merge(whole, partial, round)
     return fold.result(whole, round)
+
+
+def arrived(sealed, client):
+    tensors = {name: torch.from_numpy(array.copy()) for name, array in sealed.items()}
+    return folds.Upload(client, tensors, dict.fromkeys(tensors, 1), {})
 
 
 def plain(values, bits=16):
@@ -111,6 +114,28 @@ def test_two_hundred_patterns_of_twenty():
         assert np.array_equal(folded(fold, round, there, 3).sums["model"].numpy(), plain(there))
 
 
+@pytest.mark.slow
+def test_two_hundred_patterns_of_a_hundred():
+    """From no drop-outs to as many as the threshold allows; with one more, a named error."""
+    cohort, rng, fold = tuple(range(100)), np.random.default_rng(0), Secure(0.6)
+    round, values = round_of(cohort), values_of(cohort)
+    sealed = {client: fold.seal({"model": x}, round, client) for client, x in values.items()}
+    for pattern in range(200):
+        count = {0: 100, 1: 60}.get(pattern, int(rng.integers(60, 101)))
+        there = sorted(rng.permutation(100)[:count].tolist())
+        partial = fold.start(round)
+        for client in there:
+            partial = fold.add(partial, arrived(sealed[client], client), round)
+        assert np.array_equal(
+            fold.result(partial, round).sums["model"].numpy(), plain({client: values[client] for client in there})
+        )
+    partial = fold.start(round)
+    for client in range(59):
+        partial = fold.add(partial, arrived(sealed[client], client), round)
+    with pytest.raises(RunError, match="59 of 100 clients took part, and no fewer than 60"):
+        fold.result(partial, round)
+
+
 def test_one_upload_alone_is_uniform_noise_and_another_in_every_round():
     fold, x = Secure(0.5), np.zeros(100_000, np.float32)
     sent = [fold.seal({"model": x}, round_of(range(5), number), 2)["model"] for number in range(2)]
@@ -131,11 +156,37 @@ def test_two_tensors_have_masks_of_their_own():
 
 
 def test_bytes_are_those_of_the_protocol():
-    """Four a value; a key; for each other client two shares, encrypted, and a tag: Bonawitz et al. 2017, section 7."""
+    """Four a value; a key; for each other client two shares, encrypted, and a tag; one share of each to unmask.
+
+    Received and sent together, Bonawitz et al. 2017 (section 7.1) have 2 n a_K + (5 n − 4) a_S beside the values, for
+    keys of a_K and shares of a_S bytes. Here one key serves both purposes, and tags are added.
+    """
     for n in (2, 5, 9):
-        sealed = Secure(0.5).seal({"model": np.zeros(SIZE, np.float32)}, round_of(range(n)), 0)
+        round, fold = round_of(range(n)), Secure(0.5)
+        sealed = fold.seal({"model": np.zeros(SIZE, np.float32)}, round, 0)
+        down, up = fold.exchanged(round)
         assert sealed["model"].nbytes == 4 * SIZE
         assert sealed[MESSAGES].nbytes == 32 + (n - 1) * (2 * SHARE + 16)
+        assert down == (n - 1) * 32 + (n - 1) * (2 * SHARE + 16)  # what the others send it, by the server
+        assert up == n * SHARE
+        every = down + up + sealed[MESSAGES].nbytes
+        assert every == n * KEY + (5 * n - 4) * SHARE + 2 * (n - 1) * 16
+
+
+def test_what_unmasks_is_as_many_shares_as_are_counted(monkeypatch):
+    """Each holder that is asked gives one share for each client of the cohort."""
+    right, given = secure.recover, []
+
+    def recover(shares):
+        given.extend(shares)
+        return right(shares)
+
+    monkeypatch.setattr(secure, "recover", recover)
+    cohort, fold = tuple(range(6)), Secure(0.5)
+    values = values_of(cohort)
+    folded(fold, round_of(cohort), {client: values[client] for client in (0, 2, 3, 5)})
+    assert set(np.bincount(given)[[1, 3, 4]] * SHARE) == {fold.exchanged(round_of(cohort))[1]}
+    assert set(given) == {1, 3, 4}  # the three that are needed of the four, by place
 
 
 def test_shares_travel_encrypted_for_one_client_each():
@@ -191,7 +242,8 @@ def test_a_run_gives_the_same_hash_as_plain_sums(toy_config, tmp_path, failing):
     rows = train(config, tmp_path / "secure")
     train(replace(config, fold=Unmasked()), tmp_path / "plain")
     assert sha(tmp_path / "secure") == sha(tmp_path / "plain")
-    assert rows[0]["bytes_up"] == (6 - len(failing)) * (4 * 16 + 32 + 5 * (2 * SHARE + 16))
+    assert rows[0]["bytes_up"] == (6 - len(failing)) * (4 * 16 + 32 + 5 * (2 * SHARE + 16) + 6 * SHARE)
+    assert rows[0]["bytes_down"] == (6 - 0) * (4 * 16 + 5 * (32 + 2 * SHARE + 16))
 
 
 def test_too_few_survivors_stop_a_run(toy_config, tmp_path):

@@ -381,7 +381,7 @@ def test_killed_and_resumed_it_ends_in_the_same_table(tmp_path, ray, request, ca
 CONTROLS = ("same_steps", "same_images")  # of which something is claimed: with five seeds and 2,048 samples
 SCRIPTS = (
     "figure2", "figure3", "chosen", "clients_epochs", *CONTROLS, "data_amount", "centralised", "non_iid", "robust",
-    "compression", "partial", "methods",
+    "compression", "partial", "methods", "privacy",
 )  # fmt: skip
 
 
