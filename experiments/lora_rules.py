@@ -1,16 +1,19 @@
 """What does each way of aggregating adapters lose, cost and reach, each at its own best learning rate?
 
 The four clients of lora_digits.py (one digit each that the base has never seen), with each algorithm: fedavg averages
-A and B separately (the paper's), ffa freezes A, svd takes the best factors of the mean of B·A, flora adds that mean to
-the base. A row's aggregation error is ‖ΔW − Σ w_i ΔW_i‖ / ‖Σ w_i ΔW_i‖; the table has its mean over layers and rounds.
+A and B separately (the paper's), ffa freezes A, rolora trains A and B by turns, svd takes the best factors of the mean
+of B·A, flora adds that mean to the base (warm: what svd leaves of it), fedex what fedavg loses. Of unequal ranks 4, 8,
+16 and 4, fedavg pads with zeros, and raflora averages each block of ranks over the clients that have it. A row's
+aggregation error is ‖ΔW − Σ w_i ΔW_i‖ / ‖Σ w_i ΔW_i‖; the table has its mean over layers and rounds.
 
     python experiments/lora_rules.py
     python experiments/lora_rules.py --smoke        one round of two steps, two rates, few samples: a minute
 
 Each algorithm is tried with every learning rate on a tuning seed; the rate that is best by prompt accuracy, and the one
-that is best by fd, then train on fresh seeds, which alone are reported. ffa has twice the rank, so that clients send as
-many bytes. Optimizers are fresh each round (svd and flora make new factors, to which an old one does not fit), and,
-where that is possible, kept.
+that is best by fd, then train on fresh seeds, which alone are reported. ffa and rolora have twice the rank, so that
+clients send as many bytes. Optimizers are fresh each round (svd and flora make new factors, to which an old one does
+not fit), and, of fedavg and ffa, also kept: of rolora and fedex too, all would take two hours on two cores, not one and
+a half.
 """
 
 import time
@@ -31,14 +34,21 @@ from fedray.cluster.connection import connected
 from fedray.commands.terminal import progress
 
 ONCE: Any = PRESET.task
-TWICE = replace(ONCE, rank=2 * ONCE.rank)  # of which half, the factors B, is trained and sent
+TWICE = replace(ONCE, rank=2 * ONCE.rank)  # of which half, the factors B or A, is trained and sent
+UNEQUAL = replace(ONCE, rank=(ONCE.rank // 2, ONCE.rank, 2 * ONCE.rank))  # of four clients as many in all
 RULES: dict[str, dict[str, Any]] = {
     "fedavg": {"algorithm": fedray.FedAvg()},
     "fedavg, kept": {"algorithm": fedray.FedAvg(), "keep_optimizer": True},
     "ffa": {"algorithm": fedray.FFA(), "task": TWICE},
     "ffa, kept": {"algorithm": fedray.FFA(), "task": TWICE, "keep_optimizer": True},
+    "rolora": {"algorithm": fedray.RoLoRA(), "task": TWICE},
     "svd": {"algorithm": fedray.SVD()},
     "flora": {"algorithm": fedray.Flora()},
+    "flora, warm": {"algorithm": fedray.Flora(warm=True)},
+    "fedex": {"algorithm": fedray.FedEx()},
+    "fedavg, unequal": {"algorithm": fedray.FedAvg(), "task": UNEQUAL},
+    "svd, unequal": {"algorithm": fedray.SVD(), "task": UNEQUAL},
+    "raflora, unequal": {"algorithm": fedray.RaFLoRA(), "task": UNEQUAL},
 }
 METRICS = {"accuracy[digits]": "idxmax", "fd[digits]": "idxmin"}  # and where the best is
 SHOWN = ["aggregation error", *METRICS, "MB down", "MB up", "seconds"]

@@ -1,6 +1,7 @@
 """Where clients' adapters have unequal ranks, what becomes of the higher ranks? No training: linear algebra alone.
 
     python experiments/rank_collapse.py
+    python experiments/rank_collapse.py --out analysis/results/rank_collapse.csv
 
 Twelve equal clients of ranks 4, 8 and 16 in turn, on layers of Stable Diffusion's sizes. Each round every client gets
 the adapters cut to its rank, changes them, and the server aggregates: fedavg pads with zeros, svd takes the best
@@ -92,10 +93,10 @@ def main(seeds: tuple[int, ...] = (0, 1, 2), count: int = 30, out: Path | None =
     ]
     frame = pd.DataFrame(rows)
     if out is not None:
-        frame.to_csv(out, index=False)
+        frame.to_csv(out, index=False, float_format="%.4g")
     shown = frame[frame["round"].isin([0, 1, 2, 3, 5, 10, 20, count])].drop(columns="seed")
     mean = shown.groupby(["rule", "step", "round"], sort=False).mean()
-    print_frame(mean.map("{:.2g}".format).reset_index())
+    print_frame(mean.map("{:.2g}".format).reset_index().astype(str).set_index("rule"))
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from .algorithms.robust import NormBound as NormBound
 from .algorithms.robust import Trimmed as Trimmed
 from .algorithms.scaffold import Scaffold as Scaffold
 from .algorithms.secure import Secure as Secure
+from .algorithms.split import Split as Split
 from .cluster.alone import run_local_only as run_local_only
 from .cluster.driver import run as run
 from .cluster.trials import Experiment as Experiment

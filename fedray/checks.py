@@ -202,6 +202,8 @@ def _check_fit(config: "Config") -> None:
     offered = offered.union(*(link.offers for link in links.values()))
     if not config.partial:
         offered |= {"whole vector"}
+    if "adapters" not in offered:
+        offered |= {"equal ranks"}
     if config.partial and "adapters" in offered and "equal ranks" not in offered:
         raise UserError("--rank: clients that keep a part of their adapters to themselves have one rank; give one.")
     if config.evaluate_personal and not config.partial and "personal" not in method.offers:

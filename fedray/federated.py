@@ -47,8 +47,9 @@ class Federation:
     rounds: int = 10
     """T, communication rounds."""
     algorithm: Annotated[Algorithm, words_of(menus.ALGORITHMS), tyro.conf.arg(aliases=["--rule"])] = FedAvg()
-    """The federated method: fedavg, fedavgm, fedadagrad, fedadam, fedyogi, fedprox, fedprox-adaptive, scaffold or
-    fednova, with values in order or by name, as fedadam:0.01:tau=0.1; of adapters (which fedavg averages as A and B
+    """The federated method: fedavg, fedavgm, fedadagrad, fedadam, fedyogi, fedprox, fedprox-adaptive, scaffold, fednova
+    or split (each client sends its encoder or the rest), with values in order or by name, as fedadam:0.01:tau=0.1; of
+    adapters (which fedavg averages as A and B
     apart) also ffa (A is frozen), rolora (A and B by turns), svd (the best factors of the mean of B A), fedex (what
     fedavg loses goes into the base), flora (stacking; the mean of B A goes into the base) or raflora (unequal ranks);
     ema:DECAY:ALGORITHM; ditto:LAMBDA:ALGORITHM (each client has a model of its own beside); dpsgd:NORM:NOISE:ALGORITHM

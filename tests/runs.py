@@ -8,14 +8,17 @@ import numpy as np
 import torch
 
 from fedray.federation.added import Added
+from fedray.federation.blocks import Pace
 from fedray.federation.fit import fit as fit_session
 from fedray.federation.fit import prepare
 from fedray.federation.local import Trained, TrainJob, client_update
 from fedray.federation.pool import LocalPool
 from fedray.federation.round import Session, run_round
 from fedray.federation.worker import Shared, Worker
+from fedray.record.checkpoint import State
 from fedray.record.provenance import environment
 from fedray.record.run import Run
+from fedray.vector import sha256_of
 
 CHAOS = bool(os.environ.get("FEDRAY_CHAOS"))  # of `make chaos`: more seeds
 
@@ -57,6 +60,51 @@ def whole_round(session, state):
             next(training)
         except StopIteration as done:
             return done.value
+
+
+class Memories:
+    """What a run directory keeps of clients, in memory."""
+
+    def __init__(self):
+        self.kept = {}
+
+    def generation(self, client, rounds):
+        return max((g for c, g in self.kept if c == client and g <= rounds), default=None)
+
+    def recall(self, client, generation):
+        return {} if generation is None else self.kept[client, generation]
+
+    def remember(self, client, generation, memory):
+        # Twice only of a client whose partial was lost after its memory had come.
+        assert sha256_of(self.kept.get((client, generation), memory)) == sha256_of(memory)
+        self.kept[client, generation] = {name: tensor.clone() for name, tensor in memory.items()}
+
+
+class AnySize(Pace):
+    """Blocks of any size."""
+
+    def __init__(self, rng):
+        super().__init__()
+        self.rng = rng
+
+    def take(self, todo, steps, workers):
+        return [todo.popleft() for _ in range(self.rng.randint(1, len(todo)))]
+
+
+def initial(config, plan):
+    return State(0, config.method.init(plan.initial, plan.layout))
+
+
+def trained(config, plan, pool, pace, rounds=3):
+    """The state, the memories and the rows after some rounds."""
+    state, run, rows = initial(config, plan), Memories(), []
+    session = Session(config, plan, pool, run, pace=pace)
+    for _ in range(rounds):
+        state, row = whole_round(session, state)
+        rows.append(row)
+    memories = {f"{c}/{g}/{name}": t for (c, g), kept in run.kept.items() for name, t in kept.items()}
+    told = [[(c["client"], c["outcome"], c.get("loss"), c["bytes_down"]) for c in row["clients"]] for row in rows]
+    return sha256_of(state.tensors), sha256_of(memories), told, [row["loss"] for row in rows]
 
 
 def curves(out):

@@ -126,10 +126,12 @@ def test_the_lora_experiment_in_short(tmp_path, script, few_samples):
 
 @pytest.mark.slow
 def test_the_rules_of_adapters_in_short(tmp_path, script):
+    import lora_rules
+
     printed = script("lora_rules.py", "--smoke", "--actors", 0, "--out", tmp_path / "rules")
     assert "rates chosen by accuracy[digits]" in printed
     tuning, report = (pd.read_csv(tmp_path / f"rules/{name}.csv") for name in ("tuning", "summary"))
-    rules = ["fedavg", "fedavg, kept", "ffa", "ffa, kept", "svd", "flora"]
+    rules = list(lora_rules.RULES)
     assert list(dict.fromkeys(report["rule"])) == rules
     assert set(tuning["seed"]) == {0}
     assert set(report["seed"]) == {1}  # the report's seeds were not tuned on
@@ -138,8 +140,9 @@ def test_the_rules_of_adapters_in_short(tmp_path, script):
         rates = {tried["accuracy[digits]"].idxmax(), tried["fd[digits]"].idxmin()}
         assert set(report[report["rule"] == rule]["learning rate"]) == rates
     first = report.groupby("rule").first()
-    assert first.loc["flora", "aggregation error"] < 1e-6 < first.loc["fedavg", "aggregation error"]
-    assert first.loc["ffa", "MB up"] == pytest.approx(first.loc["fedavg", "MB up"], rel=0.05)  # at twice the rank
+    exact = ["flora", "flora, warm", "fedex", "ffa", "rolora"]
+    assert first.loc[exact, "aggregation error"].max() < 1e-6 < first.loc["fedavg", "aggregation error"]
+    assert first["MB up"].to_numpy() == pytest.approx(first.loc["fedavg", "MB up"], rel=0.05)  # at twice the rank too
 
 
 @pytest.mark.slow

@@ -23,6 +23,14 @@ Tensors: TypeAlias = "dict[str, torch.Tensor]"  # by name; "model" [d] float32 i
 Rows = dict[str, float]  # numbers for the record and for the server
 
 
+def of_model(name: str) -> bool:
+    """Tell whether tensors of that name are the model or, as model.PART, a part of it.
+
+    Those count in means as the plan says, links act on them, and of them differences travel over lossy wires.
+    """
+    return name.partition(".")[0] == "model"
+
+
 @dataclass(frozen=True, eq=False)
 class Round:
     """A communication round, as server and clients know it before it begins. It has no state.
@@ -48,11 +56,11 @@ class Round:
 
     def weight(self, client: int, name: str) -> int:
         """Return a client's weight in the mean of the tensors of that name: that of the plan for the model, else 1."""
-        return self.weights[client] if name == "model" else 1
+        return self.weights[client] if of_model(name) else 1
 
     def total(self, name: str) -> int:
         """Return the planned weight of the whole cohort, which failures do not change."""
-        return self._of_the_model if name == "model" else len(self.cohort)
+        return self._of_the_model if of_model(name) else len(self.cohort)
 
     @cached_property
     def _of_the_model(self) -> int:
@@ -209,6 +217,10 @@ class Algorithm:
         """Return the server's next state."""
         return server | {"model": folded.mean("model")}
 
+    def growth(self, round: Round, rounds: int) -> int:
+        """Return the bytes by which the state, and what goes down, have grown after so many rounds like this one."""
+        return 0
+
     def diagnose(self, before: Tensors, after: Tensors, folded: Folded, round: Round) -> Rows:
         """Return numbers about an aggregation for the record: for adapters, the distance of ΔW from the clients' mean.
 
@@ -275,6 +287,9 @@ class Wrapper(Algorithm):
 
     def aggregate(self, server: Tensors, folded: Folded, round: Round) -> Tensors:
         return self.algorithm.aggregate(server, folded, round)
+
+    def growth(self, round: Round, rounds: int) -> int:
+        return self.algorithm.growth(round, rounds)
 
     def diagnose(self, before: Tensors, after: Tensors, folded: Folded, round: Round) -> Rows:
         return self.algorithm.diagnose(before, after, folded, round)

@@ -42,7 +42,11 @@ class Fold:
 
     @property
     def offers(self) -> frozenset[str]:
-        """Properties that others may require: "sums" where it adds up, "uploads" where it keeps them beside."""
+        """Properties that others may require.
+
+        "sums" where it adds up, "uploads" where it keeps them beside, "parts of uploads" where clients may send other
+        tensors than others do.
+        """
         return frozenset()
 
     def step(self, round: Round) -> float:
@@ -86,6 +90,10 @@ class Collect(Fold):
     """A fold that collects all uploads and combines them at once: its memory grows with the cohort."""
 
     abstract = True
+
+    @property
+    def offers(self) -> frozenset[str]:
+        return frozenset({"parts of uploads"})
 
     def memory(self, round: Round) -> int:
         return 4 * round.layout.size * len(round.cohort)
@@ -150,7 +158,7 @@ class Mean(Fold):
 
     @property
     def offers(self) -> frozenset[str]:
-        return frozenset({"sums", "uploads"})
+        return frozenset({"sums", "uploads", "parts of uploads"})
 
     def memory(self, round: Round) -> int:
         return 0 if round.adapters is None else 4 * round.layout.size * len(round.cohort)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from fedray.algorithms import Algorithm, Folded, Local, Round, Rows, Tensors
 from fedray.lazy import torch
-from fedray.vector.adapters import Adapters, WeightedSum
+from fedray.vector.adapters import Adapters, Factors, WeightedSum
 from fedray.vector.part import Part
 
 ADAPTERS = {
@@ -116,36 +116,58 @@ class RaFLoRA(Algorithm):
 class OnBase(Algorithm):
     """A method whose new adapters (B, A) leave something of the mean to the base: W ← W + s (Σ w_i B_i A_i − B A).
 
-    So every one is exact, whatever its adapters. The base's change is dense, float32, and goes down to every client.
+    So every one is exact, whatever its adapters. The base's change goes down to every client whole, as factors to which
+    each round adds columns, or as what is shorter: of a layer, once its factors would be longer, their product.
     """
 
     abstract = True
     needs = ADAPTERS | UPLOADS | FLOAT32_BASE
 
-    def adapters(self, folded: Folded, round: Round) -> torch.Tensor:
-        """Return the new adapters [d]."""
+    def columns(self, clients: Sequence[int], adapters: Adapters) -> int:
+        """Return how many columns a round of these clients adds to the factors."""
+        raise NotImplementedError
+
+    def divide(self, folded: Folded, round: Round) -> tuple[torch.Tensor, Iterator[Factors]]:
+        """Return the new adapters [d]; and, of each layer, factors of what they leave of the mean."""
         raise NotImplementedError
 
     def broadcast(self, server: Tensors, round: Round) -> Tensors:
         return {name: server[name] for name in ("model", "base") if name in server}
 
     def aggregate(self, server: Tensors, folded: Folded, round: Round) -> Tensors:
-        adapters, after = adapters_of(round), self.adapters(folded, round)
-        left = stacked(folded, adapters)
-        for part, (b, a) in zip(adapters.changes(left), adapters.factors(after), strict=True):
-            torch.addmm(part, b, a, alpha=-adapters.scale, out=part)
-        return server | {"model": after, "base": left if "base" not in server else server["base"] + left}
+        after, left = self.divide(folded, round)
+        base = adapters_of(round).grown(server.get("base"), left)
+        return server | {"model": after} | ({"base": base} if len(base) else {})  # a client alone may leave nothing
+
+    def growth(self, round: Round, rounds: int) -> int:
+        adapters = adapters_of(round)
+        return 4 * adapters.base_length(rounds * self.columns(round.cohort, adapters))
 
 
 @dataclass(frozen=True)
 class FedEx(OnBase):
     """FedEx-LoRA: averages A and B, and adds the residual s (Σ w_i B_i A_i − B̄ Ā) to the base: exact.
 
-    Singhal et al. 2024 (arXiv:2410.09432, equation 10).
+    Singhal et al. 2024 (arXiv:2410.09432, equation 10). Of K clients the residual is Σ w_i (B_i − B̄) (A_i − A_1), in
+    which the first has no part: (K − 1) r columns.
     """
 
-    def adapters(self, folded: Folded, round: Round) -> torch.Tensor:
-        return folded.mean("model")
+    def columns(self, clients: Sequence[int], adapters: Adapters) -> int:
+        return (len(clients) - 1) * max(adapters.ranks)
+
+    def divide(self, folded: Folded, round: Round) -> tuple[torch.Tensor, Iterator[Factors]]:
+        adapters, mean = adapters_of(round), folded.mean("model")
+        total = sum(upload.weights["model"] for upload in folded.uploads)
+
+        def residuals() -> Iterator[Factors]:
+            first, *others = (upload.tensors["model"] for upload in folded.uploads)
+            weights = [adapters.scale * upload.weights["model"] / total for upload in folded.uploads[1:]]
+            for (b, a), (_, a_1), *each in zip(*map(adapters.factors, (mean, first, *others)), strict=True):
+                lefts = [w * (b_i.double() - b.double()) for w, (b_i, _) in zip(weights, each, strict=True)]
+                rights = [a_i.double() - a_1.double() for _, a_i in each]
+                yield torch.cat([b[:, :0], *lefts], dim=1), torch.cat([a[:0], *rights])
+
+        return mean, residuals()
 
 
 @dataclass(frozen=True)
@@ -159,14 +181,35 @@ class Flora(OnBase):
     warm: bool = False
     offers = NOTHING
 
-    def adapters(self, folded: Folded, round: Round) -> torch.Tensor:
+    def columns(self, clients: Sequence[int], adapters: Adapters) -> int:
+        return max(0, sum(map(adapters.rank, clients)) - (max(adapters.ranks) if self.warm else 0))
+
+    def divide(self, folded: Folded, round: Round) -> tuple[torch.Tensor, Iterator[Factors]]:
+        adapters, rng, after = adapters_of(round), round.rng("rule"), torch.zeros(round.layout.size)
         if self.warm:
-            return best_adapters([weighted_sum(folded, round)], round)
-        adapters, rng = adapters_of(round), round.rng("rule")
-        fresh = torch.zeros(round.layout.size)
-        for _, a in adapters.factors(fresh):
+            return self._best(folded, round)
+        for _, a in adapters.factors(after):
             a.copy_(torch.randn(a.shape, generator=rng) / len(a))  # as peft's "gaussian" draws it; B is 0
-        return fresh
+        total = sum(upload.weights["model"] for upload in folded.uploads)
+        weights = [adapters.scale * upload.weights["model"] / total for upload in folded.uploads]
+        ranks = [adapters.rank(upload.client) for upload in folded.uploads]
+
+        def stacked() -> Iterator[Factors]:
+            for each in zip(*(adapters.factors(upload.tensors["model"]) for upload in folded.uploads), strict=True):
+                lefts = [w * b[:, :rank].double() for w, rank, (b, _) in zip(weights, ranks, each, strict=True)]
+                yield torch.cat(lefts, dim=1), torch.cat([a[:rank] for rank, (_, a) in zip(ranks, each, strict=True)])
+
+        return after, stacked()
+
+    def _best(self, folded: Folded, round: Round) -> tuple[torch.Tensor, Iterator[Factors]]:
+        adapters, after = adapters_of(round), torch.zeros(round.layout.size)
+        rest, columns = [], self.columns(folded.survivors, adapters)
+        for (b, a), factors in zip(adapters.factors(after), weighted_sum(folded, round).factors(), strict=True):
+            left, right = components(*factors, b.shape[1] + columns)
+            b.copy_(left[:, : b.shape[1]] / adapters.scale**0.5)
+            a.copy_(right[: len(a)] / adapters.scale**0.5)
+            rest.append((left[:, b.shape[1] :], right[len(a) :]))
+        return after, iter(rest)
 
 
 def adapters_of(round: Round) -> Adapters:
@@ -179,19 +222,6 @@ def trained_half(round: Round) -> Part:
     """Return the half of the adapters that RoLoRA trains in a round: B first, as a new adapter's A has no gradient."""
     kind = ".lora_A." if round.number % 2 else ".lora_B."
     return Part.of(round.layout, lambda name: kind in name)
-
-
-def stacked(folded: Folded, adapters: Adapters) -> torch.Tensor:
-    """Return Σ w_i s B_i A_i of all layers, dense, float32 [base_size]."""
-    mean, examples = torch.zeros(adapters.base_size), 0
-    for upload in folded.uploads:
-        if upload.weights["model"] == 0:
-            continue
-        examples += upload.weights["model"]
-        share = upload.weights["model"] / examples
-        for part, (b, a) in zip(adapters.changes(mean), adapters.factors(upload.tensors["model"]), strict=True):
-            torch.addmm(part, b, a, beta=1 - share, alpha=share * adapters.scale, out=part)
-    return mean
 
 
 def weighted_sum(folded: Folded, round: Round) -> WeightedSum:
@@ -208,20 +238,23 @@ def best_adapters(sums: Sequence[WeightedSum], round: Round) -> torch.Tensor:
     layers = zip(*(each.factors() for each in sums), strict=True)
     for factors, (b, a) in zip(layers, adapters.factors(vector), strict=True):
         lefts, rights = zip(*factors, strict=True)
-        best_b, best_a = best_factors(torch.cat(lefts, dim=1), torch.cat(rights), b.shape[1])
+        best_b, best_a = components(torch.cat(lefts, dim=1), torch.cat(rights), b.shape[1])
         b.copy_(best_b / adapters.scale**0.5)
         a.copy_(best_a / adapters.scale**0.5)
     return vector
 
 
-def best_factors(left: torch.Tensor, right: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return factors [out, rank] and [rank, in] of the best approximation of left right of that rank, balanced."""
+def components(left: torch.Tensor, right: torch.Tensor, count: int) -> Factors:
+    """Return factors [out, count] and [count, in] of the best approximation of left right of that rank, balanced.
+
+    They are ordered by its singular values, the largest first; zeros where it has fewer.
+    """
     q_left, r_left = torch.linalg.qr(left)
     q_right, r_right = torch.linalg.qr(right.T)
     u, s, v = torch.linalg.svd(r_left @ r_right.T)
     # A client alone, or a layer narrower than the rank, may have fewer directions than the rank.
-    found = min(rank, len(s))
-    best_left, best_right = left.new_zeros(len(left), rank), right.new_zeros(rank, right.shape[1])
+    found = min(count, len(s))
+    best_left, best_right = left.new_zeros(len(left), count), right.new_zeros(count, right.shape[1])
     best_left[:, :found] = q_left @ u[:, :found] * s[:found].sqrt()
     best_right[:found] = s[:found, None].sqrt() * (v[:found] @ q_right.T)
     return best_left, best_right

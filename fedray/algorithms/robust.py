@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fedray.algorithms import Round, Upload
+from fedray.algorithms import Round, Upload, of_model
 from fedray.algorithms.folds import Collect, Mean
 from fedray.errors import RunError
 from fedray.lazy import torch
@@ -65,6 +65,10 @@ class Krum(Collect):
 
     f: int
 
+    @property
+    def offers(self) -> frozenset[str]:
+        return frozenset()  # distances are between whole uploads
+
     def __post_init__(self) -> None:
         if self.f < 0:
             raise ValueError("f must not be negative")
@@ -115,11 +119,11 @@ class NormBound(Mean):
             raise ValueError("the norm must be above 0")
 
     def add(self, partial: Any, upload: Upload, round: Round) -> Any:
-        change = upload.tensors["model"]
-        length = torch.linalg.vector_norm(change, dtype=torch.float64).item()
+        changes = {name: tensor for name, tensor in upload.tensors.items() if of_model(name)}
+        length = math.hypot(*(torch.linalg.vector_norm(x, dtype=torch.float64).item() for x in changes.values()))
         if length > self.norm:
-            change = (change.double() * (self.norm / length)).float()
-        return super().add(partial, replace(upload, tensors=upload.tensors | {"model": change}), round)
+            changes = {name: (x.double() * (self.norm / length)).float() for name, x in changes.items()}
+        return super().add(partial, replace(upload, tensors=upload.tensors | changes), round)
 
 
 def lowest_scores(uploads: list[Upload], f: int, m: int) -> list[Upload]:

@@ -8,7 +8,7 @@ from fedray.config import Config
 from fedray.errors import UserError, check_name
 
 # Values by the name of a `Config` field, or "task.FIELD"; or a function of the configuration so far, for a value that
-# follows from the names before it. Seeds are a dimension like others.
+# follows from the names before it, or a list of several. Seeds are a dimension like others.
 Space = Mapping[str, Sequence[Any] | Callable[[Config], Any]]
 
 
@@ -40,7 +40,10 @@ def expand(base: Config, space: Space) -> list[Config]:
 
 
 def _values(values: Sequence[Any] | Callable[[Config], Any], config: Config) -> Sequence[Any]:
-    return [values(config)] if callable(values) else values
+    if not callable(values):
+        return values
+    found = values(config)
+    return found if isinstance(found, list) else [found]
 
 
 def change(config: Config, name: str, value: Any) -> Config:

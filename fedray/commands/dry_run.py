@@ -31,6 +31,7 @@ def print_plan(config: Config, out: Path, resume: bool) -> Plan:
         resume: there is a run that would be continued.
     """
     from fedray.federation.plan import bytes_planned, disk_needed, make_plan, steps_planned
+    from fedray.federation.traffic import bytes_down_in_all, bytes_up_in_all
     from fedray.files import size as in_words
 
     run = Run(located(out))
@@ -47,7 +48,8 @@ def print_plan(config: Config, out: Path, resume: bool) -> Plan:
     actors = {None: "as many as fit", 0: "none (this process)"}.get(config.actors, config.actors)
     planned, messages = bytes_planned(config, plan), sum(map(len, steps))
     kept = config.fold.memory(plan.round(config, 0))
-    down = planned.first * len(steps[0]) + planned.down * (messages - len(steps[0]))
+    down = bytes_down_in_all(config, plan, planned, list(map(len, steps)))
+    up = bytes_up_in_all(config, plan, planned, messages)
     table = Table("what", "value", title="dry run: nothing is trained")
     for name, value in {
         "clients": f"{config.clients}, of which {config.cohort_size} take part in a round",
@@ -59,7 +61,8 @@ def print_plan(config: Config, out: Path, resume: bool) -> Plan:
         "parameters": f"{plan.layout.size:,}",
         "steps": f"{sum(map(sum, steps)):,} in all; {sum(max(each, default=0) for each in steps):,} sequential",
         "bytes": f"{planned.down:,} down to a client in a round, {planned.up:,} up",
-        "bytes in all": f"{down / 1e6:,.1f} MB down, {planned.up * messages / 1e6:,.1f} up",
+        **({"bytes in round 1": f"{planned.first:,} down to a client"} if planned.first != planned.down else {}),
+        "bytes in all": f"{down / 1e6:,.1f} MB down, {up / 1e6:,.1f} up",
         **({"uploads kept": f"{kept / 1e6:,.1f} MB at the driver"} if kept else {}),
         **({"canaries": _canaries(plan)} if plan.canaries is not None else {}),
         **({"malicious": ", ".join(map(str, sorted(plan.malicious)))} if plan.malicious else {}),

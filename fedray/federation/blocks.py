@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fedray.algorithms import Round, Tensors, Upload
+from fedray.algorithms import Round, Tensors, Upload, of_model
 from fedray.federation.causes import COUNTED, Cause, Lost
 from fedray.federation.local import TrainJob, client_update
 from fedray.federation.pool import Reply
@@ -102,9 +102,9 @@ def check_values(tensors: Tensors, bound: float) -> None:
             continue
         low, high = map(float, torch.aminmax(tensor))  # NaN where there is one
         if not -bound < low <= high < bound:
-            what = "the trained weights are" if name == "model" else f"the tensor {name!r} that it sends is"
+            what = "the trained weights are" if of_model(name) else f"the tensor {name!r} that it sends is"
             reach = "finite" if not torch.isfinite(tensor).all() else f"everywhere below {bound:g}"
-            raise FloatingPointError(f"{what} not {reach}" + (" (lower the learning rate?)" if name == "model" else ""))
+            raise FloatingPointError(f"{what} not {reach}" + (" (lower the learning rate?)" if of_model(name) else ""))
 
 
 class Pace:

@@ -35,8 +35,11 @@ def model_of(run: Run, config: Config, strength: float = 1.0) -> Shared:
     delivered = sampled(state.tensors)
     if strength == 1:
         return model(delivered)
-    weakened = {"model": cast(AdapterLearner, learner).adapters.weakened(delivered["model"], strength)}
-    return model(weakened | ({"base": delivered["base"] * strength} if "base" in delivered else {}))
+    adapters = cast(AdapterLearner, learner).adapters
+    weakened = {"model": adapters.weakened(delivered["model"], strength)}
+    if "base" in delivered:
+        weakened["base"] = adapters.weakened_base(delivered["base"], strength)
+    return model(weakened)
 
 
 def sampling_of(run: Run, config: Config, n: int, seed: int, prompts: Sequence[str] = ()) -> Sampling:

@@ -147,7 +147,7 @@ def sample(
     total = sampling.n * sampling.repeats
     jobs = sampling.jobs(features, total if keep is None else min(keep, total))
     table, row, images = None, 0, []
-    for made, some in _results(pool, sample_batch, model, jobs, "sampling", show):
+    for made, some in _results(pool, sample_batch, model, jobs, "sampling", show, sampling.load):
         images.append(some)
         if features:
             table = _table(total, made.shape[1]) if table is None else table
@@ -291,11 +291,19 @@ def unseen_of(unseen: np.ndarray) -> np.ndarray:
     return unseen[torch.linspace(0, len(unseen) - 1, min(LOOKED_AT, len(unseen))).long().numpy()]
 
 
-def _results(pool: Pool, work: Work, shared: Any, jobs: Iterable[Any], phase: str, show: Show) -> Iterator[Any]:
+def _results(
+    pool: Pool,
+    work: Work,
+    shared: Any,
+    jobs: Iterable[Any],
+    phase: str,
+    show: Show,
+    load: Callable[[Any], Any] = lambda job: job,
+) -> Iterator[Any]:
     """Yield the payloads of jobs, in their order. Raises `RunError` for one that failed, or the user's mistake."""
     jobs = list(jobs)
     show(phase, 0, len(jobs))
-    for reply in in_order(pool, work, shared, jobs, lambda done: show(phase, done, len(jobs))):
+    for reply in in_order(pool, work, shared, jobs, lambda done: show(phase, done, len(jobs)), load):
         if not reply.ok:
             error = reply.row["error"]
             raise failure(f"{reply.job} could not be made: {error}.", error, reply.row["trace"])

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedray.algorithms import Round, Rows, Tensors
+from fedray.algorithms import Round, Rows, Tensors, of_model
 from fedray.errors import UserError
 from fedray.federation.examples import Private, drawn_steps
 from fedray.federation.ranks import held_by, left_out
@@ -19,7 +19,7 @@ from fedray.record.run import Row
 from fedray.seeds import generator
 from fedray.tasks import Learner
 from fedray.vector import as_tensor
-from fedray.wire import Payload, counted
+from fedray.wire import Payload, counted, differences
 
 OWN = "local/model"  # of a client's memory, the part of the model that it does not share
 DRAWS = 16  # timesteps and noises at which each held-out example's loss is taken
@@ -254,10 +254,11 @@ def client_update(worker: Worker, shared: Shared, job: TrainJob) -> tuple[Row, T
     tensors, rows, kept = method.upload(local, down, own)
     sent = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
     if job.malicious and config.malicious is not None:
-        rng = round.rng("attack", job.client)
-        sent["model"] = config.malicious.attack.change(sent["model"], received["model"], rng)
+        attack, rng = config.malicious.attack, round.rng("attack", job.client)
+        for name in filter(of_model, list(sent)):
+            sent[name] = attack.change(sent[name], received[name], rng)
     if wire.lossy:
-        sent["model"] = sent["model"] - received["model"]
+        sent = differences(sent, received)
     links = {name: tensor.cpu() for name, tensor in memory.items() if name.startswith("link")}
     payload, kept_by_links = wire.encode(left_out(sent, job.client, round), links, round, job.client)
     payload = config.fold.seal(payload, round, job.client)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 
 from fedray.config import Config
 from fedray.federation.local import OWN
@@ -14,9 +13,11 @@ SHOWN = 64  # images of a grid, in which as many clients as possible should have
 
 
 def memories(config: Config, run: Run, rounds: int) -> Callable[[int], Payload]:
-    """Return a function of a client: what of its memory after so many rounds makes the global model its own."""
+    """Return a function of a client: what of its memory after so many rounds makes the global model its own.
 
-    @cache
+    It reads the run's directory each time: all clients' together may not fit into memory.
+    """
+
     def memory(client: int) -> Payload:
         kept = run.recall(client, run.generation(client, rounds))
         prefix = "algorithm/" if config.evaluate_personal else OWN
@@ -31,5 +32,4 @@ def by_clients(sampling: Sampling, config: Config, run: Run, rounds: int) -> Sam
         return sampling
     clients = config.trainers
     size = min(sampling.batch_size, max(1, SHOWN // len(clients)))
-    memory = memories(config, run, rounds)
-    return replace(sampling, batch_size=size, memories=tuple(map(memory, clients)))
+    return replace(sampling, batch_size=size, clients=tuple(clients), memory=memories(config, run, rounds))

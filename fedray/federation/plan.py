@@ -29,7 +29,7 @@ from fedray.scores import networks
 from fedray.seeds import generator
 from fedray.vector import Layout, sha256
 from fedray.vector.adapters import Adapters
-from fedray.wire import Payload, counted
+from fedray.wire import Payload, counted, differences
 from fedray.wire.privacy import split
 
 
@@ -201,7 +201,7 @@ def dropped_of(config: Config, round: Round) -> frozenset[int]:
 
 
 class PlannedBytes(NamedTuple):
-    """Bytes of a client's messages: down in the first round, down in later ones, and up."""
+    """Bytes of a client's messages: down in the first round, down in the last (the most), and up."""
 
     first: int
     down: int
@@ -212,13 +212,17 @@ def disk_needed(config: Config, plan: Plan) -> dict[str, int]:
     """Return about how many bytes a run keeps on its disk, by what they are; pictures and rows are not counted."""
     vector = 4 * (plan.layout.size + plan.own)
     state = sum(tensor.nbytes for tensor in config.method.init(plan.initial, plan.layout).values())
+    state += config.method.growth(plan.round(config, 0), config.rounds)
     # Until a checkpoint is written, the memories of all rounds since the one before stay.
     clients = 1 if config.only_client is not None else config.clients
     memories = clients + (config.checkpoint_every + 1) * config.cohort_size
     kept = 4 * plan.own + (2 * vector if config.keep_optimizer else 0)  # by Adam
+    largest = None
+    if plan.adapters is not None and config.only_client is None:
+        largest = max(range(config.clients), key=plan.adapters.rank)
     # It is an estimate: a method of the user's own may need a client that trains.
     with suppress(Exception):
-        kept += sum(tensor.nbytes for tensor in _first_message(config, plan).memory.values())
+        kept += sum(tensor.nbytes for tensor in first_message(config, plan, 0, largest).memory.values())
     evaluations = sum(map(config.evaluates, range(1, config.rounds + 1)))
     image = int(np.prod(plan.dataset.images.shape[1:]))
     return {
@@ -234,11 +238,12 @@ def bytes_planned(config: Config, plan: Plan) -> PlannedBytes:
 
     Where the size of a message depends on what is in it, those of training are others.
     """
-    first, method, fold = _first_message(config, plan), config.method, config.fold
+    first, method, fold = first_message(config, plan), config.method, config.fold
     round, local, wire = first.round, first.local, config.links
     rows = {"examples": max(1, local.examples), "steps": local.steps} | first.rows
     if method.example_noise is None:
         rows = {"loss": 0.0} | rows
+    growth = method.growth(round, max(1, config.rounds - 1))
     few = round.cohort[: fold.least]
     round = replace(round, cohort=few, weights={client: max(1, round.weights[client]) for client in few})
     partial = fold.start(round)
@@ -251,7 +256,7 @@ def bytes_planned(config: Config, plan: Plan) -> PlannedBytes:
     later = wire.send(method.broadcast(after, plan.round(config, 1)), round)
     down, up = fold.exchanged(first.round)
     sizes = [counted(payload, method.uncounted) for payload in (first.payload, later, first.sent)]
-    return PlannedBytes(sizes[0] + down, sizes[1] + down, sizes[2] + up)
+    return PlannedBytes(sizes[0] + down, sizes[1] + down - method.growth(round, 1) + growth, sizes[2] + up)
 
 
 class _Message(NamedTuple):
@@ -269,8 +274,8 @@ class _Message(NamedTuple):
     memory: Tensors  # what the client keeps, but for its optimizer and its own part of the model
 
 
-def _first_message(config: Config, plan: Plan) -> _Message:
-    round, fold = plan.round(config, 0), config.fold
+def first_message(config: Config, plan: Plan, number: int = 0, client: int | None = None) -> _Message:
+    round, fold = plan.round(config, number), config.fold
     if len(round.cohort) < fold.least:  # as Poisson cohorts may be
         round = replace(round, cohort=tuple(range(fold.least)), weights=dict.fromkeys(range(fold.least), 1))
     method, wire = config.method, config.links
@@ -279,11 +284,11 @@ def _first_message(config: Config, plan: Plan) -> _Message:
     payload = wire.send(broadcast, round)
     received, memory = wire.arrive(payload, round), dict[str, torch.Tensor]()
     down = method.receive(received, round)
-    local = Idle(config, plan, round, method.start(down, memory))
+    local = Idle(config, plan, round, method.start(down, memory), client)
     method.train(local, down, memory)
     tensors, rows, kept = method.upload(local, down, memory)
     if wire.lossy:
-        tensors = tensors | {"model": tensors["model"] - received["model"]}
+        tensors = differences(tensors, received)
     plain, kept_by_links = wire.encode(left_out(tensors, local.client, round), {}, round, local.client)
     sent, kept = fold.seal(plain, round, local.client), {**kept, **kept_by_links}
     return _Message(round, server, broadcast, payload, received, local, rows, plain, sent, kept)
@@ -304,8 +309,10 @@ def check_private(config: Config, plan: Plan) -> None:
 class Idle:
     """A client that makes no step, as an algorithm sees it."""
 
-    def __init__(self, config: Config, plan: Plan, round: Round, start: torch.Tensor) -> None:
-        self.client = round.cohort[0]
+    def __init__(
+        self, config: Config, plan: Plan, round: Round, start: torch.Tensor, client: int | None = None
+    ) -> None:
+        self.client = round.cohort[0] if client is None else client
         self.round = round
         self.examples = len(plan.shards[self.client])
         self.steps = self.step = config.steps(self.examples)

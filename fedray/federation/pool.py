@@ -127,10 +127,20 @@ def _same(payload: Any) -> Any:
     return payload
 
 
-def in_order(pool: Pool, work: Work, shared: Any, jobs: Iterable[Any], progress: Progress) -> Iterator[Reply]:
+def in_order(
+    pool: Pool,
+    work: Work,
+    shared: Any,
+    jobs: Iterable[Any],
+    progress: Progress,
+    load: Callable[[Any], Any] = lambda job: job,
+) -> Iterator[Reply]:
     """Yield a reply for each job, in their order, each as soon as all before it are there.
 
     Lost ones are done again; so are those that were out of memory, for as long as the pool can make room.
+
+    Args:
+        load: adds to a job what is too large to be held for all of them, when a worker is free for it.
 
     Raises:
         RunError: a job was lost `ATTEMPTS` times.
@@ -145,12 +155,13 @@ def in_order(pool: Pool, work: Work, shared: Any, jobs: Iterable[Any], progress:
 
     while todo and attempts < ATTEMPTS:
         asked, cramped, crowded = list(todo.items()), list[Reply](), False
-        for reply in pool.map(work, shared, [job for _, job in asked], progress):
+        for reply in pool.map(work, shared, (load(job) for _, job in asked), progress):
             try:
                 payload = reply.fetch() if reply.ok and not reply.lost else None
             except Lost as error:
                 reply = replace(reply, lost=str(error), cause=error.cause)
-            index, _ = asked[reply.index]
+            index, job = asked[reply.index]
+            reply = replace(reply, job=job)
             if reply.lost:
                 reason, crowded = reply.lost, crowded or reply.cause == Cause.MEMORY
             elif reply.row.get("cause") == Cause.MEMORY:

@@ -8,7 +8,7 @@ where clients run.
 import math
 import time
 from collections.abc import Generator, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -262,9 +262,13 @@ def validate_round(session: Session, state: State, row: Row) -> Row:
     if not sizes:
         return {}
     memory = memories(config, session.run, state.round)
-    jobs = [ValidateJob(client, held_out[client], memory(client)) for client in sizes]
+    jobs = [ValidateJob(client, held_out[client]) for client in sizes]
+
+    def load(job: ValidateJob) -> ValidateJob:
+        return replace(job, memory=memory(job.client))
+
     losses = {}
-    for reply in in_order(session.pool, validate, model(plain(state)), jobs, lambda done: None):
+    for reply in in_order(session.pool, validate, model(plain(state)), jobs, lambda done: None, load):
         if not reply.ok:
             error = reply.row["error"]
             sentence = f"round {state.round}: {reply.job} could not be measured: {error}."

@@ -1,7 +1,7 @@
 """The jobs of evaluation: images sampled from a model, features, nearest training images. Knows nothing of Ray."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -35,8 +35,10 @@ class Sampling:
     """Seed of the noise that the images start from."""
     prompts: tuple[str, ...] = ()
     """Image i is for prompt i modulo their number; none where the task knows no prompts."""
-    memories: tuple[Payload, ...] = ()
-    """Of clients, each of whose own models makes a batch in turn; none where the global model makes all."""
+    clients: tuple[int, ...] = ()
+    """Whose own models make a batch each in turn; none where the global model makes all."""
+    memory: Callable[[int], Payload] = field(default=lambda client: {}, compare=False)
+    """Reads what makes the model a client's own."""
     repeats: int = 1
     """Sets of n images, each from other noise; the first is what one set alone would be."""
 
@@ -69,8 +71,12 @@ class Sampling:
                 features=features,
                 keep=max(0, keep - number * self.n - start),
                 prompts=self.prompts_of(start, stop),
-                memory=self.memories[start // self.batch_size % len(self.memories)] if self.memories else {},
+                client=self.clients[start // self.batch_size % len(self.clients)] if self.clients else None,
             )
+
+    def load(self, job: "SampleJob") -> "SampleJob":
+        """Return a job with what makes the model its client's own."""
+        return job if job.client is None else replace(job, memory=self.memory(job.client))
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,8 @@ class SampleJob:
     features: bool
     keep: int  # how many of the images are wanted, beside the features
     prompts: tuple[str, ...] = ()  # one for each image of the batch, where the task knows prompts
-    memory: Payload = field(default_factory=dict)  # what makes the model a client's own
+    client: int | None = None  # whose own model makes them; None for the global one
+    memory: Payload = field(default_factory=dict)  # what makes the model that client's, once it is loaded
 
     @property
     def key(self) -> tuple[str | int, ...]:

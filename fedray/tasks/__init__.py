@@ -62,7 +62,7 @@ class AdapterLearner(Learner, Protocol):
     adapters: Adapters
 
     def set_base(self, change: torch.Tensor) -> None:
-        """Compute with the base's weights changed by this much: float32, in the order of `adapters`."""
+        """Compute with the base's weights changed by this much: float32, in the form of `adapters.changes`."""
 
 
 class AdapterTask(Task, Protocol):

@@ -6,11 +6,14 @@ separately does not average ΔW: the error is exactly Σ w_i (B_i − B̄) (A_i 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeAlias
 
 from fedray.lazy import torch
 from fedray.vector import Layout
+
+Factors: TypeAlias = "tuple[torch.Tensor, torch.Tensor]"  # left [out, k] and right [k, in] of a layer's change
 
 
 class Adapters:
@@ -37,11 +40,6 @@ class Adapters:
     @property
     def layers(self) -> list[str]:
         return list(self.shapes)
-
-    @property
-    def base_size(self) -> int:
-        """Elements of all layers' weights together: the length of a change of the base."""
-        return sum(rows * columns for rows, columns in self.shapes.values())
 
     def factors(self, vector: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield each layer's B and A as views of the vector (a frozen A as it was drawn)."""
@@ -80,10 +78,55 @@ class Adapters:
         if held is not None:
             vector.masked_fill_(~held.to(vector.device), 0)
 
+    # A change of the base is one vector. Of each layer it holds factors of k columns, the same k for all, or their
+    # product [out, in] where that is no longer than they are: so its length tells k.
+
+    def base_length(self, columns: int) -> int:
+        """Return the length of a change of the base whose factors have so many columns."""
+        return sum(min(columns * (rows + width), rows * width) for rows, width in self.shapes.values())
+
+    def parts(self, change: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Yield each layer's part of a change of the base as views: its factors, or the product and None."""
+        enough = max(map(min, self.shapes.values()), default=0)  # with so many columns every product is shorter
+        columns = bisect_left(range(enough + 1), len(change), key=self.base_length)
+        if self.base_length(columns) != len(change):
+            raise ValueError(f"a change of the base of {len(change):,} elements is of other layers")
+        start = 0
+        for rows, width in self.shapes.values():
+            middle, stop = start + columns * rows, start + columns * (rows + width)
+            if stop - start < rows * width:
+                yield change[start:middle].view(rows, columns), change[middle:stop].view(columns, width)
+            else:
+                stop = start + rows * width
+                yield change[start:stop].view(rows, width), None
+            start = stop
+
     def changes(self, change: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Return each layer's part [out, in] of a change of the base [base_size], as views."""
-        parts = change.split([rows * columns for rows, columns in self.shapes.values()])
-        return (part.view(shape) for part, shape in zip(parts, self.shapes.values(), strict=True))
+        """Yield each layer's part of a change of the base as a matrix [out, in], float64."""
+        for left, right in self.parts(change):
+            yield left.double() if right is None else left.double() @ right.double()
+
+    def grown(self, change: torch.Tensor | None, added: Iterable[Factors]) -> torch.Tensor:
+        """Return a change of the base, None being none, with a product of factors added to each layer; float32."""
+        pieces: list[torch.Tensor] = []
+        parts = self.parts(torch.zeros(0) if change is None else change)
+        for (left, right), (more_left, more_right) in zip(parts, added, strict=True):
+            if right is None:
+                pieces.append((left.double() + more_left.double() @ more_right.double()).float())
+                continue
+            left, right = torch.cat([left, more_left.float()], dim=1), torch.cat([right, more_right.float()])
+            if left.numel() + right.numel() < len(left) * right.shape[1]:
+                pieces += [left, right]
+            else:
+                pieces.append((left.double() @ right.double()).float())
+        return torch.cat([piece.flatten() for piece in pieces])
+
+    def weakened_base(self, change: torch.Tensor, strength: float) -> torch.Tensor:
+        """Return the change of the base that is `strength` times this one."""
+        result = change.clone()
+        for left, _ in self.parts(result):
+            left *= strength
+        return result
 
     def change_base(self, module: torch.nn.Module, change: torch.Tensor) -> None:
         """Set the layers' frozen weights to what they were, plus the change."""
@@ -170,7 +213,7 @@ class WeightedSum:
             if now is None:
                 off = product_norm(*difference)
             else:
-                dense = difference[0] @ difference[1] + now.double() - (0 if was is None else was.double())
+                dense = difference[0] @ difference[1] + now - (0 if was is None else was)
                 off = torch.linalg.norm(dense)
             size = product_norm(left, right)
             errors.append(off / size if size > 0 else off)

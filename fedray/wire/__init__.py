@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedray.algorithms import Folded, Round, Tensors
+from fedray.algorithms import Folded, Round, Tensors, of_model
 from fedray.lazy import torch
 from fedray.vector import as_tensor
 
@@ -159,7 +159,7 @@ class Wire:
         return _unpack(self.links, payload, round, "decode")
 
     def finish(self, folded: Folded, sent: Tensors, round: Round) -> Folded:
-        """Complete the sums; replace sums of differences from what was sent down by the model that they lead to.
+        """Complete the sums; replace sums of differences from what was sent down by what they lead to.
 
         Where they are private, noise is added to a sum of nothing too, and all else that clients sent is left out.
         """
@@ -171,10 +171,12 @@ class Wire:
                 done = link.finish(folded.sums[name], folded.weights[name], round, folded.survivors)
                 folded.sums[name], folded.weights[name] = done
         if self.lossy:
-            mean = folded.sums["model"] / folded.weights["model"]
-            folded.sums["model"], folded.weights["model"] = sent["model"].double() + mean, 1
+            for name in filter(of_model, list(folded.sums)):
+                mean = folded.sums[name] / folded.weights[name]
+                folded.sums[name], folded.weights[name] = sent[name].double() + mean, 1
             for upload in folded.uploads:
-                upload.tensors["model"] = sent["model"] + upload.tensors["model"]
+                for name in filter(of_model, list(upload.tensors)):
+                    upload.tensors[name] = sent[name] + upload.tensors[name]
         return folded
 
     def learn(self, folded: Folded, round: Round) -> Tensors:
@@ -207,6 +209,11 @@ def _of_link(index: int, link: Link) -> str:
     return f"link{index}.{type(link).__name__.lower()}/"
 
 
+def differences(tensors: Tensors, received: Tensors) -> Tensors:
+    """Return what a client sends where differences travel: of the model, or its parts, from what it received."""
+    return tensors | {name: tensor - received[name] for name, tensor in tensors.items() if of_model(name)}
+
+
 def counted(payload: Payload, uncounted: frozenset[str]) -> int:
     """Return the bytes of a message, without tensors that a deployment would not send."""
     return sum(array.nbytes for name, array in payload.items() if name not in uncounted)
@@ -214,7 +221,8 @@ def counted(payload: Payload, uncounted: frozenset[str]) -> int:
 
 def _of(links: tuple[Link, ...], name: str) -> list[tuple[int, Link]]:
     """Return the links that act on the tensor of that name, with their positions."""
-    return [(index, link) for index, link in enumerate(links) if name in link.tensors]
+    about = "model" if of_model(name) else name
+    return [(index, link) for index, link in enumerate(links) if about in link.tensors]
 
 
 def _unpack(links: tuple[Link, ...], payload: Payload, round: Round, verb: str) -> Tensors:

@@ -49,6 +49,16 @@ class Clip(Link):
     def bound(self) -> float:
         return self.norm
 
+    @property
+    def needs(self) -> Mapping[str, str]:
+        if not self.per_layer:
+            return {}
+        return {"same upload": "clips tensors of whole models, and this algorithm sends others: leave per_layer out"}
+
+    @property
+    def hides(self) -> frozenset[str]:
+        return frozenset({"parts of uploads"})  # norms are of whole ones
+
     def encode(
         self, x: torch.Tensor, memory: Tensors, round: Round, client: int
     ) -> tuple[torch.Tensor | Tensors, Tensors]:
@@ -117,7 +127,7 @@ class Noise(Link):
 
     @property
     def hides(self) -> frozenset[str]:
-        return frozenset({"uploads"})
+        return frozenset({"uploads", "parts of uploads"})
 
     def finish(
         self, total: torch.Tensor, weight: float, round: Round, survivors: list[int]

@@ -40,11 +40,16 @@ def once(control, option=2, own=None, **changes):
 
 
 @BOTH
-@pytest.mark.parametrize(("control", "change"), [(0.0, [0.05, 0.05, 0.1, 0.1]), (0.1, [0.04, 0.04, 0.09, 0.09])])
-def test_one_step(control, change, option):
+@pytest.mark.parametrize(
+    ("control", "change", "loss"), [(0.0, [0.05, 0.05, 0.1, 0.1], 3.75), (0.1, [0.04, 0.04, 0.09, 0.09], 3.78)]
+)
+def test_one_step(control, change, loss, option):
     """Either option makes the gradient of one step at x of the client's variate, whatever corrected that step."""
     moved, own, sent = once(control, option)
     np.testing.assert_allclose(moved, change, atol=1e-6)
+    task = Linear()
+    after = np.array(task.x) @ (np.array(task.w) + moved.reshape(2, 2)) - task.t
+    assert np.abs(after).sum(1).mean() == pytest.approx(loss, abs=1e-6)
     np.testing.assert_allclose(own, [-0.5, -0.5, -1, -1], atol=1e-5)
     assert np.array_equal(own, sent)
 

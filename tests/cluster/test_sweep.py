@@ -57,6 +57,8 @@ def test_all_combinations_the_last_fastest():
 def test_values_that_follow_from_others():
     space = {"clients": [2, 4, 8], "rounds": lambda config: config.rounds * config.clients // 4}
     assert [c.rounds for c in expand(Config(local_epochs=2, rounds=40), space)] == [20, 40, 80]
+    space = {"clients": [2, 4], "rounds": lambda config: [5, 10] if config.clients == 2 else 7}
+    assert [(c.clients, c.rounds) for c in expand(Config(local_epochs=2), space)] == [(2, 5), (2, 10), (4, 7)]
 
 
 def test_the_same_configuration_counts_once():

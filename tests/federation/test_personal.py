@@ -1,5 +1,6 @@
 """What clients keep to themselves: parts of the model, by name, and models of their own."""
 
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -9,9 +10,12 @@ from runs import fit, sha, train
 
 from fedray.data.partition import IID
 from fedray.errors import UserError
+from fedray.federation.delivered import model_of, sampling_of
+from fedray.federation.evaluation import sample
 from fedray.federation.local import held_out_loss
 from fedray.federation.plan import bytes_planned, make_plan
 from fedray.federation.pool import LocalPool
+from fedray.federation.round import Session, validate_round
 from fedray.record.run import Run
 from fedray.vector import Layout
 from fedray.vector.part import Part
@@ -140,3 +144,32 @@ def test_what_is_kept_local_is_what_is_not_shared(toy_config, tmp_path):
     for name, config in {"shared": shared, "kept": kept, "both": both}.items():
         train(config, tmp_path / name)
     assert sha(tmp_path / "shared") == sha(tmp_path / "kept") == sha(tmp_path / "both")
+
+
+def test_clients_own_parts_are_read_one_at_a_time(toy_config, tmp_path, monkeypatch):
+    """For samples and for held-out losses: counted while they are alive."""
+    config = toy_config(labels=12, rounds=1, held_out_share=0.25, **SPLIT)
+    (row,) = train(config, tmp_path / "run")
+    run, plan, pool = Run.open(tmp_path / "run"), make_plan(config), LocalPool(config)
+    recall, alive, read, most = Run.recall, set(), [], []
+
+    def counted(self, client, generation):
+        kept = recall(self, client, generation)
+        for name, tensor in kept.items():
+            alive.add((len(read), name))
+            weakref.finalize(tensor, alive.discard, (len(read), name))
+        read.append(client)
+        most.append(len(alive))
+        return kept
+
+    monkeypatch.setattr(Run, "recall", counted)
+    images = sample(pool, model_of(run, config), sampling_of(run, config, 60, 0))[1]
+    assert len(images) == 60
+    assert read == [*range(12)]  # a batch of five each
+    assert max(most) <= 2  # the job that is done, and the next
+    read.clear()
+    state = run.state(plan.layout)
+    found = validate_round(Session(config, plan, pool, run), state, {"clients": [], "seconds": {}})
+    assert found["clients"] == row["held_out"]["clients"]
+    assert read == [*range(12)]
+    assert max(most) <= 2

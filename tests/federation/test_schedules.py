@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import CHAOS, train, whole_round
+from runs import CHAOS, AnySize, Memories, initial, train, trained, whole_round
 
 from fedray.algorithms.ema import EMA
 from fedray.federation.blocks import Pace, Queue
@@ -19,7 +19,6 @@ from fedray.federation.plan import make_plan
 from fedray.federation.pool import LocalPool, Reply
 from fedray.federation.round import Session
 from fedray.federation.worker import Worker, do
-from fedray.record.checkpoint import State
 from fedray.record.run import Run
 from fedray.vector import sha256_of
 
@@ -37,24 +36,6 @@ METHODS = {
 
 MOST = ("fedavg", "scaffold", "top-k, feedback")  # without state, with state of clients, with that of links
 assert METHODS.keys() >= set(MOST)
-
-
-class Memories:
-    """What a run directory keeps of clients, in memory."""
-
-    def __init__(self):
-        self.kept = {}
-
-    def generation(self, client, rounds):
-        return max((g for c, g in self.kept if c == client and g <= rounds), default=None)
-
-    def recall(self, client, generation):
-        return {} if generation is None else self.kept[client, generation]
-
-    def remember(self, client, generation, memory):
-        # Twice only of a client whose partial was lost after its memory had come.
-        assert sha256_of(self.kept.get((client, generation), memory)) == sha256_of(memory)
-        self.kept[client, generation] = {name: tensor.clone() for name, tensor in memory.items()}
 
 
 class Simulated:
@@ -179,33 +160,6 @@ class Simulated:
 
 def vanish():
     raise Lost("its payload did not arrive", Cause.ACTOR)
-
-
-class AnySize(Pace):
-    """Blocks of any size."""
-
-    def __init__(self, rng):
-        super().__init__()
-        self.rng = rng
-
-    def take(self, todo, steps, workers):
-        return [todo.popleft() for _ in range(self.rng.randint(1, len(todo)))]
-
-
-def initial(config, plan):
-    return State(0, config.method.init(plan.initial, plan.layout))
-
-
-def trained(config, plan, pool, pace, rounds=3):
-    """The state, the memories and the rows after some rounds."""
-    state, run, rows = initial(config, plan), Memories(), []
-    session = Session(config, plan, pool, run, pace=pace)
-    for _ in range(rounds):
-        state, row = whole_round(session, state)
-        rows.append(row)
-    memories = {f"{c}/{g}/{name}": t for (c, g), kept in run.kept.items() for name, t in kept.items()}
-    told = [[(c["client"], c["outcome"], c.get("loss"), c["bytes_down"]) for c in row["clients"]] for row in rows]
-    return sha256_of(state.tensors), sha256_of(memories), told, [row["loss"] for row in rows]
 
 
 @pytest.fixture(params=METHODS)

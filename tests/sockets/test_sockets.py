@@ -1,6 +1,8 @@
 """Methods in one file each, fedray's and a user's own: on actors, killed and resumed, with a client that fails."""
 
 import os
+import random
+import re
 import signal
 import subprocess
 import sys
@@ -11,15 +13,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import fit, renew, sha, train
+from runs import AnySize, fit, renew, sha, train, trained
 from scipy.optimize import minimize
 
+import fedray
+from fedray import menus
 from fedray.cli import main
 from fedray.cluster.pool import RayPool
 from fedray.config import Config
 from fedray.errors import UserError
+from fedray.federation.blocks import Pace
 from fedray.federation.fit import prepare
+from fedray.federation.plan import make_plan
+from fedray.federation.pool import LocalPool
 from fedray.record.run import Run
+from fedray.reports import page
 
 EXAMPLES = Path(__file__).parent / "examples"
 DYN, EXP, SIGNS, GEOMETRIC = (str(EXAMPLES / f"{name}.py") for name in ("dyn", "exp", "signs", "geometric"))
@@ -63,6 +71,13 @@ SETTINGS = {
     },
     "ditto, sparse": {"algorithm": "ema:0.9:ditto:0.5", "wire": "feedback:topk:0.25", "keep_optimizer": True},
     "flora, warm": {"adapters": True, "algorithm": "flora:warm=true"},
+    "flora, factors": {"adapters": True, "ranks": (1,), "algorithm": "flora", "fraction": 0.34, "failing": (5,)},
+    "svd, float16": {"adapters": True, "algorithm": "svd", "wire": "float16"},
+    "ffa, kept optimizers": {"adapters": True, "algorithm": "ffa", "keep_optimizer": True},
+    "split, int8, kept optimizers": {
+        "layers": 3, "algorithm": "split:^0", "wire": "int8", "keep_optimizer": True, "partition": "dirichlet:0.3",
+    },
+    "fixed": {"cohort": "fixed:0.67", "fraction": 1.0, "algorithm": "fedavg", "fold": "mean"},
     "poisson": {"cohort": "poisson:0.5", "fraction": 1.0},
     "dropout": {"dropout_rate": 0.3, "fraction": 1.0},
     "secure sums": {"fold": "secure:0.5", "algorithm": "scaffold", "optimizer": "sgd"},
@@ -82,6 +97,19 @@ def config(request, toy_config):
     toy = {"labels": 6, "failing": (2,)}
     toy |= {"fraction": 0.67, "rounds": 4, "learning_rate": 0.05, "evaluate_samples": 0}
     return toy_config(**toy | SETTINGS[request.param])
+
+
+@pytest.mark.parametrize(
+    ("setting", "menu"),
+    {
+        "algorithm": menus.ALGORITHMS, "fold": menus.FOLDS, "wire": menus.LINKS, "cohort": menus.COHORTS,
+        "malicious": menus.ATTACKS,
+    }.items(),
+)  # fmt: skip
+def test_everything_in_a_menu_is_tried_here(setting, menu):
+    forms = [settings.get(setting, "") for settings in SETTINGS.values()]
+    elsewhere = {"dpsgd"}  # needs a loss that calls its network once: test_private_examples.py
+    assert set(menu.classes) - elsewhere <= {name for form in forms for name in re.split("[:,]", form)}
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
@@ -117,6 +145,27 @@ def test_a_round_that_is_done_again_reads_the_memories_from_before_it(config, tm
             train(config, tmp_path / "killed")
     train(config, tmp_path / "killed", resume=True)
     assert sha(tmp_path / "killed") == sha(tmp_path / "whole")
+
+
+class Shuffled(LocalPool):
+    """A pool whose replies come in any order."""
+
+    def __init__(self, config, rng):
+        super().__init__(config)
+        self.rng = rng
+
+    def map(self, work, shared, jobs, progress):
+        replies = list(super().map(work, shared, jobs, progress))
+        yield from self.rng.sample(replies, len(replies))
+
+
+def test_the_same_in_random_blocks_that_come_in_any_order(config):
+    """States and memories."""
+    plan = make_plan(config)
+    expected = trained(config, plan, LocalPool(config), Pace(), 2)
+    for seed in range(3):
+        rng = random.Random(seed)
+        assert trained(config, plan, Shuffled(config, rng), AnySize(rng), 2) == expected
 
 
 @pytest.fixture(scope="module")
@@ -268,3 +317,17 @@ def test_a_file_that_a_run_names_does_not_run_by_itself(toy_config, tmp_path):
     assert not marker.exists()
     assert Config.from_json(values, {evil.resolve()}).to_json() == values
     assert marker.exists()
+
+
+@pytest.mark.slow
+def test_all_of_them_in_one_report(toy_config, tmp_path):
+    for number, settings in enumerate(SETTINGS.values()):
+        toy = {"labels": 6, "rounds": 2, "fraction": 0.67, "learning_rate": 0.05, "evaluate_samples": 4}
+        train(toy_config(**toy | settings), tmp_path / f"run-{number}")
+    page.write([tmp_path], tmp_path / "report.html")
+    text, rounds = (tmp_path / "report.html").read_text(), fedray.load(tmp_path).rounds
+    for setting in ("algorithm", "fold", "wire"):
+        forms = {settings[setting] for settings in SETTINGS.values() if setting in settings}
+        assert {form.split(":")[0] for form in forms} <= {str(form).split(":")[0] for form in rounds[setting]}
+    assert len(set(rounds["run"])) == len(SETTINGS)
+    assert all(f"run-{number}" in text for number in range(len(SETTINGS)))

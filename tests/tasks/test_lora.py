@@ -80,7 +80,8 @@ def test_bytes_are_those_of_what_travels(config, tmp_path, method):
     rows = train(config, tmp_path / "run").rows
     both = sum(load.numel() for load in load_file(adapter(config, tmp_path / "size")).values())
     sent = [int(row["bytes_up"] / 4) for row in rows]
-    base = 0 if not isinstance(method, Flora) else 4 * make_plan(config).adapters.base_size
+    stacked = 0 if not isinstance(method, Flora) else config.clients * config.task.rank
+    base = 4 * make_plan(config).adapters.base_length(stacked)
     if method == FFA():  # A and B differ in size where a layer is not square
         assert 0.4 * 2 * both < sent[0] < 0.6 * 2 * both
     else:
@@ -226,7 +227,7 @@ def test_flora_adds_to_the_base_and_starts_new_adapters():
     for _ in range(2):  # set, not added
         what.change_base(module, second["base"])
     for layer, old, change in zip((module.wide, module.tall), before, what.changes(second["base"]), strict=True):
-        torch.testing.assert_close(layer.base_layer.weight, old + change)
+        torch.testing.assert_close(layer.base_layer.weight, (old + change).float())
 
 
 @pytest.mark.parametrize("method", [FedAvg(), FFA(), SVD(), Flora()])
@@ -298,7 +299,8 @@ def test_floras_change_of_the_base_is_sent_once_a_round(ray, config, tmp_path, m
     next(rounds)
     rounds.close()
     config = replace(config, actors=2)
-    size, put, sent = make_plan(config).adapters.base_size, ray.put, []
+    what, put, sent = make_plan(config).adapters, ray.put, []
+    sizes = [what.base_length(rounds * config.clients * config.task.rank) for rounds in (1, 2, 3)]
     monkeypatch.setattr(ray_pool.ray, "put", lambda value: [sent.append(value), put(value)][1])
     pool = ray_pool.RayPool.start(config)
     try:
@@ -308,9 +310,9 @@ def test_floras_change_of_the_base_is_sent_once_a_round(ray, config, tmp_path, m
     run = Run.open(tmp_path / "run")
     assert run.result["state_sha256"] == whole
     down = [row["bytes_down"] for row in run.rows]
-    assert down[1:] == [4 * (down[0] // 4 + 4 * size)] * 2
-    bases = [value for value in sent if isinstance(value, np.ndarray) and value.size == size]
-    assert len(bases) == 3  # after each of the three rounds
+    assert [each - down[0] for each in down[1:]] == [4 * 4 * size for size in sizes[:2]]
+    bases = [value.size for value in sent if isinstance(value, np.ndarray) and value.size in sizes]
+    assert bases == sizes  # after each of the three rounds
     assert all(getattr(value, "base", None) is None for value in sent if not isinstance(value, np.ndarray))
     assert len(sent) > 6
 

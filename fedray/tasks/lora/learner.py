@@ -181,7 +181,7 @@ class LoRALearner:
         )  # fmt: skip
 
     def set_base(self, change: Tensor) -> None:
-        """Compute with the base's weights changed by this much (float32, in the order of `adapters`)."""
+        """Compute with the base's weights changed by this much (float32, in the form of `adapters.changes`)."""
         self.adapters.change_base(self.unet, change.to(self.device))
 
     def load(self, directory: Path) -> None:
