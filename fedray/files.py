@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterator
@@ -95,7 +96,13 @@ def remove(path: Path) -> None:
 
 def is_content(path: Path) -> bool:
     """Tell whether a file is more than what a killed process left of one, or a lock."""
-    return not (path.name.startswith(".") and path.name.endswith((ASIDE, LOCK)))
+    return not (is_leftover(path) or (path.name.startswith(".") and path.name.endswith(LOCK)))
+
+
+def is_leftover(path: Path) -> bool:
+    """Tell whether a file is what a killed process left of one: fedray's own, or safetensors', which have six letters."""
+    name = path.name
+    return name.startswith(".") and (name.endswith(ASIDE) or re.fullmatch(r"\.tmp\w{6}", name) is not None)
 
 
 def is_locked(path: Path) -> bool:
@@ -112,8 +119,9 @@ def is_locked(path: Path) -> bool:
 
 def remove_leftovers(directory: Path) -> None:
     """Remove the temporary files below a directory that killed processes left."""
-    for aside in directory.rglob(f".*{ASIDE}"):
-        aside.unlink(missing_ok=True)
+    for path in directory.rglob(".*"):
+        if is_leftover(path):
+            path.unlink(missing_ok=True)
 
 
 def size(bytes: float) -> str:

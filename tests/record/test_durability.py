@@ -1,11 +1,16 @@
 """A power cut takes whatever was not flushed: what counts is flushed before anything relies on it."""
 
 import os
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 
+import pytest
 from runs import train
 
+from fedray.files import is_content, remove_leftovers
 from fedray.record.run import Run
 
 
@@ -44,3 +49,20 @@ def test_files_are_flushed_before_they_are_renamed_and_their_directories_after(t
     for number in range(3):
         assert max(memories[4 * number : 4 * number + 4]) < checkpoints[number] < rows[number]
     assert len(Run.open(out).rows) == 3
+
+
+@pytest.mark.slow
+def test_what_safetensors_leaves_when_it_is_killed_is_removed(tmp_path):
+    """It writes to a file of its own first."""
+    write = (
+        "import numpy, sys; from safetensors.numpy import save_file; save_file({'a': numpy.ones(10**8)}, sys.argv[1])"
+    )
+    process = subprocess.Popen([sys.executable, "-c", write, str(tmp_path / "a.safetensors")])
+    while not (left := list(tmp_path.iterdir())):
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    assert [is_content(path) for path in left] == [False]
+    remove_leftovers(tmp_path)
+    assert not list(tmp_path.iterdir())
