@@ -100,7 +100,7 @@ def is_content(path: Path) -> bool:
 
 
 def is_leftover(path: Path) -> bool:
-    """Tell whether a file is what a killed process left of one: fedray's own, or safetensors', which have six letters."""
+    """Tell whether a file is what a killed process left of one: ours, or with six letters of safetensors."""
     name = path.name
     return name.startswith(".") and (name.endswith(ASIDE) or re.fullmatch(r"\.tmp\w{6}", name) is not None)
 
