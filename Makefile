@@ -8,7 +8,7 @@ LOCK ?=
 SIDE_BY_SIDE := -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: demo demo-lora test test-fast check chaos soak bench docs lock help
+.PHONY: install demo demo-lora test test-fast check chaos soak bench docs lock help
 
 .venv/installed: pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -18,6 +18,8 @@ SIDE_BY_SIDE := -n 2 --dist worksteal
 	$(BIN)/python -m pip install --require-hashes --requirement requirements.lock
 	$(BIN)/python -m pip install --no-deps --editable .
 	@touch $@
+
+install: .venv/installed  ## the versions of requirements.lock, into .venv
 
 demo: .venv/installed  ## train on real digits, federated and centralised, and show the result (a few minutes)
 	@$(BIN)/python experiments/digits.py --no-same-passes $(DEMO)

@@ -1,6 +1,7 @@
 """The command line: `fedray COMMAND`, with a file in commands/ for each."""
 
 import importlib
+import os
 import signal
 import sys
 
@@ -66,6 +67,9 @@ def main(arguments: list[str] | None = None) -> int:
         except RunError as error:
             print(f"fedray: {error}", *getattr(error, "__notes__", []), sep="\n", file=sys.stderr)
             return 1
+        except BrokenPipeError:  # nobody reads what is printed any more, as in `fedray runs | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
         except OSError as error:  # a full disk, a directory that may not be written
             print(f"fedray: {error}", file=sys.stderr)
             return 1

@@ -115,11 +115,16 @@ def _contents(chapter: Chapter, chosen: Chosen) -> dict[str, Any]:
 def _chapters(places: Sequence[str | Path], rounds: pd.DataFrame) -> Iterable[Chapter]:
     """Divide runs into sweeps, and those that belong to none."""
     where = rounds["directory"].map(lambda directory: located(directory).resolve())
+    gone = ~where.map(Path.exists).astype(bool)
     told = pd.Series(False, index=rounds.index)
     for path in dict.fromkeys(path for place in places for path in _records(located(place))):
         try:
             record = json.loads(path.read_text())
             mine = where.isin([(path.parent / trial["directory"]).resolve() for trial in record["trials"]])
+            # Of results that were kept without their runs, or brought from elsewhere: a name has the settings' hash.
+            mine |= gone & where.map(lambda run: run.name).isin(
+                [Path(each["directory"]).name for each in record["trials"]]
+            )
             free = [name for name in record["varied"] if name != "seed" and name in rounds]
             texts = re.split(r"\n\s*\n", record.get("question", ""))
         except (OSError, ValueError, KeyError, TypeError):  # `load` has named it
@@ -159,14 +164,14 @@ def _in_words(runs: pd.DataFrame, free: list[str]) -> str:
     base = first.get("task.pretrained_model_name_or_path")
     what = f"fine-tune {value_of(base)} by LoRA of rank {first['task.rank']} on {data}" if base else f"train on {data}"
     if free:
-        return f"What comes of it when clients {what}, depending on {', '.join(map(field_of, free))}?"
+        return f"What happens when clients {what}, depending on {', '.join(map(field_of, free))}?"
     often, unit = (first["local_epochs"], "epoch") if first["local_epochs"] else (first["local_steps"], "step")
     how = f"{first['rounds']} rounds of {often} local {unit}{'' if often == 1 else 's'}"
     who = "one client" if first["clients"] == 1 else f"{first['clients']} clients (partition {first['partition']})"
     if first["only_client"] is not None:
         who = f"client {first['only_client']} of {first['clients']} (partition {first['partition']}) alone"
     share = f", each with a share of {first['fraction']:g} of them" if first["fraction"] < 1 else ""
-    return f"What comes of it when {who} {what}, for {how}{share}?"
+    return f"What happens when {who} {what}, for {how}{share}?"
 
 
 def _command(arguments: Sequence[str]) -> str:

@@ -349,7 +349,7 @@ def test_a_dockerfile_that_contradicts_itself_is_caught(old, new, message):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        (r'"ray\[default,tune\][^"]*"', '"ray[default,tune]>=2.61"', r"Ray 2.60.0 is outside pyproject.toml's >=2.61"),
+        (r'"ray\[tune\][^"]*"', '"ray[tune]>=2.61"', r"Ray 2.60.0 is outside pyproject.toml's >=2.61"),
         (r'requires-python = "[^"]*"', 'requires-python = ">=3.12"', r"Python 3.11 is outside pyproject.toml's >=3.12"),
     ],
 )
@@ -361,7 +361,7 @@ def test_an_image_outside_the_projects_range_is_caught(old, new, message):
 
 
 def test_a_ray_without_tokens_is_caught():
-    project = text("pyproject.toml").replace("ray[default,tune]>=2.52", "ray[default,tune]>=2.40")
+    project = text("pyproject.toml").replace("ray[tune]>=2.52", "ray[tune]>=2.40")
     with pytest.raises(Mistake, match=r"Ray 2.51.0 has no token authentication"):
         checks.check_versions({}, text(DOCKERFILE).replace("2.60.0", "2.51.0"), project)
 

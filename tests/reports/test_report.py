@@ -319,7 +319,7 @@ def test_an_incomplete_run_has_a_page(tmp_path):
     text = Page(page_module.make([write_run(tmp_path / "run", complete=False, done=2)])).text
     assert "The run is not complete: 2 of 3 rounds." in text
     assert "To know before reading on" in text
-    assert "What comes of it when 2 clients (partition iid) train on digits, for 3 rounds of 1 local epoch?" in text
+    assert "What happens when 2 clients (partition iid) train on digits, for 3 rounds of 1 local epoch?" in text
     assert "fedray train --clients 2 --out 'with space'" in text
 
 
