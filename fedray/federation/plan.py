@@ -62,6 +62,8 @@ class Plan:
             )
         if config.malicious is not None:
             config.malicious.attack.poison(self.dataset)
+        if config.method.example_noise is not None:
+            check_examples(config, build(config, torch.device("cpu")))
         if config.links.private or config.fold.uniform or config.method.example_noise is not None:
             check_private(config, self)
 
@@ -145,8 +147,6 @@ def make_plan(config: Config, dataset: Dataset | None = None) -> Plan:
         held_out, test = (canaries.added(part, trained=False) for part in (held_out, test))
     learner = build(config, torch.device("cpu"))
     flat, shared = learner.flat, shared_part(config, learner)
-    if config.method.example_noise is not None:
-        check_examples(config, learner)
     fingerprint: dict[str, str] = getattr(config.task, "fingerprint", lambda dataset: {})(dataset)
     if config.init_from is not None:
         warm_start(learner, Path(config.init_from))

@@ -20,4 +20,6 @@ def test_on_two_actors_of_which_one_is_slow(ray, toy_config, tmp_path):
         assert min(*beside, *seconds.values()) >= 0
         assert math.fsum(seconds.values()) == pytest.approx(total, rel=1e-9)
         assert seconds["training"] >= math.fsum(client["seconds"] for client in row["clients"]) / 2 >= 0.45
-        assert seconds["waiting"] + seconds["transfer"] >= 0.3
+        if len({client["actor"] for client in row["clients"]}) == 2:
+            one, other = (client["seconds"] for client in row["clients"])
+            assert seconds["waiting"] + seconds["transfer"] >= 0.9 * abs(one - other) / 2
