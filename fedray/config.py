@@ -170,6 +170,11 @@ class Config(Federation):
         return Wire(self.wire, self.wire_down, self.fold.differences)
 
     @property
+    def protected(self) -> bool:
+        """True where noise or masks hide what clients send."""
+        return self.links.private or self.fold.uniform or self.method.example_noise is not None
+
+    @property
     def adam(self) -> dict[str, Any]:
         """Options of the optimizers adamw and adam."""
         return {

@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol, TypeAlias
 
+import numpy as np
+
 from fedray.lazy import torch
-from fedray.seeds import generator
+from fedray.seeds import gaussian, generator, secret
 from fedray.vector import Layout
 from fedray.vector.adapters import Adapters, WeightedSum
 from fedray.vector.integers import mean_of
@@ -38,7 +40,8 @@ class Round:
     number: from 0;  cohort: the clients that are asked, ascending;  clients: how many there are in all;
     weights: of each of the cohort in means of the model, whole numbers from the plan: its examples, or 1;
     expected: how many clients take part on average;  norm: that no update's norm exceeds;  deviation: of the noise on
-    their sum, and count_noise: on a count of clients, from the system's randomness if secure_noise.
+    their sum, and count_noise: on a count of clients, from the system's randomness if secure_noise;  transcript: hash
+    of what was sent down and, once it is known, of who took part;  nonce: new whenever the round is begun.
     """
 
     number: int
@@ -53,6 +56,8 @@ class Round:
     deviation: float = 0.0
     count_noise: float = 0.0
     secure_noise: bool = False
+    transcript: str = ""
+    nonce: str = ""
 
     def weight(self, client: int, name: str) -> int:
         """Return a client's weight in the mean of the tensors of that name: that of the plan for the model, else 1."""
@@ -69,6 +74,17 @@ class Round:
     def rng(self, *key: str | int) -> torch.Generator:
         """Return a generator for one purpose in this round, the same wherever it is used."""
         return generator(self.seed, *key, self.number)
+
+    def secret(self, n: int, *key: str | int) -> np.ndarray:
+        """Return n random uint64 for noise: the same only for the same purpose, round and transcript.
+
+        A round that is done again with another model, or other clients, is another release, and needs other noise.
+        """
+        return secret(n, None if self.secure_noise else self.seed, *key, self.number, self.transcript)
+
+    def noise(self, n: int, *key: str | int) -> torch.Tensor:
+        """Return n numbers from N(0, 1), float64, of `secret`."""
+        return torch.from_numpy(gaussian(self.secret(n + n % 2, *key))[:n])
 
 
 @dataclass(eq=False)

@@ -106,9 +106,9 @@ class Client:
 
     @classmethod
     @lru_cache(256)
-    def of(cls, seed: int, number: int, client: int, cohort: tuple[int, ...], threshold: int) -> Client:
-        """Make a client's secrets, new in every round."""
-        drawn = hashlib.shake_256(repr((seed, "secure", number, client)).encode()).digest(2 * KEY)
+    def of(cls, key: tuple[int | str, ...], client: int, cohort: tuple[int, ...], threshold: int) -> Client:
+        """Make a client's secrets, new whenever a round is begun, as `key` is."""
+        drawn = hashlib.shake_256(repr(("secure", *key, client)).encode()).digest(2 * KEY)
         return cls(cohort.index(client), cohort, threshold, drawn[:KEY], drawn[KEY:])
 
     @property

@@ -1,8 +1,9 @@
 """Secure sums: the server learns the sum of the uploads, and none of them (Bonawitz et al. 2017).
 
 A simulation with the protocol's arithmetic and bytes: keys agreed by X25519, masks from SHAKE-256, secrets shared by
-Shamir's scheme. All parties are one program, and their secrets follow from the run's seed: a run shows that the sums
-are right and what they cost, not that nobody looks.
+Shamir's scheme. All parties are one program, which knows their secrets: a run shows that the sums are right and what
+they cost, not that nobody looks. Secrets are new whenever a round is begun: of a client that is lost in one try and
+takes part in the next, both would be recovered.
 """
 
 from __future__ import annotations
@@ -136,7 +137,8 @@ class Secure(Fold):
 
     def _parties(self, round: Round) -> list[Client]:
         least = self.needed(len(round.cohort))
-        return [Client.of(round.seed, round.number, client, round.cohort, least) for client in round.cohort]
+        key = (round.seed, round.number, round.nonce)
+        return [Client.of(key, client, round.cohort, least) for client in round.cohort]
 
 
 def quantised(values: np.ndarray, bits: int) -> np.ndarray:

@@ -18,7 +18,7 @@ from fedray.errors import UserError
 from fedray.menus import ALGORITHMS
 from fedray.privacy import ACCOUNTANT, Release, epsilon
 from fedray.record.run import Row
-from fedray.seeds import generator
+from fedray.seeds import uniform
 from fedray.vector import FlatParameters
 
 if TYPE_CHECKING:
@@ -33,11 +33,17 @@ def rate_of(config: Config, examples: int) -> float:
     return min(1.0, config.train_batch_size * config.gradient_accumulation_steps / examples)
 
 
-def drawn_steps(config: Config, examples: int, steps: int, rng: torch.Generator) -> Iterator[list[np.ndarray]]:
-    """Yield the indices of the batches of each step, of at most the size of a batch; none where nothing was drawn."""
+def drawn_steps(
+    config: Config, examples: int, steps: int, draw: Callable[[int], np.ndarray]
+) -> Iterator[list[np.ndarray]]:
+    """Yield the indices of the batches of each step, of at most the size of a batch; none where nothing was drawn.
+
+    Args:
+        draw: gives so many numbers in [0, 1), others every time.
+    """
     rate, size = rate_of(config, examples), config.train_batch_size
     for _ in range(steps):
-        drawn = (torch.rand(examples, generator=rng, dtype=torch.float64) < rate).nonzero()[:, 0].numpy()
+        drawn = np.flatnonzero(draw(examples) < rate)
         yield [drawn[start : start + size] for start in range(0, len(drawn), size)]
 
 
@@ -51,7 +57,12 @@ class Private:
         config = local.worker.config
         self.norm, self.multiplier = norm, multiplier
         self.expected = rate_of(config, local.examples) * local.examples
-        self.rng = generator(config.seed, "noise on examples", local.round.number, local.client)
+        self.round, self.client, self.step = local.round, local.client, 0
+
+    def draw(self, examples: int) -> np.ndarray:
+        """Return a number in [0, 1) for each example, of which those below q are in the next step."""
+        self.step += 1
+        return uniform(self.round.secret(examples, "draw examples", self.client, self.step))
 
     def add(self, flat: FlatParameters, compute: Callable[[], Tensor]) -> Tensor:
         """Add the clipped gradients of a batch's examples to the gradient; return the mean loss that `compute` does."""
@@ -61,8 +72,8 @@ class Private:
 
     def finish(self, gradient: Tensor) -> None:
         """Make a sum of clipped gradients [d] the noisy mean of a step, in place."""
-        noise = torch.randn(len(gradient), generator=self.rng).to(gradient.device)
-        gradient.add_(noise, alpha=self.multiplier * self.norm).div_(self.expected)
+        noise = self.round.noise(len(gradient), "noise on examples", self.client, self.step)
+        gradient.add_(noise.to(gradient), alpha=self.multiplier * self.norm).div_(self.expected)
 
 
 def clipped_sum(gradients: Tensor, norm: float) -> Tensor:

@@ -116,7 +116,7 @@ class LocalTraining:
         rng = generator(config.seed, *job.key)
         steps = steps_of(self.examples, config, rng)
         if self.private is not None:
-            steps = drawn_steps(config, self.examples, self.steps, rng)
+            steps = drawn_steps(config, self.examples, self.steps, self.private.draw)
         for step, group in enumerate(steps):
             rate = learning_rate(job.round * self.steps + step)
             self.optimizer.param_groups[0]["lr"] = rate

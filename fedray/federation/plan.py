@@ -64,7 +64,7 @@ class Plan:
             config.malicious.attack.poison(self.dataset)
         if config.method.example_noise is not None:
             check_examples(config, build(config, torch.device("cpu")))
-        if config.links.private or config.fold.uniform or config.method.example_noise is not None:
+        if config.protected:
             check_private(config, self)
 
     @property

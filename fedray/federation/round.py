@@ -5,7 +5,9 @@ weighted by examples as the new w. The algorithm, the fold and the wire can chan
 where clients run.
 """
 
+import hashlib
 import math
+import os
 import time
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -29,7 +31,7 @@ from fedray.menus import FOLDS
 from fedray.record.checkpoint import State
 from fedray.record.run import Row, Run
 from fedray.record.spending import Spending
-from fedray.vector import as_tensor
+from fedray.vector import as_tensor, sha256_of
 from fedray.wire import Payload, counted
 
 
@@ -56,19 +58,21 @@ def run_round(session: Session, state: State) -> Generator[None, None, tuple[Sta
     """
     config, server, clock = session.config, state.tensors, Clock()
     method, fold, wire = config.method, config.fold, config.links
-    round = session.plan.round(config, state.round, server)
+    round = replace(session.plan.round(config, state.round, server), nonce=os.urandom(16).hex())
+    broadcast = method.broadcast(server, round)
+    try:
+        down = wire.send(broadcast, round)
+    except OverflowError as error:
+        raise RunError(f"round {round.number + 1}: {error}") from None
+    if config.protected:
+        round = replace(round, transcript=hashed(round.norm, sha256_of({name: as_tensor(down[name]) for name in down})))
     if session.spending is not None:
         session.spending.check(round)
     dropped = dropped_of(config, round)
     if session.plan.canaries is not None:
         dropped |= session.plan.canaries.absent.intersection(round.cohort)
     queue, ledger = Queue(round, config.client_retries, dropped), Ledger(round, dropped)
-    broadcast = method.broadcast(server, round)
     nodes, _ = session.pool.nodes, session.pool.usage()  # of what was done since the last round
-    try:
-        down = wire.send(broadcast, round)
-    except OverflowError as error:
-        raise RunError(f"round {round.number + 1}: {error}") from None
     ledger.bytes_down = counted(down, method.uncounted) + fold.exchanged(round)[0]
     partial = fold.start(round)
     for block in train(session, queue, down, clock):  # in the order of arrival: a fold is a monoid
@@ -88,7 +92,8 @@ def run_round(session: Session, state: State) -> Generator[None, None, tuple[Sta
         if wire.private or ledger.took_part:  # of no client, without noise, the state passes
             folded = fold.result(partial, round)
         survivors = folded.survivors
-        spent = {} if session.spending is None else session.spending.release(round, survivors)
+        round = replace(round, transcript=hashed(round.seed, round.transcript, *survivors))
+        spent = {} if session.spending is None else session.spending.release(round)
         if wire.private or survivors:
             kept = wire.learn(folded, round)
             folded = wire.finish(folded, broadcast, round)
@@ -103,6 +108,10 @@ def run_round(session: Session, state: State) -> Generator[None, None, tuple[Sta
         row["ledger"]["nodes_lost"] = len(nodes - session.pool.nodes)
     row["seconds"] = clock.seconds(session.pool.workers)
     return State(round.number + 1, after), row
+
+
+def hashed(*what: str | float) -> str:
+    return hashlib.sha256(repr(what).encode()).hexdigest()
 
 
 def train(session: Session, queue: Queue, down: Payload, clock: Clock) -> Iterator[Block]:

@@ -7,8 +7,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
-from hashlib import sha256
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,8 @@ LEDGER = "privacy.jsonl"
 class Spending:
     """The ledger of a run's releases, and what they prove.
 
-    A round that is done again after a crash with the same survivors and noise from the run's seed is the same release
-    and counts once. With other survivors, or noise from the system's randomness, it counts again.
+    A round that is done again after a crash from the same model, with the same survivors and noise from the run's seed,
+    is the same release and counts once. Else it counts again; the clients that were drawn are the same.
 
     Args:
         delta: δ;  most: ε that is not to be exceeded, if any;  publish: writes the ledger where else it must be.
@@ -49,24 +48,32 @@ class Spending:
             write(self.path, "".join(lines))
         self.lines: list[dict[str, Any]] = [json.loads(line) for line in lines]
 
+    def different(self, *more: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return a line for each release: of seeded noise, one for each transcript."""
+        lines = [*self.lines, *more]
+        seeded = {json.dumps(line, sort_keys=True): line for line in lines if not line["secure_noise"]}
+        return [*seeded.values(), *(line for line in lines if line["secure_noise"])]
+
     def releases(self, *more: dict[str, Any]) -> Counter[Release]:
-        """Count what was released: of seeded noise, each round and its survivors once."""
-        seeded = {json.dumps(line, sort_keys=True): line for line in (*self.lines, *more) if not line["secure_noise"]}
-        every = [*seeded.values(), *(line for line in (*self.lines, *more) if line["secure_noise"])]
-        return Counter(Release(**line["release"]) for line in every)
+        """Count what was released, by rounds.
+
+        k releases of a round are about the same draw of clients: like one of it, with noise of σ/√k.
+        """
+        tries = Counter((line["round"], Release(**line["release"])) for line in self.different(*more))
+        return Counter(replace(each, multiplier=each.multiplier / k**0.5) for (_, each), k in tries.items())
 
     def check(self, round: Round) -> None:
-        """Raise `RunError` before a round that would exceed the budget, whoever takes part."""
+        """Raise `RunError` before a round that would exceed the budget, unless it may be one that was released."""
         again = [line for line in self.lines if line["round"] == round.number + 1 and not line["secure_noise"]]
-        self._check(round, self.releases() if again else self.releases(self._line(round, [])))
+        self._check(round, self.releases() if again else self.releases(self._line(round)))
 
-    def release(self, round: Round, survivors: list[int]) -> dict[str, float | None]:
+    def release(self, round: Round) -> dict[str, float | None]:
         """Write down that a round's noisy sum is about to be released; return what is spent with it.
 
         Raises:
             RunError: it would exceed the budget; nothing is released.
         """
-        line = self._line(round, survivors)
+        line = self._line(round)
         counted = self.releases(line)
         self._check(round, counted)
         with open(self.path, "a") as file:
@@ -85,7 +92,7 @@ class Spending:
             "epsilon": found if found < math.inf else None,
             "delta": self.delta,
             "multiplier": self.next.multiplier,
-            "releases": counted.total(),
+            "releases": len(self.different()),
         }
 
     def report(self, secure: bool) -> dict[str, Any]:
@@ -97,10 +104,9 @@ class Spending:
             "repeatable": not secure,
         }
 
-    def _line(self, round: Round, survivors: list[int]) -> dict[str, Any]:
-        who = sha256(json.dumps(survivors).encode()).hexdigest()
+    def _line(self, round: Round) -> dict[str, Any]:
         return {
-            "round": round.number + 1, "release": asdict(self.next), "survivors_sha256": who,
+            "round": round.number + 1, "release": asdict(self.next), "transcript": round.transcript,
             "secure_noise": round.secure_noise,
         }  # fmt: skip
 

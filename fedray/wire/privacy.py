@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-import numpy as np
 
 from fedray.algorithms import Round, Tensors
 from fedray.errors import UserError
@@ -78,7 +75,7 @@ class Clip(Link):
 
     def learn(self, told: Tensors, round: Round) -> Tensors:
         assert self.quantile is not None
-        noise = round.count_noise * _drawn(1, round, "count noise")
+        noise = round.count_noise * round.noise(1, "count noise")
         share = float(told["within"] + noise) / round.expected + 0.5
         return {
             "norm": torch.tensor([round.norm * math.exp(-self.rate * (share - self.quantile))], dtype=torch.float64)
@@ -132,23 +129,7 @@ class Noise(Link):
     def finish(
         self, total: torch.Tensor, weight: float, round: Round, survivors: list[int]
     ) -> tuple[torch.Tensor, float]:
-        return _drawn(len(total), round, "noise").mul_(round.deviation).add_(total), round.expected
-
-
-def gaussian(n: int) -> np.ndarray:
-    """Draw n numbers from N(0, 1) out of the system's randomness (Box and Muller 1958), float64."""
-    pairs = (n + 1) // 2
-    words = np.frombuffer(os.urandom(16 * pairs), np.uint64).reshape(2, pairs) >> np.uint64(11)
-    uniform = (words + 1) * 2.0**-53  # in (0, 1]
-    radius, angle = np.sqrt(-2 * np.log(uniform[0])), 2 * np.pi * uniform[1]
-    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:n]
-
-
-def _drawn(n: int, round: Round, purpose: str) -> torch.Tensor:
-    """Draw n numbers from N(0, 1), float64, from the run's seed or from the system."""
-    if round.secure_noise:
-        return torch.from_numpy(gaussian(n))
-    return torch.randn(n, generator=round.rng(purpose), dtype=torch.float64)
+        return round.noise(len(total), "noise").mul_(round.deviation).add_(total), round.expected
 
 
 def _length(x: torch.Tensor) -> float:

@@ -191,7 +191,7 @@ def test_what_unmasks_is_as_many_shares_as_are_counted(monkeypatch):
 
 def test_shares_travel_encrypted_for_one_client_each():
     cohort = (0, 1, 2)
-    parties = [Client.of(0, 0, client, cohort, 2) for client in cohort]
+    parties = [Client.of((0, 0), client, cohort, 2) for client in cohort]
     sent = parties[0].messages([party.public for party in parties])
     first, second = parties[0].shares
     assert sent.startswith(parties[0].public)
@@ -250,6 +250,18 @@ def test_too_few_survivors_stop_a_run(toy_config, tmp_path):
     config = toy_config(labels=6, failing=(1, 2, 3, 4), fold="secure:0.5", evaluate_samples=0)
     with pytest.raises(RunError, match="round 1: 2 of 6 clients took part, and no fewer than 3 can unmask their sum"):
         train(config, tmp_path / "run")
+
+
+def test_of_a_client_that_is_lost_in_one_try_and_there_in_the_next_both_secrets_are_of_no_use(toy_config, tmp_path):
+    """Whoever recovers one secret of a try, and the other of another, could unmask an upload if they were the same."""
+    config, tries = toy_config(labels=6, fold="secure:0.5", evaluate_samples=0), []
+    for name, failing in (("first", (1,)), ("second", ())):
+        with pytest.MonkeyPatch.context() as context:
+            seen = []
+            context.setattr(secure, "recover", lambda shares, seen=seen: seen.append(recover(shares)) or seen[-1])
+            train(replace(config, task=replace(config.task, failing=failing)), tmp_path / name, rounds=1)
+        tries.append(seen[-6:])  # before the run there is a round of nobody's updates
+    assert not set(tries[0]) & set(tries[1])
 
 
 class Closed:

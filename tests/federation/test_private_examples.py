@@ -15,7 +15,7 @@ from torch import nn
 import fedray
 from fedray.config import Config
 from fedray.errors import RunError, UserError
-from fedray.federation.examples import clipped_sum, drawn_steps, example_gradients, rate_of, spent
+from fedray.federation.examples import Private, clipped_sum, drawn_steps, example_gradients, rate_of, spent
 from fedray.federation.fit import prepare
 from fedray.federation.local import LocalTraining, TrainJob
 from fedray.federation.steps import batch_of
@@ -143,7 +143,7 @@ def test_each_example_is_drawn_by_itself():
     config = Config(task=Memory(), local_steps=1, train_batch_size=5, gradient_accumulation_steps=2)
     assert rate_of(config, 40) == 0.25
     assert rate_of(config, 8) == 1
-    steps = list(drawn_steps(config, 40, 2000, generator(0)))
+    steps = list(drawn_steps(config, 40, 2000, np.random.default_rng(0).random))
     assert max(len(batch) for step in steps for batch in step) == 5
     drawn = np.array([np.bincount(np.concatenate([*step, []]).astype(int), minlength=40) for step in steps])
     assert drawn.max() == 1
@@ -169,7 +169,7 @@ def test_without_noise_and_with_every_example_it_is_a_plain_step():
     worker, plan = Worker(config, torch.device("cpu"), "test"), prepare(config, Run("/nowhere/at/all"))
     worker.load(plan.initial)
     flat, rng = worker.learner.flat, generator(config.seed, "train", 0, 0)
-    ((drawn,),) = drawn_steps(config, 32, 1, rng)
+    ((drawn,),) = drawn_steps(config, 32, 1, np.random.default_rng(0).random)
     assert drawn.tolist() == list(range(32))
     worker.learner.loss(batch_of(worker.dataset, plan.shards[0][drawn]), rng).backward()
     expected = 0.05 * flat.gradient.clone()
@@ -197,6 +197,35 @@ def test_a_step_is_the_noisy_mean_of_clipped_gradients():
     noise = (moved[3.0] - moved[0.0]).numpy() * expected / (3 * 0.1)
     assert len(noise) > 10_000
     assert stats.kstest(noise, "norm").pvalue > 1e-4
+
+
+def test_noise_and_draws_are_others_for_another_model(tmp_path, monkeypatch):
+    """Two runs of one seed; a client fails in the second, so that round 2 starts from another model."""
+    right = Private.finish
+
+    def finish(private, gradient):
+        before = gradient.clone()
+        right(private, gradient)
+        key = (private.round.number, private.client, private.step)
+        runs[-1][key] = (gradient * private.expected - before).numpy(), taken[-1]
+
+    def drawn(private, examples):
+        numbers = draw(private, examples)
+        taken.append(numbers)
+        return numbers
+
+    draw, runs, taken = Private.draw, [], []
+    monkeypatch.setattr(Private, "finish", finish)
+    monkeypatch.setattr(Private, "draw", drawn)
+    for name, dropout in (("all", 0.0), ("fewer", 0.5)):
+        runs.append({})
+        train(memory_config(algorithm="dpsgd:0.5:1.5", clients=3, dropout_rate=dropout), tmp_path / name)
+    both = sorted(set(runs[0]) & set(runs[1]))
+    assert {number for number, _, _ in both} == {0, 1}
+    for key in both:
+        (noise, draws), (other, others) = runs[0][key], runs[1][key]
+        assert np.allclose(noise, other, atol=1e-4) == np.array_equal(draws, others) == (key[0] == 0)
+        assert abs(np.corrcoef(noise, other)[0, 1]) < 0.05 or key[0] == 0
 
 
 def test_every_client_has_an_epsilon_of_its_own(tmp_path):

@@ -1,8 +1,9 @@
 """The ledger of releases, on whole runs: stopped between noise and checkpoint, resumed, out of budget."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 import torch
 from runs import sha, train
@@ -13,6 +14,7 @@ from fedray.privacy import epsilon, release_of
 from fedray.record.card import privacy_of
 from fedray.record.run import Run
 from fedray.record.spending import Spending
+from fedray.wire.privacy import Noise
 
 
 @pytest.fixture
@@ -51,8 +53,6 @@ def test_every_row_says_what_is_spent(config, tmp_path):
 
 
 def test_the_line_is_written_before_the_noise_is_drawn(config, tmp_path, monkeypatch):
-    from fedray.wire.privacy import Noise
-
     right, seen = Noise.finish, []
 
     def finish(link, total, weight, round, survivors):
@@ -75,16 +75,61 @@ def test_a_round_done_again_with_the_same_noise_counts_once(config, tmp_path, mo
     assert sha(tmp_path / "killed") == sha(tmp_path / "whole")
 
 
-def test_with_other_survivors_it_counts_again(config, tmp_path, monkeypatch):
+def resumed_without(config, out, lost):
+    """Go on with a run, one client of which fails from now on."""
+    config = replace(config, task=replace(config.task, failing=(lost,)))
+    saved = json.loads((out / "config.json").read_text())
+    saved["config"]["task"] = config.to_json()["task"]
+    (out / "config.json").write_text(json.dumps(saved))
+    return train(config, out, resume=True)
+
+
+@pytest.fixture
+def noises(monkeypatch):
+    """What is added to sums, by round."""
+    right, seen = Noise.finish, {}
+
+    def finish(link, total, weight, round, survivors):
+        noisy, weight = right(link, total.clone(), weight, round, survivors)
+        if round.transcript:  # not in the round of one client that looks at the algorithm before the run
+            seen.setdefault(round.number, []).append((noisy - total).numpy())
+        return noisy, weight
+
+    monkeypatch.setattr(Noise, "finish", finish)
+    return seen
+
+
+def test_with_other_survivors_it_counts_again_and_its_noise_is_other(config, tmp_path, monkeypatch, noises):
+    """Else the difference of both sums would be a client's update, without noise."""
+    killed_before_checkpoint(config, tmp_path / "killed", monkeypatch, 3)
+    lost = prepare(config, Run(tmp_path / "x")).round(config, 2).cohort[0]
+    rows = resumed_without(config, tmp_path / "killed", lost)
+    assert [row["privacy"]["releases"] for row in rows] == [4, 5]
+    first, second = noises[2]
+    assert not np.isclose(first, second).any()
+    release = release_of(config)
+    twice = replace(release, multiplier=2 / 2**0.5)  # of one draw of clients
+    assert rows[-1]["privacy"]["epsilon"] == epsilon({release: 3, twice: 1}, 1e-5) > epsilon({release: 5}, 1e-5)
+
+
+def test_from_another_model_it_counts_again_though_the_same_clients_take_part(config, tmp_path, monkeypatch, noises):
+    config = replace(config, checkpoint_every=3, seed=1)
     killed_before_checkpoint(config, tmp_path / "killed", monkeypatch, 3)
     plan = prepare(config, Run(tmp_path / "x"))
-    lost = plan.round(config, 2).cohort[0]
-    config = replace(config, task=replace(config.task, failing=(lost,)))
-    saved = json.loads((tmp_path / "killed/config.json").read_text())
-    saved["config"]["task"] = config.to_json()["task"]
-    (tmp_path / "killed/config.json").write_text(json.dumps(saved))
-    rows = train(config, tmp_path / "killed", resume=True)
-    assert [row["privacy"]["releases"] for row in rows] == [4, 5]
+    assert [plan.round(config, number).cohort for number in range(3)] == [(3, 4, 5), (0, 2), (2, 4)]
+    rows = resumed_without(config, tmp_path / "killed", lost=3)
+    assert rows[-1]["privacy"]["releases"] == 3 + 4
+    for first, second in (noises[number] for number in range(3)):
+        assert not np.isclose(first, second).any()
+
+
+def test_where_all_take_part_two_tries_are_two_rounds(toy_config, tmp_path):
+    release = release_of(toy_config(wire="clip:1,noise:3"))
+    line = {"release": asdict(release), "secure_noise": False}
+    spending = Spending(tmp_path, release, 1e-5, None)
+    spending.lines = [{**line, "round": 1, "transcript": each} for each in "abb"]
+    assert spending.spent()["epsilon"] == pytest.approx(epsilon({release: 2}, 1e-5), rel=1e-9)
+    assert spending.spent()["releases"] == 2
 
 
 def test_with_new_noise_it_counts_again(config, tmp_path, monkeypatch):
@@ -99,7 +144,10 @@ def test_with_new_noise_it_counts_again(config, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("secure", [False, True])
 def test_a_run_stops_before_the_round_that_it_cannot_afford(config, tmp_path, monkeypatch, secure):
-    enough = epsilon({release_of(config): 4}, 1e-5)
+    release = release_of(config)
+    enough = epsilon({release: 4}, 1e-5)
+    if secure:  # the third round is released twice
+        enough = epsilon({release: 2, replace(release, multiplier=2 / 2**0.5): 1}, 1e-5)
     config = replace(config, secure_noise=secure, max_epsilon=enough)
     killed_before_checkpoint(config, tmp_path / "run", monkeypatch, 3)
     if secure:
@@ -110,7 +158,7 @@ def test_a_run_stops_before_the_round_that_it_cannot_afford(config, tmp_path, mo
     else:
         assert len(train(config, tmp_path / "run", resume=True)) == 2
     with pytest.raises(UserError, match="is enough for 3 of 4 rounds"):
-        replace(config, max_epsilon=enough - 1e-6).check()
+        replace(config, max_epsilon=epsilon({release: 4}, 1e-5) - 1e-6).check()
 
 
 def test_a_line_that_a_kill_cut_short_did_not_count(config, tmp_path):
@@ -136,7 +184,8 @@ def test_empty_rounds_get_their_noise_and_count(toy_config, tmp_path):
     train(config, tmp_path / "one", rounds=1)
     moved = Run.open(tmp_path / "one").state(plan.layout)
     if moved.round == 1:
-        drawn = torch.randn(16, generator=plan.round(config, 0).rng("noise"), dtype=torch.float64)
+        (line,) = ledger(tmp_path / "one")
+        drawn = replace(plan.round(config, 0), transcript=line["transcript"]).noise(16, "noise")
         assert torch.allclose(moved.tensors["model"], plan.initial + (drawn * 0.6 / 0.12).float(), atol=1e-5)
     quiet = replace(config, wire="float32")
     rows = train(quiet, tmp_path / "quiet", rounds=1)

@@ -899,7 +899,8 @@ def test_adapters_under_noise_move_by_the_clip_and_the_noise_alone(config, tmp_p
     plan = make_plan(noisy)
     round = plan.round(noisy, 0)
     moved = run.state(plan.layout).tensors["model"].double() - plan.initial.double()
-    noise = torch.randn(len(moved), generator=round.rng("noise"), dtype=torch.float64) * 0.5 * 0.01
+    transcript = json.loads((run.directory / "privacy.jsonl").read_text())["transcript"]
+    noise = replace(round, transcript=transcript).noise(len(moved), "noise") * 0.5 * 0.01
     clients = len(round.cohort)
     assert float((clients * moved - noise).norm()) <= clients * 0.01 * (1 + 1e-3)
     assert float((clients * moved - noise).norm()) > 0.005

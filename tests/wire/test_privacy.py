@@ -1,5 +1,6 @@
 """Clip and noise: what one client can change, against float64; and the noise itself."""
 
+import hashlib
 import itertools
 import math
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from fedray.menus import LINKS, parse_wire
 from fedray.record.run import Run
 from fedray.vector import Layout
 from fedray.wire import Link, Wire
-from fedray.wire.privacy import Clip, Noise, gaussian, split
+from fedray.wire.privacy import Clip, Noise, split
 from fedray.wire.topk import TopK
 
 MEAN = Mean()
@@ -171,13 +172,27 @@ def test_the_noise_is_normal_and_as_large_as_it_should_be(secure):
     assert torch.equal(noisy, again) != secure
     other, _ = Noise(1.0).finish(total, 1, replace(round, number=1), [0])
     assert not torch.equal(noisy, other)
-    assert len(gaussian(3)) == 3
+    assert round.noise(3, "noise").shape == (3,)
+
+
+def test_noise_is_of_all_of_its_key():
+    """Of SHAKE-256, and Box and Muller's transform, one number at a time; and other for every part of the key."""
+    round = replace(round_of([0]), seed=7, number=3, transcript="ab")
+    stream = hashlib.shake_256(b"(7, 'noise', 3, 'ab')").digest(48)
+    u = [(int.from_bytes(stream[8 * i : 8 * i + 8], "little") >> 11) / 2**53 for i in range(6)]
+    expected = [math.sqrt(-2 * math.log(u[i] + 2**-53)) * math.cos(2 * math.pi * u[3 + i]) for i in range(3)]
+    expected += [math.sqrt(-2 * math.log(u[i] + 2**-53)) * math.sin(2 * math.pi * u[3 + i]) for i in range(2)]
+    drawn = round.noise(5, "noise")
+    assert drawn.tolist() == pytest.approx(expected, rel=1e-12)
+    for change in ({"seed": 7 + 2**64}, {"number": 4}, {"transcript": "abc"}):
+        assert not np.isclose(replace(round, **change).noise(5, "noise"), drawn).any()
+    assert not np.isclose(round.noise(5, "count noise"), drawn).any()
 
 
 def test_of_nobody_there_is_noise_too_and_the_number_of_clients_does_not_show():
     wire, server = Wire((Clip(0.3), Noise(1.0))), {"model": torch.ones(SIZE)}
     round = round_of([0], deviation=0.5)
-    drawn = torch.randn(SIZE, generator=round.rng("noise"), dtype=torch.float64) * 0.5
+    drawn = round.noise(SIZE, "noise") * 0.5
     empty = wire.finish(Mean().result(Mean().start(round), round), server, round)
     assert torch.equal(empty.mean("model"), (1 + drawn / 5).float())
     folded = wire.finish(made.fold([torch.full((SIZE,), 0.25)], round), server, round)
