@@ -252,8 +252,11 @@ def _check_privacy(config: "Config") -> None:
                 else f"--wire {','.join(links)}: put {links[bounds[0]]} first."
             )
     asked = [name for name in ("target_epsilon", "max_epsilon") if getattr(config, name) is not None]
+    examples = config.method.example_noise is not None
+    if (noises or examples or config.canaries) and not 0 < config.delta < 1:
+        raise UserError(f"--delta {config.delta}: it must be above 0 and below 1.")
     if not noises:
-        if asked or config.secure_noise:
+        if asked or (config.secure_noise and not examples):
             who = flag([*asked, "secure_noise"][0])
             raise UserError(f"{who} is about noise: give --wire clip:NORM,noise:MULTIPLIER.")
         return
@@ -266,8 +269,6 @@ def _check_privacy(config: "Config") -> None:
             "--target-epsilon finds the noise's multiplier, and --wire noise:… gives one; leave one of them out."
             if given else "--wire noise: give its multiplier (noise:1.0), or --target-epsilon to find it."
         )  # fmt: skip
-    if not 0 < config.delta < 1:
-        raise UserError(f"--delta {config.delta}: it must be above 0 and below 1.")
     release = release_of(config)
     if config.max_epsilon is not None and release is not None:
         fits = rounds_within(release, config.max_epsilon, config.delta, config.rounds)

@@ -25,6 +25,8 @@ class DPSGD(Wrapper):
 
     def __post_init__(self) -> None:
         check_ranges(self, above_0=("norm",), not_negative=("noise",))
+        if self.algorithm.example_noise is not None:
+            raise ValueError("there is dpsgd in it already; once is enough")
 
     @property
     def example_noise(self) -> float:

@@ -103,6 +103,8 @@ class LocalTraining:
 
     def protect(self, norm: float, multiplier: float) -> None:
         """Make steps of clipped gradients of single examples, with noise of `multiplier` times `norm` on their sum."""
+        if self.private is not None:
+            raise UserError("this algorithm asks for noise on examples twice; once is enough.")
         self.private = Private(self, norm, multiplier)
 
     def run(self, correct: Callable[[Tensor], None]) -> None:

@@ -13,6 +13,8 @@ from scipy import stats
 from torch import nn
 
 import fedray
+from fedray.algorithms.dpsgd import DPSGD
+from fedray.algorithms.fedavg import FedAvg
 from fedray.config import Config
 from fedray.errors import RunError, UserError
 from fedray.federation.examples import Private, clipped_sum, drawn_steps, example_gradients, rate_of, spent
@@ -298,12 +300,25 @@ class Other(Memory):
         ({"mixed_precision": "bf16"}, "leave --mixed-precision out"),
         ({"algorithm": "dpsgd:1:1:fedprox-adaptive"}, "needs more of its clients than noise"),
         ({"algorithm": "dpsgd:0:1"}, "norm is 0.0; it must be above 0"),
+        ({"algorithm": "dpsgd:1:5:dpsgd:1:0.01"}, "there is dpsgd in it already; once is enough"),
+        ({"algorithm": "dpsgd:1:5:ema:0.9:dpsgd:1:0.01"}, "there is dpsgd in it already; once is enough"),
         ({"algorithm": "dpsgd:1:-1"}, "noise is -1.0; it must be not negative"),
     ],
 )
 def test_what_does_not_go_together_is_refused(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         prepare(memory_config(**({"algorithm": "dpsgd:1:1"} | changes)), Run(tmp_path / "run"))
+
+
+def test_a_method_of_ones_own_cannot_lower_the_noise_either(tmp_path):
+    @dataclass(frozen=True)
+    class Twice(FedAvg):
+        def train(self, local, down, memory):
+            local.protect(1.0, 0.01)
+            super().train(local, down, memory)
+
+    with pytest.raises(UserError, match="asks for noise on examples twice"):
+        train(memory_config(algorithm=DPSGD(1.0, 5.0, Twice()), rounds=1), tmp_path / "run")
 
 
 @pytest.mark.parametrize(

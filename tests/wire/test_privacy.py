@@ -281,6 +281,8 @@ def test_clipping_adapts_in_a_run(toy_config, tmp_path):
         ({"max_epsilon": 1.0}, "--max-epsilon is about noise"),
         ({"secure_noise": True}, "--secure-noise is about noise"),
         ({"wire": "clip:1,noise:1", "delta": 1.0}, "--delta 1.0: it must be above 0 and below 1"),
+        ({"algorithm": "dpsgd:1:0.01", "delta": 1.0}, "--delta 1.0: it must be above 0 and below 1"),
+        ({"canaries": 2, "delta": 0.0}, "--delta 0.0: it must be above 0 and below 1"),
         ({"wire": "clip:1,noise:1", "max_epsilon": 3.0}, r"--max-epsilon 3 is enough for 0 of 3 rounds"),
         ({"cohort": "poisson:0.5", "fraction": 0.5}, "--fraction and --cohort both"),
         ({"wire": "clip:1,noise", "target_epsilon": 1e-9, "delta": 1e-12}, "no noise reaches it"),
