@@ -58,6 +58,10 @@ class Secure(Fold):
         return frozenset({"sums"})
 
     @property
+    def least(self) -> int:
+        return 2  # the sum of one client is its upload
+
+    @property
     def most(self) -> float:
         """How many clients' values certainly add up to less than 2^31: n · limit · 2^bits."""
         return math.ceil(2**31 / (self.limit * 2**self.bits)) - 1
@@ -67,7 +71,7 @@ class Secure(Fold):
 
     def needed(self, cohort: int) -> int:
         """Return how many of a cohort must take part."""
-        return max(1, math.ceil(self.threshold * cohort - 1e-9))
+        return max(self.least, math.ceil(self.threshold * cohort - 1e-9))
 
     def exchanged(self, round: Round) -> tuple[int, int]:
         """The others' keys and shares come down; the shares that unmask the sum, one for each of the cohort, go up."""

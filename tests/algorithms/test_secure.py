@@ -264,6 +264,22 @@ def test_of_a_client_that_is_lost_in_one_try_and_there_in_the_next_both_secrets_
     assert not set(tries[0]) & set(tries[1])
 
 
+@pytest.mark.parametrize("wire", ["float32", "clip:0.3,noise:2"])
+def test_a_sum_of_one_client_is_never_unmasked(toy_config, tmp_path, wire):
+    """Of a Poisson cohort, where one client is drawn, or one is left; where nobody is, nothing is told."""
+    config = toy_config(labels=6, fold="secure:0.3", cohort="poisson:0.6", wire=wire, seed=7, evaluate_samples=0)
+    with pytest.raises(RunError, match="round 2: only 1 clients were drawn, fewer than the 2 that --fold secure:0.3"):
+        train(config, tmp_path / "drawn")
+    config = replace(config, task=replace(config.task, failing=(4,)))
+    with pytest.raises(RunError, match="round 1: 1 of 2 clients returned a model, fewer than the 2 that --fold secure"):
+        train(config, tmp_path / "left")
+    empty = toy_config(labels=6, fold="secure:0.6", cohort="poisson:0.4", wire=wire, seed=15, evaluate_samples=0)
+    assert train(empty, tmp_path / "empty", rounds=1)[0]["cohort"] == []
+    assert Secure(0.01).needed(20) == Secure(0.01).needed(1) == 2
+    with pytest.raises(RunError, match="1 of 3 clients took part, and no fewer than 2 can unmask"):
+        folded(Secure(0.3), round_of(range(3)), {1: values_of(range(3))[1]})
+
+
 class Closed:
     """An upload that nobody may read, in any way, but who has its key."""
 
@@ -305,12 +321,18 @@ def test_the_server_never_reads_an_unmasked_upload(toy_config, tmp_path, monkeyp
     ("changes", "message"),
     [
         ({"fold": "secure:0"}, "the threshold must be above 0"),
+        (
+            {"fold": "secure:0.2"},
+            "a sum of one of 4 clients is its upload; raise the threshold above 0.25",
+        ),
+        ({"fold": "secure:0.5", "cohort": "poisson:0.3"}, "needs 2 clients in a round, and 1 take part"),
+        ({"fold": "secure:0.5", "only_client": 0}, "needs 2 clients in a round, and 1 take part"),
         ({"fold": "secure:0.5:bits=31"}, "must be 0 to 30"),
         ({"fold": "secure:0.5:bits=27:limit=4"}, "can combine 3 clients, and 4 may take part"),
         ({"fold": "secure:0.5:bits=27:limit=4", "cohort": "poisson:0.1"}, "can combine 3 clients, and 4 may take part"),
     ],
 )
-def test_sums_that_could_overflow_are_refused(toy_config, changes, message):
+def test_sums_that_could_overflow_or_hide_nothing_are_refused(toy_config, changes, message):
     with pytest.raises(UserError, match=message):
         toy_config(**changes).check()
     toy_config(fold="secure:0.5:bits=26:limit=4").check()

@@ -44,7 +44,7 @@ def test_who_drops_out_is_in_no_mean(toy_config, tmp_path):
 @pytest.mark.parametrize(
     "settings",
     [
-        {}, {"keep_optimizer": True}, {"cohort": Poisson(0.7)}, {"fold": "median"}, {"fold": "secure:0.2"},
+        {}, {"keep_optimizer": True}, {"cohort": Poisson(0.7)}, {"fold": "median"}, {"fold": "secure:0.2", "labels": 8},
         {"algorithm": "scaffold", "optimizer": "sgd"}, {"wire": "feedback:topk:0.2"}, {"use_ema": True},
         {"algorithm": "ditto:0.1:fedavg"}, {"wire": "clip:1.0,noise:1.0"}, {"held_out_share": 0.25},
     ],

@@ -266,7 +266,7 @@ def test_around_other_methods(tmp_path):
         config = memory_config(algorithm=form, rounds=1)
         (row,) = train(config, tmp_path / form.replace(":", "-"))
         assert row["example_privacy"]["epsilon"] > 0
-    config = memory_config(algorithm="dpsgd:1:1", wire="clip:1,noise:1", fold="secure:0.5:bits=22:limit=1", rounds=1)
+    config = memory_config(algorithm="dpsgd:1:1", wire="clip:1,noise:1", fold="secure:1:bits=22:limit=1", rounds=1)
     (row,) = train(config, tmp_path / "both")
     assert row["example_privacy"]["epsilon"] > 0
     assert row["privacy"]["epsilon"] > 0
