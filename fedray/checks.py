@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from fedray.algorithms.attacks import Malicious
-from fedray.algorithms.secure import Secure
 from fedray.errors import UserError, check_name
 from fedray.forms import Unloaded, check_types
 from fedray.menus import ALGORITHMS, COHORTS, FOLDS, LINKS, PARTITIONS, malicious_form
@@ -103,7 +102,7 @@ def check(config: "Config") -> None:
             f"--fold {FOLDS.form(config.fold)} needs {config.fold.least} clients in a round, and "
             f"{config.cohort_size} take part."
         )
-    if isinstance(config.fold, Secure) and config.fold.threshold * config.cohort_size <= 1:
+    if config.fold.needed(config.cohort_size) < config.fold.least:
         raise UserError(
             f"--fold {FOLDS.form(config.fold)}: a sum of one of {config.cohort_size} clients is its upload; "
             f"raise the threshold above {1 / config.cohort_size:.3g}."

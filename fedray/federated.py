@@ -84,7 +84,8 @@ class Federation:
     max_epsilon: float | None = None
     """Stop before a round that would exceed this ε at δ."""
     secure_noise: bool = False
-    """Draw the noise from the system's randomness, not from the run's seed: such a run cannot be repeated."""
+    """Draw noise (of --wire and of dpsgd) from the system's randomness, not from the run's seed: such a run cannot be
+    repeated."""
     use_ema: bool = False
     """Keep an exponential moving average of the global model at the server, and sample from it."""
     ema_max_decay: float = 0.9999

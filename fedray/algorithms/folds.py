@@ -31,6 +31,10 @@ class Fold:
         """The number of uploads that it needs; a round with fewer ends the run."""
         return 1
 
+    def needed(self, cohort: int) -> int:
+        """Return how many of a cohort of so many would do."""
+        return self.least
+
     def memory(self, round: Round) -> int:
         """Return the bytes of uploads that the driver holds at the end of a round in which all take part."""
         return 0

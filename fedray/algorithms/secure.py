@@ -70,8 +70,10 @@ class Secure(Fold):
         return 2.0**-self.bits
 
     def needed(self, cohort: int) -> int:
-        """Return how many of a cohort must take part."""
-        return max(self.least, math.ceil(self.threshold * cohort - 1e-9))
+        return max(1, math.ceil(self.threshold * cohort - 1e-9))
+
+    def _needed(self, round: Round) -> int:
+        return max(self.least, self.needed(len(round.cohort)))
 
     def exchanged(self, round: Round) -> tuple[int, int]:
         """The others' keys and shares come down; the shares that unmask the sum, one for each of the cohort, go up."""
@@ -117,7 +119,7 @@ class Secure(Fold):
 
     def result(self, partial: _Masked, round: Round) -> Folded:
         rows = sorted(partial.rows, key=lambda row: row[0])
-        took_part, least = {client for client, _ in rows}, self.needed(len(round.cohort))
+        took_part, least = {client for client, _ in rows}, self._needed(round)
         if not round.cohort:
             return Folded({}, {}, [])
         if len(rows) < least:
@@ -140,7 +142,7 @@ class Secure(Fold):
         return Folded(sums, {name: float(len(rows)) for name in sums}, rows)
 
     def _parties(self, round: Round) -> list[Client]:
-        least = self.needed(len(round.cohort))
+        least = self._needed(round)
         key = (round.seed, round.number, round.nonce)
         return [Client.of(key, client, round.cohort, least) for client in round.cohort]
 

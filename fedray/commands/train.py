@@ -181,9 +181,12 @@ def _main(arguments: list[str], command: str, what: str) -> None:
 
     from fedray.cluster.alone import run_local_only  # Ray and torch take seconds to import: mistakes are told before
     from fedray.cluster.driver import run
+    from fedray.commands.cautions import cautions
     from fedray.reports.results import summary
 
     dataset = config.task.dataset()  # decoding shows progress of its own
+    for sentence in cautions(config, dataset):
+        print(f"privacy   {sentence}", file=sys.stderr)
     if share.whole(words)[1]:
         config = share.shared(config, dataset)
     if asked.local_only:

@@ -186,5 +186,6 @@ def report(config: Config, rows: list[Row]) -> dict[str, Any]:
     return _largest(config, list(last.values())) | {
         "neighbours": "one example of a client more or less",
         "accountant": ACCOUNTANT,
+        "repeatable": not config.secure_noise,
         "clients": {client: last[client]["epsilon"] for client in sorted(last)},
     }

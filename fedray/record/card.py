@@ -20,9 +20,9 @@ def privacy_of(result: dict[str, Any]) -> str | None:
         return None
     if spent["epsilon"] is None:
         return "updates are clipped, without noise: no ε"
-    seed = "" if not spent["repeatable"] else "; the noise follows from the run's seed, which must stay secret"
     return (
-        f"ε = {spent['epsilon']:.4g} at δ = {spent['delta']:g} for {spent['neighbours']}, {spent['accountant']}{seed}"
+        f"ε = {spent['epsilon']:.4g} at δ = {spent['delta']:g} for {spent['neighbours']}, {spent['accountant']}"
+        f"{_seeded(spent)}"
     )
 
 
@@ -33,7 +33,20 @@ def _examples(result: dict[str, Any]) -> str | None:
         return None
     return (
         f"ε at most {spent['epsilon']:.4g} at δ = {spent['delta']:g} for {spent['neighbours']}, {spent['accountant']}"
+        f"{_seeded(spent)}"
     )
+
+
+def _seeded(spent: Mapping[str, Any]) -> str:
+    return "; the noise follows from the run's seed, which must stay secret" if spent.get("repeatable", True) else ""
+
+
+def _public(command: Sequence[str], result: Mapping[str, Any]) -> list[str]:
+    """Return a command without the seed that noise followed from."""
+    if not {"privacy", "example_privacy"} & set(result):
+        return list(command)
+    pairs = zip(["", *command], command, strict=False)  # each word, after the one before
+    return [word for before, word in pairs if before != "--seed" and word.partition("=")[0] != "--seed"]
 
 
 def model_card(
@@ -82,7 +95,7 @@ def model_card(
         **{name: _value(score) for name, score in result["scores"].items()},
         "scores measured with": result["evaluation"].get("features") if result["scores"] else None,
         "weights' SHA-256": result.get("delivered_sha256", result["vector_sha256"]),
-        "command": f"`{shlex.join(command)}`",
+        "command": f"`{shlex.join(_public(command, result))}`",
     }
     lines = [f"| {name} | {fact} |" for name, fact in facts.items() if fact]
     images = [line for name in PICTURES if name in pictures for line in (f"![{PICTURES[name]}]({name})", "")]

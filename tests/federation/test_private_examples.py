@@ -350,8 +350,26 @@ def test_results_and_the_card_say_what_is_spent(tmp_path):
     frame = fedray.load(tmp_path / "run").rounds
     assert frame["example_privacy.epsilon"].tolist() == [row["example_privacy"]["epsilon"] for row in rows]
     run = Run.open(tmp_path / "run")
-    card = model_card(config.to_json(), run.result, [])
+    command = ["fedray", "train", "--seed", "81549", "--seed=81549", "--clients", "2"]
+    card = model_card(config.to_json(), run.result, command)
     assert f"ε at most {run.result['example_privacy']['epsilon']:.4g} at δ = 1e-05 for one example of a client" in card
+    assert "the run's seed, which must stay secret" in card
+    assert "81549" not in card
+    assert "`fedray train --clients 2`" in card
+    plain = {name: value for name, value in run.result.items() if name != "example_privacy"}
+    assert "--seed 81549" in model_card(config.to_json(), plain, ["fedray", "train", "--seed", "81549"])
+
+
+@pytest.mark.parametrize("wire", ["float32", "clip:1,noise:1"])
+def test_secure_noise_is_of_the_system(tmp_path, wire):
+    """Also where sums are noisy, the noise on examples is other every time; from the seed it is not."""
+    for secure in (True, False):
+        config = memory_config(algorithm="dpsgd:1:1", rounds=1, secure_noise=secure, wire=wire)
+        config.check()
+        losses = [train(config, tmp_path / f"{secure}-{repeat}")[0]["loss"] for repeat in range(2)]
+        assert (losses[0] == losses[1]) != secure  # of what clients trained on, before noise on the sum
+        assert (sha(tmp_path / f"{secure}-0") == sha(tmp_path / f"{secure}-1")) != secure
+        assert Run.open(tmp_path / f"{secure}-0").result["example_privacy"]["repeatable"] != secure
 
 
 @pytest.mark.slow
