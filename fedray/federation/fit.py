@@ -312,6 +312,8 @@ def _finish(session: Session, state: State) -> None:
         result["privacy"] = session.spending.report(config.secure_noise)
     if config.method.example_noise is not None:
         result["example_privacy"] = report(config, rows)
+    if plan.before is not None:
+        result["started_from"] = plan.before
     card = model_card(config.to_json(), result, run.saved.get("command", []))
     (run.directory / "model/README.md").write_text(card)
     run.finish(result)

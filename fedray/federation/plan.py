@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from fedray.errors import UserError, reason
 from fedray.federation.canaries import Canaries, alone
 from fedray.federation.examples import check_examples
 from fedray.federation.ranks import filled_in, left_out
-from fedray.federation.warm_start import warm_start
+from fedray.federation.warm_start import spent_before, warm_start
 from fedray.federation.worker import build, shared_part
 from fedray.menus import ALGORITHMS, FOLDS
 from fedray.privacy import Release, release_of
@@ -51,6 +51,7 @@ class Plan:
     release: Release | None = None  # of a round with noise
     malicious: frozenset[int] = frozenset()  # clients
     canaries: Canaries | None = None
+    before: dict[str, Any] | None = None  # what was spent of privacy by the run that it starts from
 
     def check(self, config: Config) -> None:
         """Raise `UserError` where the uploads that a fold keeps do not fit this machine, or data cannot be attacked."""
@@ -167,6 +168,7 @@ def make_plan(config: Config, dataset: Dataset | None = None) -> Plan:
         adapters=getattr(learner, "adapters", None) if shared is None else None,
         release=release_of(config),
         canaries=canaries,
+        before=None if config.init_from is None else spent_before(Path(config.init_from)),
     )
 
 

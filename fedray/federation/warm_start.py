@@ -1,11 +1,31 @@
 """A warm start: a learner takes over the weights that a run, or a folder that diffusers loads, ends with."""
 
 from pathlib import Path
+from typing import Any
 
 from fedray.errors import UserError, reason
 from fedray.federation.worker import sampled
 from fedray.record.run import Run
 from fedray.tasks import Learner
+
+TOLD = ("epsilon", "delta", "neighbours")  # of what a run has spent
+
+
+def spent_before(source: Path) -> dict[str, Any] | None:
+    """Return what a run, that another starts from, has spent: its own privacy, and that of its start; None of a folder.
+
+    None for a kind without noise, and for all where the run has no result yet.
+    """
+    if (source / "model_index.json").is_file() or not (source / "config.json").is_file():
+        return None
+    result = Run.open(source).result or {}
+    kinds = ("privacy", "example_privacy")
+    told = {kind: {name: result[kind][name] for name in TOLD} if kind in result else None for kind in kinds}
+    return {
+        "run": source.name,
+        **told,
+        **({"started_from": result["started_from"]} if "started_from" in result else {}),
+    }
 
 
 def warm_start(learner: Learner, source: Path) -> None:

@@ -41,6 +41,17 @@ def _seeded(spent: Mapping[str, Any]) -> str:
     return "; the noise follows from the run's seed, which must stay secret" if spent.get("repeatable", True) else ""
 
 
+def _before(result: Mapping[str, Any]) -> str | None:
+    """Say what the run that it starts from has spent, which comes on top; None where it starts from none."""
+    before = result.get("started_from")
+    if before is None:
+        return None
+    told = [before[kind] for kind in ("privacy", "example_privacy") if before[kind] and before[kind]["epsilon"]]
+    spent = [f"ε = {each['epsilon']:.4g} at δ = {each['delta']:g} for {each['neighbours']}" for each in told]
+    own = f"of the run {before['run']}, on top: {', '.join(spent) or 'no ε is known'}"
+    return "; ".join(filter(None, [own, _before(before)]))
+
+
 def _public(command: Sequence[str], result: Mapping[str, Any]) -> list[str]:
     """Return a command without the seed that noise followed from."""
     if not {"privacy", "example_privacy"} & set(result):
@@ -92,6 +103,7 @@ def model_card(
         "sent": f"{result['bytes_down']:,} bytes down, {result['bytes_up']:,} up",
         "privacy of clients": privacy_of(result) or "no noise was added: the model may tell of the images it learned",
         "privacy of examples": _examples(result),
+        "privacy of its start": _before(result),
         **{name: _value(score) for name, score in result["scores"].items()},
         "scores measured with": result["evaluation"].get("features") if result["scores"] else None,
         "weights' SHA-256": result.get("delivered_sha256", result["vector_sha256"]),

@@ -47,6 +47,26 @@ def test_a_run_goes_on_from_what_another_delivers(toy_config, tmp_path):
     assert sha256(delivered) == Run.open(tmp_path / "first").result["delivered_sha256"]
 
 
+def test_what_was_spent_before_is_told(toy_config, tmp_path):
+    """A run without noise, one with noise that starts from it, and one that starts from that."""
+    noisy = toy_config(rounds=1, evaluate_samples=0, wire="clip:1,noise:2")
+    train(replace(noisy, wire="float32"), tmp_path / "plain")
+    train(replace(noisy, init_from=str(tmp_path / "plain")), tmp_path / "middle")
+    train(replace(noisy, init_from=str(tmp_path / "middle")), tmp_path / "last")
+    results = {name: Run.open(tmp_path / name).result for name in ("plain", "middle", "last")}
+    assert "started_from" not in results["plain"]
+    plain = {"run": "plain", "privacy": None, "example_privacy": None}
+    assert results["middle"]["started_from"] == plain
+    spent = results["middle"]["privacy"]
+    told = {"epsilon": spent["epsilon"], "delta": 1e-5, "neighbours": "one client more or less"}
+    middle = {"run": "middle", "privacy": told, "example_privacy": None, "started_from": plain}
+    assert results["last"]["started_from"] == middle
+    card = (tmp_path / "last/model/README.md").read_text()
+    assert f"of the run middle, on top: ε = {spent['epsilon']:.4g} at δ = 1e-05 for one client" in card
+    assert "of the run plain, on top: no ε is known" in card
+    assert "of the run" not in (tmp_path / "plain/model/README.md").read_text()
+
+
 def test_a_source_that_changes_is_noticed(toy_config, tmp_path):
     source = toy_config(rounds=1, evaluate_samples=0)
     train(source, tmp_path / "source")
