@@ -42,6 +42,12 @@ class Release:
         return "one client replaced by another" if self.rate is None else "one client more or less"
 
     @property
+    def in_sight(self) -> Release:
+        """The release for those who know which clients take part: no draw hides one, which may be in every round."""
+        multiplier = self.multiplier / 2 if self.rate is None else self.multiplier
+        return replace(self, multiplier=multiplier, size=self.clients, rate=1.0)
+
+    @property
     def event(self) -> Any:
         """The release in dp-accounting's terms. A replaced client moves the sum by up to twice the norm."""
         from dp_accounting import dp_event

@@ -22,7 +22,7 @@ def privacy_of(result: dict[str, Any]) -> str | None:
         return "updates are clipped, without noise: no ε"
     return (
         f"ε = {spent['epsilon']:.4g} at δ = {spent['delta']:g} for {spent['neighbours']}, {spent['accountant']}"
-        f"{_seeded(spent)}"
+        f"{_sampled(spent)}{_seeded(spent)}"
     )
 
 
@@ -35,6 +35,11 @@ def _examples(result: dict[str, Any]) -> str | None:
         f"ε at most {spent['epsilon']:.4g} at δ = {spent['delta']:g} for {spent['neighbours']}, {spent['accountant']}"
         f"{_seeded(spent)}"
     )
+
+
+def _sampled(spent: Mapping[str, Any]) -> str:
+    known = spent.get("epsilon_of_known_cohorts", spent["epsilon"])
+    return "" if known <= spent["epsilon"] else f"; ε = {known:.4g} to those who know which clients took part"
 
 
 def _seeded(spent: Mapping[str, Any]) -> str:

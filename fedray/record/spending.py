@@ -97,8 +97,13 @@ class Spending:
 
     def report(self, secure: bool) -> dict[str, Any]:
         """Return what the whole run has spent, and in which sense."""
+        releases, in_sight = self.releases(), Counter[Release]()
+        for release, count in releases.items():
+            in_sight[release.in_sight] += count
+        known = epsilon(in_sight, self.delta)
         return self.spent() | {
-            "exact_epsilon": exact_epsilon(self.releases(), self.delta),
+            "exact_epsilon": exact_epsilon(releases, self.delta),
+            "epsilon_of_known_cohorts": known if known < math.inf else None,
             "neighbours": self.next.neighbours,
             "accountant": ACCOUNTANT,
             "repeatable": not secure,

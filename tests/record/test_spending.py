@@ -52,6 +52,20 @@ def test_every_row_says_what_is_spent(config, tmp_path):
     assert "the run's seed, which must stay secret" in privacy_of({"privacy": result})
 
 
+@pytest.mark.parametrize(("cohort", "sensitivity"), [("poisson:0.5", 1), ("fixed:0.5", 2), ("fixed:1.0", 1)])
+def test_what_holds_where_it_is_known_who_took_part(config, tmp_path, cohort, sensitivity):
+    """Three Gaussian releases of all clients: the least of their Rényi bounds (Canonne et al. 2020, proposition 12)."""
+    config = replace(config, cohort=cohort, wire="clip:0.3,noise:6", rounds=3)
+    train(config, tmp_path / "run")
+    spent = Run.open(tmp_path / "run").result["privacy"]
+    orders = np.arange(1.01, 200, 0.01)
+    divergence = orders * 3 * sensitivity**2 / (2 * 6**2)
+    least = (divergence + np.log1p(-1 / orders) - np.log(1e-5 * orders) / (orders - 1)).min()
+    assert spent["epsilon_of_known_cohorts"] == pytest.approx(least, rel=5e-3)
+    assert (spent["epsilon"] < spent["epsilon_of_known_cohorts"]) == (cohort != "fixed:1.0")
+    assert ("to those who know which clients took part" in privacy_of({"privacy": spent})) == (cohort != "fixed:1.0")
+
+
 def test_the_line_is_written_before_the_noise_is_drawn(config, tmp_path, monkeypatch):
     right, seen = Noise.finish, []
 
