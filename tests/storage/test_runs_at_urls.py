@@ -159,8 +159,8 @@ def test_the_ledger_is_in_the_storage_before_noise_is_drawn(toy_config, place, n
     config = toy_config(labels=6, wire="clip:0.3,noise:2", cohort="poisson:0.5", rounds=2, evaluate_samples=0)
     release, there = Spending.release, []
 
-    def released(spending, round, survivors):
-        spent = release(spending, round, survivors)
+    def released(spending, round):
+        spent = release(spending, round)
         node("another")
         there.append((local(f"{place}/a") / "privacy.jsonl").read_text().splitlines())
         node("first node")
