@@ -7,12 +7,17 @@ from fedray.seeds import generator
 
 
 def cautions(config: Config, dataset: Dataset) -> list[str]:
-    """Return sentences on seeded noise that anybody can make again, and on δ that says little."""
-    said, examples = [], config.method.example_noise is not None
-    if (config.links.private or examples) and not config.secure_noise and config.seed == Config.seed:
+    """Return sentences on seeded noise and cohorts that anybody can make again, and on δ that says little."""
+    said, examples, guessed = [], config.method.example_noise is not None, config.seed == Config.seed
+    if (config.links.private or examples) and not config.secure_noise and guessed:
         said.append(
             f"the noise follows from --seed {config.seed}, the default, with which anybody can take it off: give a "
             f"secret seed, or --secure-noise."
+        )
+    elif config.links.private and guessed and config.drawn.expected(config.clients) < config.clients:
+        said.append(
+            f"who takes part follows from --seed {config.seed}, the default, and ε counts on nobody knowing it: give a "
+            f"secret seed."
         )
     if config.links.private and config.delta * config.clients >= 1:
         said.append(f"--delta {config.delta:g} is not below one over {config.clients:,} clients: ε says little.")

@@ -17,6 +17,8 @@ SEED = "the noise follows from --seed 0, the default"
         ({"algorithm": "dpsgd:1:1"}, [SEED]),
         ({"wire": "clip:1,noise:1", "seed": 3}, []),
         ({"wire": "clip:1,noise:1", "secure_noise": True}, []),
+        ({"wire": "clip:1,noise:1", "secure_noise": True, "cohort": "poisson:0.5"}, ["who takes part follows from"]),
+        ({"wire": "clip:1,noise:1", "secure_noise": True, "cohort": "poisson:0.5", "seed": 3}, []),
         ({"wire": "clip:1,noise:1", "seed": 3, "delta": 0.24}, []),
         ({"wire": "clip:1,noise:1", "seed": 3, "delta": 0.25}, ["--delta 0.25 is not below one over 4 clients"]),
         ({"algorithm": "dpsgd:1:1", "seed": 3, "delta": 0.2}, ["one over a client's {most} examples"]),
