@@ -72,7 +72,7 @@ def audit(pool: Pool, model: Shared, plan: Plan, seed: int, most: int, show: Sho
         raise UserError("an audit compares examples with such that no client trains on: the run needs --test-share.")
     rng = np.random.default_rng(number(seed, "audit"))
     kinds = [rng.permutation(indices)[:most] for indices in (plan.trained, plan.unseen)]
-    losses = _measured(pool, model, np.concatenate(kinds), show)
+    losses = measured(pool, model, np.concatenate(kinds), show)
     members, others = np.split(losses, [len(kinds[0])])
     return attack(members, others, rng), {"trained_on": len(members), "not_trained_on": len(others), "draws": DRAWS}
 
@@ -85,11 +85,12 @@ def audit_canaries(pool: Pool, model: Shared, plan: Plan, delta: float, seed: in
     """
     if plan.canaries is None or not 0 < plan.canaries.planted.sum() < len(plan.canaries.planted):
         return None
-    losses = _measured(pool, model, plan.canaries.indices, show)
+    losses = measured(pool, model, plan.canaries.indices, show)
     return leak(losses, plan.canaries.planted, delta, np.random.default_rng(number(seed, "audit of canaries")))
 
 
-def _measured(pool: Pool, model: Shared, chosen: np.ndarray, show: Show) -> np.ndarray:
+def measured(pool: Pool, model: Shared, chosen: np.ndarray, show: Show = silent) -> np.ndarray:
+    """Measure the loss of each chosen example alone with a model, [n]."""
     jobs = [LossJob(start, chosen[start : start + BATCH]) for start in range(0, len(chosen), BATCH)]
     losses = []
     for reply in in_order(pool, losses_of, model, jobs, lambda done: show("measuring losses", done, len(chosen))):
