@@ -68,7 +68,7 @@ def main(arguments: list[str]) -> None:
     result: dict[str, Any] = {}
     with open_pool(config, plan.dataset) as pool, progress(config.rounds) as (_, show):
         model = model_of(run.directory, config)
-        found, about = audit(pool, model, plan, options.seed, options.images, show)
+        found, about = audit(pool, model, plan, run.rows, options.seed, options.images, show)
         rows, result = _of_model(found), found._asdict() | {"rates": by_text(found.rates)} | about
         hidden = masked(config)
         if options.clients and not hidden:
@@ -133,7 +133,7 @@ def _copies(options: Audit, run: Run, config: Config, plan: Plan, pool: Pool, mo
     scoring = Scoring.of(config)
     features = None if scoring is None else open_reference(scoring, plan.dataset, pool).features
     sampling = sampling_of(run, config, options.samples, options.seed)
-    found = audit_copies(pool, model, plan, sampling, features)
+    found = audit_copies(pool, model, plan, run.rows, sampling, features)
     for where, each in found.items():
         draw_audit(run.directory / f"audit-{where}.png", each.images, each.nearest)
     return found

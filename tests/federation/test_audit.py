@@ -17,7 +17,7 @@ from fedray.config import Config
 from fedray.data.dataset import Dataset
 from fedray.errors import UserError
 from fedray.federation import fit
-from fedray.federation.audit import DRAWS, audit, audit_canaries, measured
+from fedray.federation.audit import DRAWS, audit, audit_canaries, kinds, measured
 from fedray.federation.copying import audit_copies
 from fedray.federation.examples import Private
 from fedray.federation.fit import prepare
@@ -335,10 +335,10 @@ def audited(tmp_path, steps):
         task=Memory(), clients=2, rounds=1, local_steps=steps, train_batch_size=64, learning_rate=3e-3,
         evaluate_samples=0, test_share=0.5, actors=0,
     )  # fmt: skip
-    train(config, tmp_path / f"{steps}")
+    rows = train(config, tmp_path / f"{steps}")
     plan = prepare(config, Run(tmp_path / "x"))
     state = Run.open(tmp_path / f"{steps}").state(plan.layout)
-    return audit(LocalPool(config), model(state.tensors), plan, 0, 1000)
+    return audit(LocalPool(config), model(state.tensors), plan, rows, 0, 1000)
 
 
 def test_a_model_that_memorises_is_caught_and_one_that_has_seen_little_is_not(tmp_path):
@@ -359,7 +359,29 @@ def test_without_images_held_out_there_is_nothing_to_compare_with(toy_config, tm
     config = toy_config(evaluate_samples=0)
     plan = prepare(config, Run(tmp_path / "x"))
     with pytest.raises(UserError, match="needs --test-share"):
-        audit(LocalPool(config), model({"model": plan.initial}), plan, 0, 10)
+        audit(LocalPool(config), model({"model": plan.initial}), plan, both_took_part(), 0, 10)
+
+
+def both_took_part():
+    return [{"clients": [{"client": client, "outcome": "ok"} for client in range(2)]}]
+
+
+def test_only_images_of_clients_that_took_part_were_trained_on(toy_config, tmp_path):
+    """Client k holds label k; client 1 fails."""
+    config = toy_config(
+        labels=6, failing=(1,), evaluate_samples=0, test_share=0.5, canaries=9, fraction=0.5, rounds=1,
+    )  # fmt: skip
+    rows = train(config, tmp_path / "run")
+    plan = prepare(config, Run(tmp_path / "x"))
+    members, others = kinds(plan, rows)
+    assert set(rows[0]["cohort"]) == {1, 2, 5}
+    labels = plan.dataset.labels
+    assert sorted(labels[members]) == np.repeat([2, 5], 4).tolist()
+    assert sorted(labels[others]) == np.repeat([2, 5], 4).tolist()
+    assert not set(members) & set(others)
+    lost = [row | {"clients": [each | {"outcome": "it broke"} for each in row["clients"]]} for row in rows]
+    with pytest.raises(UserError, match="no client has taken part"):
+        kinds(plan, lost)
 
 
 # Uploads
@@ -458,7 +480,8 @@ def test_copies_are_found_in_pixels_and_in_features(tmp_path, copied):
     pool.worker.features = lambda images: images.flatten(1).float() @ mixed
     features = pool.worker.features(torch.from_numpy(plan.dataset.images)).numpy()
     sampling = Sampling(200, "ddpm", 1, 50, 0)
-    found = audit_copies(pool, model({"model": plan.initial}), plan, sampling, features)
+    initial = model({"model": plan.initial})
+    found = audit_copies(pool, initial, plan, both_took_part(), sampling, features)
     assert list(found) == ["pixels", "features"]
     for each in found.values():
         assert each.expected == 0.05
@@ -468,7 +491,7 @@ def test_copies_are_found_in_pixels_and_in_features(tmp_path, copied):
             assert np.array_equal(each.images[:60], each.nearest[:60])
         else:
             assert each.p > 1e-3
-    assert list(audit_copies(pool, model({"model": plan.initial}), plan, sampling, None)) == ["pixels"]
+    assert list(audit_copies(pool, initial, plan, both_took_part(), sampling, None)) == ["pixels"]
 
 
 # The command
