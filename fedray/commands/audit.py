@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from fedray.federation.uploads import Uploads
     from fedray.federation.worker import Shared
     from fedray.scores.canaries import Leak
-    from fedray.scores.membership import Membership
+    from fedray.scores.membership import Interval, Membership, Rate
 
 Row = tuple[str, str, str, str]
 
@@ -144,10 +144,15 @@ def _of_model(found: Membership) -> list[Row]:
     return [first, *_of_rates("model", found.rates)]
 
 
-def _of_rates(of: str, rates: dict[float, tuple[float, float, float]]) -> list[Row]:
+def _of_rates(of: str, rates: dict[float, Rate]) -> list[Row]:
     return [
-        (f"{of}: true positives at {rate:.1%} false ones", f"{value:.2%}", f"{low:.2%} to {high:.2%}", f"{rate:.1%}")
-        for rate, (value, low, high) in rates.items()
+        (
+            f"{of}: true positives at {rate:.1%} false ones",
+            f"{value:.2%}",
+            f"{low:.2%} to {high:.2%}",
+            f"{rate:.1%} (p {p:.2g})",
+        )
+        for rate, (value, low, high, p) in rates.items()
     ]
 
 
@@ -156,7 +161,7 @@ def _of_uploads(found: Uploads) -> list[Row]:
     client, largest = max(found.clients.items(), key=lambda item: item[1])
     return [
         (f"uploads of {len(found.clients)} clients: mean area", value, _interval(found.auc), likely),
-        (f"uploads: largest area (client {client})", f"{largest:.3f}", "", ""),
+        (f"uploads: largest area (client {client})", f"{largest:.3f}", "", f"p {found.p_largest:.2g}"),
         *_of_rates("uploads", found.rates),
     ]
 
@@ -171,7 +176,7 @@ def _of_canaries(found: Leak, proved: float | None) -> list[Row]:
             f"canaries: exposure, of {found.most:.2f} bits at most",
             f"{found.exposure[0]:.2f}",
             _interval(found.exposure),
-            f"{guess:.2f}",
+            f"{guess:.2f} (p {found.p:.2g})",
         ),
         ("canaries: ε is at least (99.9 %)", f"{found.epsilon:.3g}", "", f"0; {upper}"),
     ]
@@ -185,5 +190,5 @@ def _of_copies(found: dict[str, Copies]) -> list[Row]:
     return rows
 
 
-def _interval(of: tuple[float, float, float]) -> str:
-    return f"{of[1]:.3f} to {of[2]:.3f}"
+def _interval(of: Interval) -> str:
+    return "" if of[1] is None else f"{of[1]:.3f} to {of[2]:.3f}"

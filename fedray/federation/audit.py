@@ -93,7 +93,7 @@ def audit(
     chosen = [rng.permutation(indices)[:most] for indices in kinds(plan, rows)]
     losses = measured(pool, model, np.concatenate(chosen), show)
     members, others = np.split(losses, [len(chosen[0])])
-    return attack(members, others, rng), {"trained_on": len(members), "not_trained_on": len(others), "draws": DRAWS}
+    return attack(members, others), {"trained_on": len(members), "not_trained_on": len(others), "draws": DRAWS}
 
 
 def audit_canaries(pool: Pool, model: Shared, plan: Plan, delta: float, seed: int, show: Show = silent) -> Leak | None:
