@@ -111,16 +111,19 @@ def by_text(rates: dict[float, Any]) -> dict[str, Any]:
 
 
 def spent(run: Run, config: Config, plan: Plan) -> float | None:
-    """Return the ε at δ that a run's noise proves: of clients, or of examples; None without noise."""
-    if config.method.example_noise is not None:
-        from fedray.federation.examples import report
+    """Return the ε at δ that a run's noise proves of a canary; None without noise.
 
-        return report(config, run.rows)["epsilon"]
-    if plan.release is None:
+    With noise on sums a canary is a client, which `dpsgd` beside it does not hide; else it is an example.
+    """
+    if plan.release is not None:
+        from fedray.record.spending import Spending
+
+        return Spending(run.directory, plan.release, config.delta, None).spent()["epsilon"]
+    if config.method.example_noise is None:
         return None
-    from fedray.record.spending import Spending
+    from fedray.federation.examples import report
 
-    return Spending(run.directory, plan.release, config.delta, None).spent()["epsilon"]
+    return report(config, run.rows)["epsilon"]
 
 
 def _copies(options: Audit, run: Run, config: Config, plan: Plan, pool: Pool, model: Shared) -> dict[str, Copies]:

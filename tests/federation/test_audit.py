@@ -13,6 +13,7 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
+from fedray.commands.audit import spent
 from fedray.config import Config
 from fedray.data.dataset import Dataset
 from fedray.errors import UserError
@@ -25,7 +26,7 @@ from fedray.federation.pool import LocalPool
 from fedray.federation.sampling import Sampling
 from fedray.federation.uploads import audit_uploads, masked, ongoing
 from fedray.federation.worker import model
-from fedray.privacy import epsilon, release_of
+from fedray.privacy import Release, epsilon, release_of
 from fedray.record.run import Run
 from fedray.scores.canaries import chance, epsilon_bound, exposures, leak
 from fedray.scores.membership import area, attack, pooled, true_positive_rate
@@ -341,6 +342,19 @@ def test_canaries_find_the_leak_where_there_is_no_noise(tmp_path):
     assert found.attack.auc[0] >= 0.9
     assert found.epsilon > 1
     assert found.exposure[0] > 5
+
+
+def test_canaries_that_are_clients_are_compared_with_what_is_proved_of_clients(tmp_path):
+    """Also where clients add noise themselves, which hides an example and not all copies of it that a client holds."""
+    config = Config(
+        task=Centre(), clients=8, canaries=4, algorithm="dpsgd:1:9", wire="clip:1,noise:2", rounds=2, local_steps=1,
+        optimizer="sgd", max_grad_norm=None, evaluate_samples=0, test_share=0.2, actors=0,
+    )  # fmt: skip
+    train(config, tmp_path / "run")
+    plan, run = prepare(config, Run(tmp_path / "x")), Run.open(tmp_path / "run")
+    proved = epsilon({Release(2.0, 8, 8, 1.0): 2}, config.delta)
+    assert spent(run, config, plan) == proved
+    assert run.result["example_privacy"]["epsilon"] < proved / 2
 
 
 # A model
