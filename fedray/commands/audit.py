@@ -188,7 +188,7 @@ def _of_canaries(found: Leak, proved: float | None) -> list[Row]:
 def _of_copies(found: dict[str, Copies]) -> list[Row]:
     rows = []
     for where, each in found.items():
-        guess = f"{each.expected:.0%} (p {each.p:.2g})"
+        guess = f"{each.expected:.0%} of held-out images (p {each.p:.2g})"
         rows.append((f"copies, by {where}", f"{each.share:.1%}", f"± {1.96 * each.deviation:.1%}", guess))
     return rows
 

@@ -20,7 +20,8 @@ class Copies(NamedTuple):
     """Samples beside their nearest training images, in pixels or in features.
 
     share: of the samples, those that are nearer than the nearest 5 % of images that nobody trained on;  deviation: its
-    standard deviation;  expected: the share of new images;  p: of so many by chance;  images, nearest: uint8
+    standard deviation;  expected: the share of new images;  p: of so many if samples are distributed as new images are,
+    which smooth ones are not: they are nearer to all images;  images, nearest: uint8
     [n, c, h, w], the samples that are nearest first, and their nearest training images.
     """
 

@@ -544,7 +544,13 @@ def test_a_run_of_digits_is_audited_from_the_command_line(tmp_path, capsys):
     saved = json.loads((tmp_path / "run/audit.json").read_text())
     assert 0.3 < saved["auc"][0] < 0.7
     assert saved["trained_on"] == saved["not_trained_on"] == 120
-    for line in ("uploads of 3 clients", "canaries: exposure, of", "no noise proves one", "copies, by features"):
+    for line in (
+        "uploads of 3 clients",
+        "canaries: exposure, of",
+        "no noise proves one",
+        "copies, by features",
+        "5% of held-out images",
+    ):
         assert line in said
     assert len(saved["uploads"]["clients"]) == 3
     assert saved["canaries"]["count"] == 30
