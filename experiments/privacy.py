@@ -51,9 +51,9 @@ def audited(directory: Path, images: int = 400, samples: int = 256) -> dict[str,
     assert result is not None
     plan = make_plan(config)
     pool, shared = LocalPool(config, plan.dataset), model_of(run, config)
-    found, _ = audit(pool, shared, plan, 0, images)
+    found, _ = audit(pool, shared, plan, run.rows, 0, images)
     canaries = audit_canaries(pool, shared, plan, config.delta, 0)
-    (copied,) = audit_copies(pool, shared, plan, sampling_of(run, config, samples, 0), None).values()
+    (copied,) = audit_copies(pool, shared, plan, run.rows, sampling_of(run, config, samples, 0), None).values()
     scores = {name: result["scores"][name]["value"] for name in ("fd[digits]",) if name in result["scores"]}
     return {
         "ε": result["privacy"]["epsilon"] or np.inf,

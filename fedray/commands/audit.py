@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from fedray.federation.uploads import Uploads
     from fedray.federation.worker import Shared
     from fedray.scores.canaries import Leak
-    from fedray.scores.membership import Membership
+    from fedray.scores.membership import Interval, Membership, Rate
 
 Row = tuple[str, str, str, str]
 
@@ -68,7 +68,7 @@ def main(arguments: list[str]) -> None:
     result: dict[str, Any] = {}
     with open_pool(config, plan.dataset) as pool, progress(config.rounds) as (_, show):
         model = model_of(run.directory, config)
-        found, about = audit(pool, model, plan, options.seed, options.images, show)
+        found, about = audit(pool, model, plan, run.rows, options.seed, options.images, show)
         rows, result = _of_model(found), found._asdict() | {"rates": by_text(found.rates)} | about
         hidden = masked(config)
         if options.clients and not hidden:
@@ -111,16 +111,19 @@ def by_text(rates: dict[float, Any]) -> dict[str, Any]:
 
 
 def spent(run: Run, config: Config, plan: Plan) -> float | None:
-    """Return the ε at δ that a run's noise proves: of clients, or of examples; None without noise."""
-    if config.method.example_noise is not None:
-        from fedray.federation.examples import report
+    """Return the ε at δ that a run's noise proves of a canary; None without noise.
 
-        return report(config, run.rows)["epsilon"]
-    if plan.release is None:
+    With noise on sums a canary is a client, which `dpsgd` beside it does not hide; else it is an example.
+    """
+    if plan.release is not None:
+        from fedray.record.spending import Spending
+
+        return Spending(run.directory, plan.release, config.delta, None).spent()["epsilon"]
+    if config.method.example_noise is None:
         return None
-    from fedray.record.spending import Spending
+    from fedray.federation.examples import report
 
-    return Spending(run.directory, plan.release, config.delta, None).spent()["epsilon"]
+    return report(config, run.rows)["epsilon"]
 
 
 def _copies(options: Audit, run: Run, config: Config, plan: Plan, pool: Pool, model: Shared) -> dict[str, Copies]:
@@ -133,7 +136,7 @@ def _copies(options: Audit, run: Run, config: Config, plan: Plan, pool: Pool, mo
     scoring = Scoring.of(config)
     features = None if scoring is None else open_reference(scoring, plan.dataset, pool).features
     sampling = sampling_of(run, config, options.samples, options.seed)
-    found = audit_copies(pool, model, plan, sampling, features)
+    found = audit_copies(pool, model, plan, run.rows, sampling, features)
     for where, each in found.items():
         draw_audit(run.directory / f"audit-{where}.png", each.images, each.nearest)
     return found
@@ -144,10 +147,15 @@ def _of_model(found: Membership) -> list[Row]:
     return [first, *_of_rates("model", found.rates)]
 
 
-def _of_rates(of: str, rates: dict[float, tuple[float, float, float]]) -> list[Row]:
+def _of_rates(of: str, rates: dict[float, Rate]) -> list[Row]:
     return [
-        (f"{of}: true positives at {rate:.1%} false ones", f"{value:.2%}", f"{low:.2%} to {high:.2%}", f"{rate:.1%}")
-        for rate, (value, low, high) in rates.items()
+        (
+            f"{of}: true positives at {rate:.1%} false ones",
+            f"{value:.2%}",
+            f"{low:.2%} to {high:.2%}",
+            f"{rate:.1%} (p {p:.2g})",
+        )
+        for rate, (value, low, high, p) in rates.items()
     ]
 
 
@@ -156,7 +164,7 @@ def _of_uploads(found: Uploads) -> list[Row]:
     client, largest = max(found.clients.items(), key=lambda item: item[1])
     return [
         (f"uploads of {len(found.clients)} clients: mean area", value, _interval(found.auc), likely),
-        (f"uploads: largest area (client {client})", f"{largest:.3f}", "", ""),
+        (f"uploads: largest area (client {client})", f"{largest:.3f}", "", f"p {found.p_largest:.2g}"),
         *_of_rates("uploads", found.rates),
     ]
 
@@ -171,7 +179,7 @@ def _of_canaries(found: Leak, proved: float | None) -> list[Row]:
             f"canaries: exposure, of {found.most:.2f} bits at most",
             f"{found.exposure[0]:.2f}",
             _interval(found.exposure),
-            f"{guess:.2f}",
+            f"{guess:.2f} (p {found.p:.2g})",
         ),
         ("canaries: ε is at least (99.9 %)", f"{found.epsilon:.3g}", "", f"0; {upper}"),
     ]
@@ -180,10 +188,10 @@ def _of_canaries(found: Leak, proved: float | None) -> list[Row]:
 def _of_copies(found: dict[str, Copies]) -> list[Row]:
     rows = []
     for where, each in found.items():
-        guess = f"{each.expected:.0%} (p {each.p:.2g})"
+        guess = f"{each.expected:.0%} of held-out images (p {each.p:.2g})"
         rows.append((f"copies, by {where}", f"{each.share:.1%}", f"± {1.96 * each.deviation:.1%}", guess))
     return rows
 
 
-def _interval(of: tuple[float, float, float]) -> str:
-    return f"{of[1]:.3f} to {of[2]:.3f}"
+def _interval(of: Interval) -> str:
+    return "" if of[1] is None else f"{of[1]:.3f} to {of[2]:.3f}"

@@ -59,22 +59,41 @@ def losses_at(worker: Worker, indices: np.ndarray) -> np.ndarray:
     return np.array(losses)
 
 
-def audit(pool: Pool, model: Shared, plan: Plan, seed: int, most: int, show: Show = silent) -> tuple[Membership, Row]:
-    """Attack a model by the losses of at most `most` examples that it was trained on, and as many that it was not.
+def kinds(plan: Plan, rows: list[Row]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the dataset's images that clients which took part train on, and those that the same clients held out.
+
+    Args:
+        rows: of the run's rounds.
+
+    Raises:
+        UserError: no client took part, or these held out fewer than two images.
+    """
+    clients = sorted({each["client"] for row in rows for each in row["clients"] if each["outcome"] == "ok"})
+    if not clients:
+        raise UserError("there is nothing to audit: no client has taken part in a round yet.")
+    held, *unseen = (np.concatenate([part[client] for client in clients]) for part in plan.parts.values())
+    others = np.concatenate(unseen)
+    if len(others) < 2:
+        raise UserError("an audit compares images with such that no client trains on: the run needs --test-share.")
+    return held[held < len(plan.dataset)], others  # no canaries
+
+
+def audit(
+    pool: Pool, model: Shared, plan: Plan, rows: list[Row], seed: int, most: int, show: Show = silent
+) -> tuple[Membership, Row]:
+    """Attack a model by the losses of at most `most` examples of each of `kinds`.
 
     Returns the attack, and how many examples of each kind it had.
 
     Raises:
-        UserError: no examples were held out.
+        UserError: as of `kinds`.
         RunError: a loss could not be measured.
     """
-    if len(plan.unseen) < 2:
-        raise UserError("an audit compares examples with such that no client trains on: the run needs --test-share.")
     rng = np.random.default_rng(number(seed, "audit"))
-    kinds = [rng.permutation(indices)[:most] for indices in (plan.trained, plan.unseen)]
-    losses = _measured(pool, model, np.concatenate(kinds), show)
-    members, others = np.split(losses, [len(kinds[0])])
-    return attack(members, others, rng), {"trained_on": len(members), "not_trained_on": len(others), "draws": DRAWS}
+    chosen = [rng.permutation(indices)[:most] for indices in kinds(plan, rows)]
+    losses = measured(pool, model, np.concatenate(chosen), show)
+    members, others = np.split(losses, [len(chosen[0])])
+    return attack(members, others), {"trained_on": len(members), "not_trained_on": len(others), "draws": DRAWS}
 
 
 def audit_canaries(pool: Pool, model: Shared, plan: Plan, delta: float, seed: int, show: Show = silent) -> Leak | None:
@@ -85,11 +104,12 @@ def audit_canaries(pool: Pool, model: Shared, plan: Plan, delta: float, seed: in
     """
     if plan.canaries is None or not 0 < plan.canaries.planted.sum() < len(plan.canaries.planted):
         return None
-    losses = _measured(pool, model, plan.canaries.indices, show)
+    losses = measured(pool, model, plan.canaries.indices, show)
     return leak(losses, plan.canaries.planted, delta, np.random.default_rng(number(seed, "audit of canaries")))
 
 
-def _measured(pool: Pool, model: Shared, chosen: np.ndarray, show: Show) -> np.ndarray:
+def measured(pool: Pool, model: Shared, chosen: np.ndarray, show: Show = silent) -> np.ndarray:
+    """Measure the loss of each chosen example alone with a model, [n]."""
     jobs = [LossJob(start, chosen[start : start + BATCH]) for start in range(0, len(chosen), BATCH)]
     losses = []
     for reply in in_order(pool, losses_of, model, jobs, lambda done: show("measuring losses", done, len(chosen))):

@@ -18,7 +18,7 @@ from fedray.federation.pool import Pool, failure, in_order
 from fedray.federation.ranks import filled_in
 from fedray.federation.worker import Shared, Worker
 from fedray.record.run import Row, Run
-from fedray.scores.membership import area, pooled, rates_of
+from fedray.scores.membership import Interval, Rate, area, by_chance, pooled, rates_of
 from fedray.seeds import number
 
 
@@ -41,13 +41,15 @@ class Uploads(NamedTuple):
     """Attacks on uploads.
 
     auc: mean area under the curve over clients, and its 95 % interval;  p: of an area as large by chance;  rates:
-    true-positive rates by false-positive rates, of one threshold for all clients;  clients: the area for each.
+    true-positive rates by false-positive rates, of one threshold for all clients;  clients: the area for each;
+    p_largest: of the largest of these by chance, times their number (Bonferroni).
     """
 
-    auc: tuple[float, float, float]
+    auc: Interval
     p: float
-    rates: dict[float, tuple[float, float, float]]
+    rates: dict[float, Rate]
     clients: dict[int, float]
+    p_largest: float
 
 
 def ongoing(config: Config) -> Config:
@@ -128,4 +130,5 @@ def audit_uploads(
     areas = [area(*each)[0] for each in found]
     auc, p = pooled(np.array(areas), np.array([[size, size] for size in sizes]), rng)
     members, others = np.concatenate(found, axis=1)
-    return Uploads(auc, p, rates_of(members, others, rng), dict(zip(chosen, areas, strict=True)))
+    largest = min(1.0, len(areas) * by_chance(*found[int(np.argmax(areas))]))
+    return Uploads(auc, p, rates_of(members, others), dict(zip(chosen, areas, strict=True)), largest)

@@ -15,11 +15,13 @@ class Leak(NamedTuple):
     """What canaries show.
 
     attack: told apart by their losses those that were trained on from those that were not;  exposure: mean and 95 %
-    interval;  most: exposure of one that none of those not trained on comes before;  epsilon: lower bound on ε.
+    interval;  p: of a mean as large by chance;  most: exposure of one that none of those not trained on comes before;
+    epsilon: lower bound on ε.
     """
 
     attack: Membership
     exposure: tuple[float, float, float]
+    p: float
     most: float
     epsilon: float
 
@@ -29,9 +31,12 @@ def leak(losses: np.ndarray, planted: np.ndarray, delta: float, rng: np.random.G
     each, most = exposures(losses[planted], losses[~planted])
     again = [rng.choice(each, len(each)).mean() for _ in range(1000)]
     low, high = np.quantile(again, [0.025, 0.975])
+    coins = [rng.permutation(planted) for _ in range(1000)]
+    larger = sum(exposures(losses[heads], losses[~heads])[0].mean() >= each.mean() for heads in coins)
     return Leak(
-        attack(losses[planted], losses[~planted], rng),
+        attack(losses[planted], losses[~planted]),
         (float(each.mean()), float(low), float(high)),
+        (1 + larger) / (1 + len(coins)),
         most,
         epsilon_bound(losses, planted, delta),
     )
@@ -40,10 +45,11 @@ def leak(losses: np.ndarray, planted: np.ndarray, delta: float, rng: np.random.G
 def exposures(members: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, float]:
     """Return the exposure of each canary that was trained on, [m], and the largest that there can be.
 
-    log₂(n + 1) − log₂(rank), its rank among the n that were not, by the loss (Carlini et al. 2019, definition 5).
+    log₂(n + 1) − log₂(rank), its rank among the n that were not, by the loss (Carlini et al. 2019, definition 5); of
+    equal losses half come before it.
     """
-    most = np.log2(len(others) + 1)
-    ranks = 1 + np.searchsorted(np.sort(others), members)
+    most, ordered = np.log2(len(others) + 1), np.sort(others)
+    ranks = 1 + (np.searchsorted(ordered, members) + np.searchsorted(ordered, members, "right")) / 2
     return most - np.log2(ranks), float(most)
 
 

@@ -11,37 +11,40 @@ import numpy as np
 
 RATES = (0.01, 0.001)  # of false positives
 RESAMPLES = 1000
+FEW = 5  # of fewer clients, drawing them anew gives no interval
+
+Interval = tuple[float, float | None, float | None]  # value, low, high
+Rate = tuple[float, float, float, float]  # value, low, high, p
 
 
 class Membership(NamedTuple):
     """An attack by a threshold on losses: a number, and the interval that holds it with 95 % confidence.
 
     auc: chance that one trained on has the lower loss of two, one of each kind; 0.5 by guessing;  p: of an area as
-    large by chance (Mann and Whitney 1947);  rates: true-positive rates by false-positive rates, as far as there are
-    enough examples that were not trained on.
+    large by chance (Mann and Whitney 1947);  rates: `true_positive_rate` by the rate of false positives, as far as
+    there are enough examples that were not trained on.
     """
 
     auc: tuple[float, float, float]  # value, low, high
     p: float
-    rates: dict[float, tuple[float, float, float]]
+    rates: dict[float, Rate]
 
 
-def attack(members: np.ndarray, others: np.ndarray, rng: np.random.Generator) -> Membership:
+def attack(members: np.ndarray, others: np.ndarray) -> Membership:
     """Attack losses [m] of examples that were trained on and [n] of others from the same distribution."""
+    return Membership(area(members, others), by_chance(members, others), rates_of(members, others))
+
+
+def by_chance(members: np.ndarray, others: np.ndarray) -> float:
+    """Return p of an area as large, if both are of one distribution (Mann and Whitney 1947)."""
     from scipy.stats import mannwhitneyu  # takes a second to import
 
-    return Membership(
-        auc=area(members, others),
-        p=float(mannwhitneyu(members, others, alternative="less").pvalue),
-        rates=rates_of(members, others, rng),
-    )
+    return float(mannwhitneyu(members, others, alternative="less").pvalue)
 
 
-def rates_of(
-    members: np.ndarray, others: np.ndarray, rng: np.random.Generator
-) -> dict[float, tuple[float, float, float]]:
-    """Return true-positive rates, each with its interval, by false-positive rates as far as there are enough others."""
-    return {rate: true_positive_rate(members, others, rate, rng) for rate in RATES if rate * len(others) >= 1}
+def rates_of(members: np.ndarray, others: np.ndarray) -> dict[float, Rate]:
+    """Return true-positive rates by false-positive rates as far as there are enough others."""
+    return {rate: true_positive_rate(members, others, rate) for rate in RATES if rate * len(others) >= 1}
 
 
 def area(members: np.ndarray, others: np.ndarray) -> tuple[float, float, float]:
@@ -57,7 +60,7 @@ def area(members: np.ndarray, others: np.ndarray) -> tuple[float, float, float]:
     return value, float(max(0, value - 1.96 * deviation)), float(min(1, value + 1.96 * deviation))
 
 
-def pooled(areas: np.ndarray, sizes: np.ndarray, rng: np.random.Generator) -> tuple[tuple[float, float, float], float]:
+def pooled(areas: np.ndarray, sizes: np.ndarray, rng: np.random.Generator) -> tuple[Interval, float]:
     """Combine attacks on several clients, each on examples of its own (van Elteren 1960).
 
     Args:
@@ -65,7 +68,8 @@ def pooled(areas: np.ndarray, sizes: np.ndarray, rng: np.random.Generator) -> tu
         sizes: [c, 2], how many examples each was about that were trained on, and that were not.
 
     Returns:
-        The mean area, weighted by m n / (m + n + 1), with a 95 % interval over clients; and p by chance.
+        The mean area, weighted by m n / (m + n + 1), with a 95 % interval over clients, if there are at least five;
+        and p by chance.
     """
     from scipy.stats import norm
 
@@ -73,24 +77,25 @@ def pooled(areas: np.ndarray, sizes: np.ndarray, rng: np.random.Generator) -> tu
     weights, variances = m * n / (m + n + 1), (m + n + 1) / (12 * m * n)
     value = float(np.average(areas, weights=weights))
     deviation = np.sqrt(np.sum(weights**2 * variances)) / weights.sum()
+    p = float(norm.sf((value - 0.5) / deviation))
+    if len(areas) < FEW:
+        return (value, None, None), p
     drawn = rng.integers(0, len(areas), (RESAMPLES, len(areas)))
     again = np.average(areas[drawn], axis=1, weights=weights[drawn])
     low, high = map(float, np.quantile(again, [0.025, 0.975]))
-    return (value, low, high), float(norm.sf((value - 0.5) / deviation))
+    return (value, low, high), p
 
 
-def true_positive_rate(
-    members: np.ndarray, others: np.ndarray, rate: float, rng: np.random.Generator
-) -> tuple[float, float, float]:
-    """Return the share of members below the threshold that calls so many of the others members; a bootstrap interval.
+def true_positive_rate(members: np.ndarray, others: np.ndarray, rate: float) -> Rate:
+    """Return the share of m members below the threshold that calls k = ⌊rate n⌋ of n others members.
 
-    By guessing it is ⌊rate n⌋ / (n + 1).
+    Its 95 % interval (Clopper and Pearson 1934) is for this threshold, as it was found; p is the chance of as many
+    where losses of both are of one distribution, which is beta-binomial, of mean k / (n + 1).
     """
-    allowed = int(rate * len(others) + 1e-9)
+    from scipy.stats import betabinom, binomtest
 
-    def share(members: np.ndarray, others: np.ndarray) -> float:
-        return float(np.mean(members < np.partition(others, allowed - 1)[allowed - 1]))
-
-    again = [share(rng.choice(members, len(members)), rng.choice(others, len(others))) for _ in range(RESAMPLES)]
-    low, high = np.quantile(again, [0.025, 0.975])
-    return share(members, others), float(low), float(high)
+    m, n = len(members), len(others)
+    k = int(rate * n + 1e-9)
+    found = int((members < np.partition(others, k - 1)[k - 1]).sum())
+    interval = binomtest(found, m).proportion_ci()
+    return found / m, float(interval.low), float(interval.high), float(betabinom.sf(found - 1, m, k, n + 1 - k))

@@ -58,7 +58,8 @@ def copies(drawn: np.ndarray, real: np.ndarray) -> tuple[float, float, float, fl
 def excess(drawn: np.ndarray, real: np.ndarray) -> float:
     """Return the chance that as many of n new images lie within the ⌊(m + 1) / 20⌋-th smallest of m real distances.
 
-    That is beta-binomial, whatever the distances; of fewer than 19 real ones, the smallest is taken.
+    That is beta-binomial, whatever the distances, if both are of one distribution; of fewer than 19 real ones,
+    the smallest is taken.
     """
     from scipy.stats import betabinom  # takes a second to import
 
