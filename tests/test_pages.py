@@ -60,9 +60,10 @@ def commands(page):
     blocks = "".join(re.findall(r"^```(?:bash|sh)?\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL))
     inline = re.findall(r"`((?:\.venv/bin/)?fedray [a-z]+ [^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
     for line in [*blocks.splitlines(), *inline]:
-        found = re.search(r"(?:^|[\s/'\"])fedray (([a-z]+)\b.*)$", re.split(" [#>]", line)[0].rstrip("'\" "))
+        found = re.search(r"(?:^|[\s/'\"])fedray (([a-z]+)\b.*)$", re.split(" [#>]", line)[0])
         if found and found[2] in cli.COMMANDS and not re.search(r"…|\.\.\.|\||\[", found[1]):
-            yield found[1]
+            whole = found[1].count("'") % 2 == found[1].count('"') % 2 == 0  # or in quotes that began before it
+            yield found[1] if whole else found[1].rstrip("'\" ")
 
 
 SHOWN = [(page, command) for page in PAGES for command in dict.fromkeys(commands(page))]
