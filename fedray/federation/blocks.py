@@ -184,9 +184,9 @@ class Queue:
         return []
 
     def since(self, jobs: Iterable[TrainJob]) -> float:
-        """Return for how many seconds the first of them has been taken; 0 where there is none."""
+        """Return for how many seconds the first of them has been taken; 0 for none, or those of another round."""
         now = time.perf_counter()
-        return now - min((self.began[job.client] for job in jobs), default=now)
+        return now - min((self.began.get(job.client, now) for job in jobs), default=now)
 
     def receive(self, reply: Reply, nothing: Any) -> Block | None:
         """Return the block that counts; None for one to be done again: lost, or with a client accepted before.
