@@ -162,9 +162,14 @@ class Unloaded:
     contracts: typing.ClassVar[bool] = False
     private: typing.ClassVar[bool] = False
     bound: typing.ClassVar[None] = None
+    example_noise: typing.ClassVar[None] = None
     hides: typing.ClassVar[frozenset[str]] = frozenset()
     least: typing.ClassVar[int] = 1
     most: typing.ClassVar[float] = float("inf")
+
+    def needed(self, clients: int) -> int:
+        """Return the clients that a fold needs of so many."""
+        return self.least
 
     def refuse(self) -> typing.NoReturn:
         """Raise `UserError` with what to type where the code may run."""
