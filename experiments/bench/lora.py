@@ -39,7 +39,7 @@ from fedray.tasks import embedded
 from fedray.tasks.lora import PIPELINE, LoRA
 
 sys.path.append(str(Path(__file__).parents[1]))
-from lora_payload import SD15  # noqa: E402
+from lora_payload import SD15  # noqa: E402 (a script of the folder above)
 
 PRESET = fedray.PRESETS["digits-lora"]
 IMAGES = 32

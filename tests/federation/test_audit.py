@@ -254,24 +254,23 @@ class CentreLearner:
         directory.mkdir()
 
 
+def with_canaries(seed, **settings):
+    return Config(
+        task=Centre(), canaries=400, local_steps=1, learning_rate=0.5, optimizer="sgd", max_grad_norm=None, seed=seed,
+        delta=1e-6, evaluate_samples=0, test_share=0.2, actors=0, **settings,
+    )  # fmt: skip
+
+
 def canaries_of(tmp_path, noise, seed):
     """Train on canaries at clients of their own; return the settings, and ε as it is proved."""
-    config = Config(
-        task=Centre(), clients=408, canaries=400, wire=f"clip:1,noise:{noise}", rounds=1, local_steps=1,
-        train_batch_size=8, learning_rate=0.5, optimizer="sgd", max_grad_norm=None, seed=seed, delta=1e-6,
-        evaluate_samples=0, test_share=0.2, actors=0,
-    )  # fmt: skip
+    config = with_canaries(seed, clients=408, wire=f"clip:1,noise:{noise}", rounds=1, train_batch_size=8)
     train(config, tmp_path)
     return config, epsilon({release_of(config): config.rounds}, config.delta)
 
 
 def canary_examples_of(tmp_path, noise, seed):
     """Train on canaries among the examples of a client that adds the noise itself, in each of two rounds."""
-    config = Config(
-        task=Centre(), clients=1, canaries=400, algorithm=f"dpsgd:1:{noise}", rounds=2, local_steps=1,
-        train_batch_size=500, learning_rate=0.5, optimizer="sgd", max_grad_norm=None, seed=seed, delta=1e-6,
-        evaluate_samples=0, test_share=0.2, actors=0,
-    )  # fmt: skip
+    config = with_canaries(seed, clients=1, algorithm=f"dpsgd:1:{noise}", rounds=2, train_batch_size=500)
     train(config, tmp_path)
     return config, Run.open(tmp_path).result["example_privacy"]["epsilon"]
 
