@@ -9,7 +9,9 @@ def keep_freed_memory() -> None:
     """Have this process keep what it frees, for its next vector; nothing where the C library is not glibc.
 
     glibc returns large blocks to the system at once, and a fresh one is written at a tenth of the speed of memory, page
-    by page; on a virtual machine that may take more than half of a round of the paper's model.
+    by page; on a virtual machine that may take more than half of a round of the paper's model. Threads other than the
+    first, in which Ray's actors do their work, need MALLOC_ARENA_MAX=1 in the environment besides, from the start of
+    the process: in an arena of their own, glibc maps large blocks whatever it is told here.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

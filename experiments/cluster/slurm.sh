@@ -24,6 +24,7 @@ run=${2:?usage: sbatch experiments/cluster/slurm.sh train|finetune RUN [flags of
 export PATH="$PWD/.venv/bin:$PATH"
 export RAY_USAGE_STATS_ENABLED=0
 export RAY_worker_killing_policy_by_group=true # where memory is full: client actors go before the run's driver
+export MALLOC_ARENA_MAX=1 # actors keep the memory that they free for the next vector (fedray/memory.py)
 export RAY_AUTH_MODE=token # without it Ray takes commands from anyone on the network
 export RAY_AUTH_TOKEN_PATH=${RAY_AUTH_TOKEN_PATH:-$HOME/.ray/auth_token}
 if [ ! -r "$RAY_AUTH_TOKEN_PATH" ]; then

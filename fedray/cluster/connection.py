@@ -47,6 +47,8 @@ def connected(address: str | None) -> Iterator[bool]:
         # Where the memory is full, Ray ends several processes at a time, the run's driver too, unless told otherwise:
         # one at a time, and client actors first.
         os.environ.setdefault("RAY_worker_killing_policy_by_group", "true")
+        # What its processes free, they keep (`memory.py`); glibc does so for one arena, which threads then share.
+        os.environ.setdefault("MALLOC_ARENA_MAX", "1")
         ray.init(address="local", include_dashboard=False, **quiet)
     else:
         try:

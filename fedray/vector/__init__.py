@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import warnings
@@ -66,6 +67,8 @@ class FlatParameters:
         self.vector = torch.nn.Parameter(torch.cat([p.detach().reshape(-1) for p in trainable.values()]))
         self.gradient = self.vector.grad = torch.zeros_like(self.vector)
         self._parameters = trainable
+        sizes = [parameter.numel() * parameter.element_size() for parameter in trainable.values()]
+        self._offsets = list(itertools.accumulate(sizes[:-1], initial=0))  # bytes
         for name, view in self.layout.views(self.vector.detach()).items():
             trainable[name].data = view
         for name, view in self.layout.views(self.gradient).items():
@@ -80,15 +83,14 @@ class FlatParameters:
             RuntimeError: names the first tensor that does not.
         """
         for what, flat in (("parameter", self.vector), ("gradient", self.gradient)):
-            pointer = flat.data_ptr()
-            for name, parameter in self._parameters.items():
+            start = flat.data_ptr()
+            for (name, parameter), offset in zip(self._parameters.items(), self._offsets, strict=True):
                 tensor = parameter if what == "parameter" else parameter.grad
-                if tensor is None or tensor.data_ptr() != pointer or not tensor.is_contiguous():
+                if tensor is None or tensor.data_ptr() - start != offset or not tensor.is_contiguous():
                     raise RuntimeError(
                         f"the {what} of {name} no longer lies in the flat vector (was zero_grad() called, or the "
                         f"module moved or reformatted after it was flattened?)."
                     )
-                pointer += parameter.numel() * parameter.element_size()
         if self.vector.grad is not self.gradient:
             raise RuntimeError("the vector's gradient was replaced; zero it with flat.gradient.zero_().")
         for name, buffer, before in self._buffers:
