@@ -31,6 +31,7 @@ from fedray.vector import FlatParameters
 from fedray.vector.optimizer import Optimizer
 
 SHAPES = {"4 x 433.6 MiB": (4, 113_666_000), "20 x 40 MB": (20, 10_000_000), "100 x 1 MB": (100, 250_000)}
+GOALS = dict(zip(SHAPES, ("7", "4.5", "10"), strict=True))
 LAYERS = 400  # arrays of a model, as a U-Net has
 
 
@@ -140,8 +141,8 @@ def main(rounds: int = 6, repeats: int = 3, flower: Path | None = None, only: st
         ours, theirs = statistics.median(found[name, "fedray"]), found.get((name, "Flower"))
         ratio = f"{statistics.median(theirs) / ours:.1f}" if theirs else "–"
         flowers = spread(theirs) if theirs else "not installed"
-        rows.append([name, spread(found[name, "floor"]), flowers, spread(found[name, "fedray"]), ratio])
-    table(["clients x bytes", "floor, s", "Flower, s a round", "fedray, s a round", "ratio"], rows)
+        rows.append([name, spread(found[name, "floor"]), flowers, spread(found[name, "fedray"]), ratio, GOALS[name]])
+    table(["clients x bytes", "floor, s", "Flower, s a round", "fedray, s a round", "ratio", "goal"], rows)
 
 
 if __name__ == "__main__":
