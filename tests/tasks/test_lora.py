@@ -356,7 +356,8 @@ def test_a_client_alone_is_plain_peft_training(config, tmp_path):
     assert torch.equal(run.state(plan.layout).tensors["model"], learner.flat.vector.detach())
 
 
-def test_images_and_captions_are_encoded_once_and_the_encoders_leave(config, monkeypatch):
+def test_images_and_captions_are_encoded_once_and_the_encoders_leave(config, monkeypatch, tmp_path):
+    monkeypatch.setenv("FEDRAY_CACHE", str(tmp_path / "cache"))
     config = replace(config, random_flip=True)
     plan = make_plan(config)
     worker = Worker(config, torch.device("cpu"), "test")
@@ -412,8 +413,7 @@ def test_the_loss_by_hand(config, tmp_path, kind, gamma, offset):
     with torch.no_grad():
         found = learner.loss(batch, torch.Generator().manual_seed(3)).item()
     rng = torch.Generator().manual_seed(3)
-    parts = [learner._latents[index, False] for index in range(3)]
-    mean, deviation = (torch.stack(part) for part in zip(*parts, strict=True))
+    mean, deviation = learner.latents([(index, False) for index in range(3)])
     latents = (mean + deviation * torch.randn(mean.shape, generator=rng)) * learner.scaling_factor
     noise = torch.randn(latents.shape, generator=rng)
     if offset:
@@ -421,7 +421,7 @@ def test_the_loss_by_hand(config, tmp_path, kind, gamma, offset):
     timesteps = torch.randint(1000, (3,), generator=rng)
     alpha = learner.scheduler.alphas_cumprod[timesteps].double()
     a, s = alpha.sqrt()[:, None, None, None], (1 - alpha).sqrt()[:, None, None, None]
-    embeddings = torch.stack([learner._embeddings[caption] for caption in batch["prompts"]])
+    embeddings = learner.embeddings(batch["prompts"])
     with torch.no_grad():
         predicted = learner.unet((a * latents + s * noise).float(), timesteps, embeddings).sample
     target = a * noise - s * latents if kind == "v_prediction" else noise
@@ -433,7 +433,7 @@ def test_the_loss_by_hand(config, tmp_path, kind, gamma, offset):
 
 def test_mirror_images_dropout_and_empty_prompts_change_the_loss(config):
     learner, dataset = learner_of(config)
-    plain, turned = learner._latents[0, False][0], learner._latents[0, True][0]
+    plain, turned = learner.latents([(0, False), (0, True)])[0]
     assert not torch.allclose(plain, turned, atol=0.1)
     batch = batch_of(dataset, np.arange(4))
 
@@ -456,15 +456,6 @@ def test_mirror_images_dropout_and_empty_prompts_change_the_loss(config):
     nothing = batch_of(dataset, np.arange(4)) | {"prompts": [""] * 4}
     assert loss(empty, batch) == loss(empty, nothing)
     assert loss(empty, batch, grad=False) != loss(empty, nothing, grad=False)
-
-
-def test_what_is_kept_of_images_is_bounded(config, monkeypatch):
-    learner, dataset = learner_of(config)
-    assert len(learner._latents) == 12
-    monkeypatch.setattr("fedray.tasks.lora.learner.KEPT", 0)
-    learner.prepare(dataset, np.arange(6, 8), False)
-    assert len(learner._latents) == 2
-    assert len(learner._embeddings) <= 3
 
 
 @pytest.mark.slow
