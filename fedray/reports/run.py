@@ -111,10 +111,13 @@ class Run(record.Run):
             raise UserError(f"the run at {self} is not complete, and has no model yet; resume it.")
         if (folder / "model_index.json").is_file():
             return DiffusionPipeline.from_pretrained(folder, use_safetensors=True)
-        base = self.saved["config"]["task"].get("pretrained_model_name_or_path")
+        task = self.saved["config"]["task"]
+        base = task.get("pretrained_model_name_or_path")
         if base is None or not (folder / "pytorch_lora_weights.safetensors").is_file():
             raise UserError(f"{folder} is what a task of your own has written, and no pipeline of diffusers.")
         pipeline = DiffusionPipeline.from_pretrained(base)
+        if task.get("prediction_type") is not None:
+            pipeline.scheduler.register_to_config(prediction_type=task["prediction_type"])
         pipeline.load_lora_weights(folder)
         return pipeline
 

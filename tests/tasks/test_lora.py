@@ -25,6 +25,7 @@ from fedray.algorithms.fedavg import FedAvg
 from fedray.algorithms.folds import Mean
 from fedray.algorithms.lora import FFA, SVD, FedEx, Flora, RoLoRA
 from fedray.cli import main
+from fedray.errors import UserError
 from fedray.federation.local import TrainJob, client_update
 from fedray.federation.plan import make_plan
 from fedray.federation.pool import LocalPool
@@ -429,6 +430,29 @@ def test_the_loss_by_hand(config, tmp_path, kind, gamma, offset):
     weight = snr.clamp(max=gamma) / (snr + 1 if kind == "v_prediction" else snr)
     expected = (weight * (predicted - target).square().mean((1, 2, 3))).mean()
     assert found == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_a_prediction_type_is_as_if_the_scheduler_said_so(config, tmp_path):
+    """In the loss, in samples, in a merged pipeline and in `Run.model`; adapters alone do not carry it."""
+    shutil.copytree(PIPELINE, tmp_path / "pipeline")
+    path = tmp_path / "pipeline/scheduler/scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "v_prediction"}))
+    found = []
+    for folder, extra in ((tmp_path / "pipeline", {}), (PIPELINE, {"prediction_type": "v_prediction"}), (PIPELINE, {})):
+        learner, dataset = learner_of(config, folder, **extra)
+        with torch.no_grad():
+            loss = learner.loss(batch_of(dataset, np.arange(3)), torch.Generator().manual_seed(3)).item()
+        drawn = learner.sample(1, torch.Generator().manual_seed(3), "ddim", 2, ["the digit six"])
+        found.append((loss, drawn.tolist()))
+    assert found[0] == found[1]
+    assert found[0][0] != found[2][0]
+    assert found[0][1] != found[2][1]
+    task = replace(config.task, prediction_type="v_prediction")
+    for method in (FedAvg(), Flora()):
+        run = train(replace(config, task=task, algorithm=method, rounds=1), tmp_path / str(method))
+        assert run.model().scheduler.config.prediction_type == "v_prediction"
+    with pytest.raises(UserError, match="did you mean 'v_prediction'"):
+        replace(task, prediction_type="v_predicton").check("ddim", 2)
 
 
 def test_mirror_images_dropout_and_empty_prompts_change_the_loss(config):

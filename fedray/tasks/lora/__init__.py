@@ -33,6 +33,7 @@ from fedray.tasks.samplers import SAMPLERS
 if TYPE_CHECKING:
     from fedray.tasks.lora.learner import LoRALearner
 
+PREDICTION_TYPES = ("epsilon", "v_prediction")
 PIPELINE = Path(__file__).parents[1] / "digits_pipeline"  # a small one that ships with fedray (`fedray.tasks.embedded`)
 
 
@@ -74,6 +75,9 @@ class LoRA(Images):
     """Share of training examples whose caption is left out, which keeps guidance working (0.1 is usual)."""
     noise_offset: float = 0.0
     """Scale of noise that is the same for a whole channel (0.1 helps with dark and light images)."""
+    prediction_type: str | None = None
+    """What the U-Net learns to predict: epsilon (the noise) or v_prediction (the velocity); by default what the
+    pipeline's scheduler says."""
     snr_gamma: float | None = None
     """Min-SNR weighting of the loss with this γ (5 is usual); None weighs all steps alike."""
     class_data_dir: str | None = None
@@ -140,11 +144,12 @@ class LoRA(Images):
             raise UserError(
                 f"--resolution {self.resolution}: it must be a multiple of {resolution_factor(folder)} for this VAE."
             )
+        if self.prediction_type is not None:
+            check_name("prediction type", self.prediction_type, PREDICTION_TYPES)
         scheduler = scheduler_config(folder)
-        if scheduler.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"):
-            raise UserError(
-                f"{folder} predicts {scheduler['prediction_type']}; only epsilon and v_prediction are known."
-            )
+        kind = self.prediction_type or scheduler.get("prediction_type", "epsilon")
+        if kind not in PREDICTION_TYPES:
+            raise UserError(f"{folder} predicts {kind}; only {' and '.join(PREDICTION_TYPES)} are known.")
         trained = scheduler["num_train_timesteps"]
         if not 1 <= steps <= trained:
             raise UserError(f"--sampling-steps {steps}: it must be between 1 and the {trained} steps of training.")

@@ -52,6 +52,8 @@ class LoRALearner:
         self.dtype = getattr(torch, task.base_dtype)
         self.folder = task.folder
         self.scheduler = DDPMScheduler.from_pretrained(self.folder, subfolder="scheduler")
+        if task.prediction_type is not None:
+            self.scheduler.register_to_config(prediction_type=task.prediction_type)
         self.alphas_cumprod = self.scheduler.alphas_cumprod.to(device)
         self.scaling_factor = AutoencoderKL.load_config(self.folder, subfolder="vae").get("scaling_factor", 0.18215)
         base, files = unet_folder(self.folder, task.base_dtype, task.variant)
@@ -89,15 +91,16 @@ class LoRALearner:
         What is kept of an image are the mean and the standard deviation of its latents, from which training draws.
         """
         sides = (False, True) if mirrored else (False,)
-        self._shelf = self._shelf_of(dataset)
-        self._encode(dataset, [(int(index), side) for index in indices for side in sides])
+        shelf = self._shelf = self._shelf_of(dataset)
         captions = {"", *(str(dataset.columns["caption"][index]) for index in indices)}
+        self._encode(dataset, [(int(index), side) for index in indices for side in sides])
         if self._class_images is not None and self.task.class_prompt is not None:
             self._encode(self._class_images, [(index, False) for index in range(len(self._class_images))])
             captions.add(self.task.class_prompt)
-        for caption in sorted(caption for caption in captions if _named(caption) not in self._shelf):
+        if missing := sorted(caption for caption in captions if _named(caption) not in shelf):
             _, text_encoder, tokenizer = self._encode_with()
-            self._shelf[_named(caption)] = embed(caption, text_encoder, tokenizer, self.device).cpu().numpy()
+            for caption in missing:
+                shelf[_named(caption)] = embed(caption, text_encoder, tokenizer, self.device).cpu().numpy()
         self._encoders = None
 
     def _shelf_of(self, dataset: Dataset) -> Shelf:
@@ -113,10 +116,11 @@ class LoRALearner:
     def _encode(self, dataset: Dataset, wanted: list[tuple[int, bool]]) -> None:
         """Encode images, or their mirror images, that are not kept."""
         shelf = self._shelf_of(dataset)
-        for index, side in wanted:  # one at a time: a batch's other images would change the bits
-            if _place(index, side) in shelf:
-                continue
-            vae, _, _ = self._encode_with()
+        missing = [each for each in wanted if _place(*each) not in shelf]
+        if not missing:
+            return
+        vae, _, _ = self._encode_with()
+        for index, side in missing:  # one at a time: a batch's other images would change the bits
             source = dataset.images[index]
             pixels = torch.from_numpy(source[..., ::-1].copy() if side else source.copy())[None]
             found = vae.encode((pixels.to(self.device).float() / 127.5 - 1).to(self.dtype)).latent_dist
@@ -247,6 +251,8 @@ class LoRALearner:
             whole = self.pipeline("ddpm")
             kind = json.loads((self.folder / "model_index.json").read_text())["scheduler"][1]
             whole.scheduler = getattr(diffusers, kind).from_pretrained(self.folder, subfolder="scheduler")
+            if self.task.prediction_type is not None:
+                whole.scheduler.register_to_config(prediction_type=self.task.prediction_type)
             whole.save_pretrained(directory)
             return
         weights = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.unet))
