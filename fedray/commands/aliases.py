@@ -33,13 +33,16 @@ MEANT = (*PASSES, *EVERY, STEPS, RESUME, model_config.FLAG, SCALE)
 NOTHING = {
     "--allow-tf32": "the deterministic setting stays: matrix products keep float32's bits; --mixed-precision bf16 is "
     "faster still",
+    "--cache-latents": "latents are always kept, in this machine's cache",
+    "--cache-latents-to-disk": "latents are always kept, in this machine's cache",
     "--center-crop": "the central square of an image is what is always kept",
     "--checkpointing-steps": "every complete round is saved (--checkpoint-every saves fewer)",
     "--dataloader-num-workers": "images are decoded once, into a file that all processes map",
     "--enable-xformers-memory-efficient-attention": "torch's own attention needs as little memory",
 }
 
-SWITCHES = (SCALE, "--allow-tf32", "--center-crop", "--enable-xformers-memory-efficient-attention")
+SWITCHES = (SCALE, "--allow-tf32", "--cache-latents", "--cache-latents-to-disk", "--center-crop",
+            "--enable-xformers-memory-efficient-attention")  # fmt: skip
 
 REFUSED = {
     "--cache-dir": "set HF_HOME for what is downloaded, and FEDRAY_CACHE for decoded images",
@@ -49,7 +52,11 @@ REFUSED = {
     "--overwrite-output-dir": "no run overwrites another; choose another --out, or remove the old one first",
     "--preserve-input-precision": "images have 8 bits a channel here; leave it out",
     "--use-8bit-adam": "say --optimizer Adafactor or sgd, which keep fewer numbers than adamw",
+    # Of `fedray train`, in fine-tuning.
+    "--class-conditional": "captions are what fine-tuning is given; leave it out",
     # Of other scripts.
+    "--aspect-ratio-buckets": "each image is cropped to a square of --resolution; leave it out",
+    "--enable-bucket": "each image is cropped to a square of --resolution; leave it out",
     "--batch-size": "say --train-batch-size",
     "--epochs": "say --local-epochs (passes in a round), or --num-epochs (in all)",
     "--lr": "say --learning-rate",

@@ -61,6 +61,7 @@ class Train(Hub, Settings[T]):
 @dataclass(frozen=True, kw_only=True)
 class Finetune(Train[T]):
     preset: Annotated[str | None, preset_help("finetune")]
+    class_conditional: Annotated[bool, tyro.conf.Suppress] = False
 
 
 def main(arguments: list[str]) -> None:
@@ -127,8 +128,7 @@ def _conditional(config: Config) -> Config:
     task: Any = config.task
     if not hasattr(task, "num_class_embeds"):
         raise UserError(
-            "--class-conditional is about the U-Net that `fedray train` builds; what is fine-tuned has captions, and "
-            "a task of your own its own flags."
+            "--class-conditional is about the U-Net that fedray builds; a task of your own has flags of its own."
         )
     if task.num_class_embeds is not None:
         return config

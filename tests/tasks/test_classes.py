@@ -282,7 +282,7 @@ def test_what_does_not_fit_is_refused_on_the_command_line(tmp_path, capsys):
     assert main(["train", "--num-class-embeds", "0", "--out", str(tmp_path / "run")]) == 2
     assert "--num-class-embeds 0: it must be above 0" in capsys.readouterr().err
     assert main(["finetune", "--preset", "digits-lora", "--class-conditional", "--out", str(tmp_path / "run")]) == 2
-    assert "what is fine-tuned has captions" in capsys.readouterr().err
+    assert "--class-conditional: captions are what fine-tuning is given" in capsys.readouterr().err
     assert main(["train", "--malicious", "0.3:labelflip", "--out", str(tmp_path / "run")]) == 2
     assert "this task learns from none" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
