@@ -55,8 +55,7 @@ REFUSED = {
     # Of `fedray train`, in fine-tuning.
     "--class-conditional": "captions are what fine-tuning is given; leave it out",
     # Of other scripts.
-    "--aspect-ratio-buckets": "each image is cropped to a square of --resolution; leave it out",
-    "--enable-bucket": "each image is cropped to a square of --resolution; leave it out",
+    "--enable-bucket": "say --aspect-ratio-buckets, with the sizes as HEIGHT,WIDTH;HEIGHT,WIDTH",
     "--batch-size": "say --train-batch-size",
     "--epochs": "say --local-epochs (passes in a round), or --num-epochs (in all)",
     "--lr": "say --learning-rate",

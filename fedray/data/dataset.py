@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fedray import cache
+from fedray.data.buckets import Buckets
 from fedray.data.images import sha256
 from fedray.errors import UserError
 
@@ -65,6 +66,14 @@ class Dataset:
     def sha256(self) -> str:
         """SHA-256 of the images in this form, by which runs and references recognise them."""
         return self.source.sha256 if self.source else sha256(self.images)
+
+    @cached_property
+    def buckets(self) -> Buckets | None:
+        """The images in sizes of several aspect ratios; None where they were not asked for."""
+        if self.source is None:
+            return None
+        images = Path(json.loads((self.source.place / "about.json").read_text())["images"])
+        return Buckets.open(images.parent) if (images.parent / "about.json").exists() else None
 
     def labels_like(self, n: int) -> np.ndarray:
         """Return n labels in the dataset's proportions, int64 [n]; fewer are the first of them.

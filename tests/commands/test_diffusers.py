@@ -239,7 +239,7 @@ def test_meanings_in_rounds(flags, expected, capsys):
         ("--resume-from-checkpoint checkpoint-500", "it must be latest, or the directory of a run"),
         ("--lr 3", "--lr: say --learning-rate"),
         ("--num-clients 3", "--num-clients: say --clients"),
-        ("--aspect_ratio_buckets 64,96", "--aspect-ratio-buckets: each image is cropped to a square of --resolution"),
+        ("--enable_bucket", "--enable-bucket: say --aspect-ratio-buckets, with the sizes as HEIGHT,WIDTH"),
     ],
 )
 def test_what_does_not_fit_is_one_sentence(flags, message, tmp_path, monkeypatch, capsys):

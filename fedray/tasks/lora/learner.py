@@ -109,6 +109,8 @@ class LoRALearner:
             if self.device.type == "cuda":
                 where = [torch.cuda.get_device_name(self.device)]
             key = ["latents", VERSION, dataset.sha256, encoders_key(self.folder, self.task.variant)]
+            if self.task.sizes and dataset.buckets is not None:
+                key.append(dataset.buckets.sha256)
             what = f"latents and embeddings of {len(dataset):,} images"
             self._encoded[dataset.sha256] = Shelf(what, [*key, self.task.base_dtype, *where])
         return self._encoded[dataset.sha256]
@@ -120,14 +122,15 @@ class LoRALearner:
         if not missing:
             return
         vae, _, _ = self._encode_with()
+        buckets = dataset.buckets if self.task.sizes else None
         for index, side in missing:  # one at a time: a batch's other images would change the bits
-            source = dataset.images[index]
+            source = (dataset.images if buckets is None else buckets)[index]
             pixels = torch.from_numpy(source[..., ::-1].copy() if side else source.copy())[None]
             found = vae.encode((pixels.to(self.device).float() / 127.5 - 1).to(self.dtype)).latent_dist
             shelf[_place(index, side)] = torch.stack([found.mean[0], found.std[0]]).float().cpu().numpy()
 
-    def latents(self, examples: Sequence[tuple[int, bool]], of_the_class: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
-        """Return the mean and the standard deviation of the latents of prepared examples, each [n, 4, h / 8, w / 8].
+    def latents(self, examples: Sequence[tuple[int, bool]], of_the_class: Sequence[int] = ()) -> list[np.ndarray]:
+        """Map the latents of prepared examples: the mean and the standard deviation of each, [2, 4, h / 8, w / 8].
 
         Args:
             examples: their indices, and whether they are mirrored.
@@ -138,8 +141,7 @@ class LoRALearner:
         if self._class_images is not None:
             shelf = self._shelf_of(self._class_images)
             kept += [shelf[_place(index, False)] for index in of_the_class]
-        mean, deviation = torch.from_numpy(np.stack(kept, 1)).to(self.device)
-        return mean, deviation
+        return kept
 
     def embeddings(self, captions: Sequence[str]) -> Tensor:
         """Return the embeddings of prepared captions: [n, tokens, width]."""
@@ -163,7 +165,8 @@ class LoRALearner:
         """Return the DDPM's loss in the VAE's latent space, given the caption (Rombach et al. 2022, equation 3).
 
         In training with class images, as many of them are drawn as the batch has examples, and their loss is added
-        (prior preservation, Ruiz et al. 2023, equation 2).
+        (prior preservation, Ruiz et al. 2023, equation 2). Images of several sizes are a call of the network each; the
+        loss is the mean over all of them.
         """
         examples = list(zip(batch["index"].tolist(), batch["mirrored"].tolist(), strict=True))
         captions, n, of_the_class = list(batch["prompts"]), len(examples), list[int]()
@@ -174,7 +177,27 @@ class LoRALearner:
             of_the_class = torch.randint(len(self._class_images), (n,), generator=rng).tolist()
             captions += [self.task.class_prompt] * n
         self.unet.train(torch.is_grad_enabled())  # dropout, in training only
-        mean, deviation = self.latents(examples, of_the_class)
+        latents = self.latents(examples, of_the_class)
+        sizes: dict[tuple[int, ...], list[int]] = {}
+        for position, each in enumerate(latents):
+            sizes.setdefault(each.shape, []).append(position)
+        loss: Tensor | None = None
+        for members in sizes.values():  # in their order in the batch; one, without buckets
+            own = sum(position < n for position in members)  # the others are of the class
+            few = [latents[position] for position in members], [captions[position] for position in members]
+            instance, prior = self._losses(*few, own, rng)
+            weight = (len(members) - own) / n * self.task.prior_loss_weight
+            for share, part in ((own / n, instance), (weight, prior)):
+                if part is not None:
+                    loss = share * part if loss is None else loss + share * part
+        assert loss is not None
+        return loss
+
+    def _losses(
+        self, kept: Sequence[np.ndarray], captions: Sequence[str], own: int, rng: torch.Generator
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the mean losses of latents of one size: of the first `own`, and of the others; None of none."""
+        mean, deviation = torch.from_numpy(np.stack(kept, 1)).to(self.device)
         latents = (mean + deviation * self._normal(mean.shape, rng)) * self.scaling_factor
         noise = self._normal(latents.shape, rng)
         if self.task.noise_offset:
@@ -186,11 +209,12 @@ class LoRALearner:
         target = self.scheduler.get_velocity(latents, noise, timesteps) if kind == "v_prediction" else noise
         alpha = self.alphas_cumprod[timesteps]
 
-        def of(part: slice) -> Tensor:
+        def of(part: slice) -> Tensor | None:
+            if not len(alpha[part]):
+                return None
             return weighted_loss(predicted[part], target[part], alpha[part], kind, self.task.snr_gamma)
 
-        instance = of(slice(0, n))
-        return instance if not of_the_class else instance + self.task.prior_loss_weight * of(slice(n, None))
+        return of(slice(0, own)), of(slice(own, None))
 
     def _normal(self, shape: Sequence[int], rng: torch.Generator) -> Tensor:
         return torch.randn(tuple(shape), generator=rng).to(self.device)
