@@ -72,10 +72,10 @@ def kept(what: str, key: object, make: Callable[[Path], None]) -> Path:
     place = place_of(key)
     with locked(place, what):
         if os.path.lexists(place):
-            _check_owner(place)
+            check_owner(place)
             damaged = _damage(place)
             if damaged:
-                _say(f"{what}: {damaged} in the cache is damaged; it is made again")
+                say(f"{what}: {damaged} in the cache is damaged; it is made again")
                 shutil.rmtree(place)
         if not place.exists():
             aside = place.with_suffix(ASIDE)
@@ -100,7 +100,7 @@ def is_whole(place: Path) -> bool:
         return False
     with locked(place, "checking the cache"):
         try:
-            _check_owner(place)
+            check_owner(place)
             if 0 <= time.time() - (place / SEAL).stat().st_mtime < TRUSTED:
                 return True
             return not _damage(place)
@@ -155,7 +155,7 @@ def _is_name(name: str) -> bool:
     return len(digits) == 24 and not set(digits) - set("0123456789abcdef")
 
 
-def _check_owner(place: Path) -> None:
+def check_owner(place: Path) -> None:
     """Raise `UserError` for an entry that another user may have made, or for a link."""
     found = place.lstat()
     if not stat.S_ISDIR(found.st_mode) or (os.geteuid() and found.st_uid not in (0, os.geteuid())):
@@ -211,20 +211,24 @@ def _sum(path: Path) -> str:
 
 
 @contextmanager
-def locked(place: Path, what: str, wait: bool = True) -> Iterator[Path]:
+def locked(place: Path, what: str, wait: bool = True, shared: bool = False) -> Iterator[Path]:
     """Lock an entry for one process at a time; the kernel frees the lock of a killed one. Yields the lock's file.
+
+    Args:
+        wait: for another process that has it, at most a day.
+        shared: with all that ask so, and nobody else.
 
     Raises:
         BlockingIOError: another process has it, and we should not wait.
     """
     path = place.with_suffix(LOCK)
     began, told = time.monotonic(), False
-    while (file := _open_locked(path)) is None:
+    while (file := _open_locked(path, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)) is None:
         if not wait:
             raise BlockingIOError(f"{path} is held by another process")
         waited = time.monotonic() - began
         if waited > PATIENCE and not told:
-            _say(f"{what}: waiting for another process that is at it")
+            say(f"{what}: waiting for another process that is at it")
             told = True
         if waited > LOCK_TIMEOUT:
             raise UserError(
@@ -238,11 +242,11 @@ def locked(place: Path, what: str, wait: bool = True) -> Iterator[Path]:
         os.close(file)
 
 
-def _open_locked(path: Path) -> int | None:
-    """Open a lock's file and lock it; None where another process has it."""
+def _open_locked(path: Path, kind: int) -> int | None:
+    """Open a lock's file and lock it, shared or exclusively; None where another process has it."""
     file = _open_lock(path)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
         if path.exists() and os.fstat(file).st_ino == path.stat().st_ino:  # else it was removed meanwhile
             return file
     except BlockingIOError:
@@ -264,5 +268,5 @@ def _open_lock(path: Path) -> int:
         ) from None
 
 
-def _say(sentence: str) -> None:
+def say(sentence: str) -> None:
     Console(stderr=True).print(sentence, highlight=False, markup=False)

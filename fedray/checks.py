@@ -138,6 +138,8 @@ def _check_canaries(config: "Config") -> None:
     if config.only_client is not None or config.malicious is not None:
         what = "--only-client" if config.only_client is not None else "--malicious"
         raise UserError(f"--canaries {config.canaries}: all clients take part, and are honest; leave {what} out.")
+    if getattr(config.task, "aspect_ratio_buckets", None) is not None:
+        raise UserError(f"--canaries {config.canaries}: they are squares; leave --aspect-ratio-buckets out.")
     if config.links.private and config.canaries >= config.clients:
         raise UserError(
             f"--canaries {config.canaries}: with noise each is a client of its own, and there are {config.clients} "

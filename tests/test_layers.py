@@ -14,8 +14,8 @@ from fedray import cli
 
 PACKAGE = Path(fedray.__file__).parent
 ROOMS = [
-    *("errors", "lazy", "memory", "own", "forms", "seeds", "files", "cache", "storage", "vector", "data", "tasks"),
-    *("algorithms", "wire", "scores", "menus", "privacy", "checks", "federated"),
+    *("errors", "lazy", "memory", "own", "forms", "seeds", "files", "cache", "shelf", "storage", "vector", "data"),
+    *("tasks", "algorithms", "wire", "scores", "menus", "privacy", "checks", "federated"),
     *("config", "presets", "record", "federation", "reports", "cluster", "commands", "cli", "__main__"),
 ]
 FILES = {

@@ -29,27 +29,33 @@ EVERY = {
 STEPS, RESUME, SCALE = "--max-train-steps", "--resume-from-checkpoint", "--scale-lr"
 MEANT = (*PASSES, *EVERY, STEPS, RESUME, model_config.FLAG, SCALE)
 
-# Accepted, for what they ask for is always so.
+# Accepted, for what they ask for is always so, or is only allowed.
 NOTHING = {
+    "--allow-tf32": "the deterministic setting stays: matrix products keep float32's bits; --mixed-precision bf16 is "
+    "faster still",
+    "--cache-latents": "latents are always kept, in this machine's cache",
+    "--cache-latents-to-disk": "latents are always kept, in this machine's cache",
     "--center-crop": "the central square of an image is what is always kept",
     "--checkpointing-steps": "every complete round is saved (--checkpoint-every saves fewer)",
     "--dataloader-num-workers": "images are decoded once, into a file that all processes map",
     "--enable-xformers-memory-efficient-attention": "torch's own attention needs as little memory",
 }
 
-SWITCHES = (SCALE, "--center-crop", "--enable-xformers-memory-efficient-attention")
+SWITCHES = (SCALE, "--allow-tf32", "--cache-latents", "--cache-latents-to-disk", "--center-crop",
+            "--enable-xformers-memory-efficient-attention")  # fmt: skip
 
 REFUSED = {
-    "--allow-tf32": "say --mixed-precision bf16, which is faster still",
     "--cache-dir": "set HF_HOME for what is downloaded, and FEDRAY_CACHE for decoded images",
     "--image-interpolation-mode": "images are resized by an antialiased bicubic filter; leave it out",
     "--local-rank": "Ray places clients; say --actors, --cpus-per-actor and --gpus-per-actor",
     "--logging-dir": "the curves are in OUT/tensorboard; leave it out",
     "--overwrite-output-dir": "no run overwrites another; choose another --out, or remove the old one first",
-    "--prediction-type": "what a pipeline predicts is in its scheduler's configuration; leave it out",
     "--preserve-input-precision": "images have 8 bits a channel here; leave it out",
     "--use-8bit-adam": "say --optimizer Adafactor or sgd, which keep fewer numbers than adamw",
+    # Of `fedray train`, in fine-tuning.
+    "--class-conditional": "captions are what fine-tuning is given; leave it out",
     # Of other scripts.
+    "--enable-bucket": "say --aspect-ratio-buckets, with the sizes as HEIGHT,WIDTH;HEIGHT,WIDTH",
     "--batch-size": "say --train-batch-size",
     "--epochs": "say --local-epochs (passes in a round), or --num-epochs (in all)",
     "--lr": "say --learning-rate",

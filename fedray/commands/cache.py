@@ -14,8 +14,8 @@ from fedray.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Cache:
-    """List what this machine has cached: images, labels, features that scores compare with, converted bases, copies of
-    runs at URLs.
+    """List what this machine has cached: images, labels, latents and embeddings, features that scores compare with,
+    converted bases, copies of runs at URLs.
 
     The cache is in $FEDRAY_CACHE, else in ~/.cache/fedray. All of it can be made again, or is in a storage.
     """

@@ -12,6 +12,7 @@ from fedray.config import Config
 GROUPS = {
     "Run": "experiment smoke preset config_file out resume again asha init_from local_only dry_run",
     "Data and model": "dataset_name train_data_dir resolution channels random_flip max_train_samples "
+    "class_conditional "
     "pretrained_model_name_or_path rank caption_column instance_prompt validation_prompt",
     "Federation": "clients fraction dropout_rate partition held_out_share rounds algorithm fold wire use_ema",
     "Local training": "local_epochs local_steps train_batch_size optimizer learning_rate lr_scheduler "

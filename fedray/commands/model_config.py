@@ -36,6 +36,7 @@ def with_network(task: DDPM, place: str, resolution: bool) -> DDPM:
         mid_block_attention=known.add_attention,
         layers_per_block=known.layers_per_block,
         norm_num_groups=known.norm_num_groups,
+        num_class_embeds=known.num_class_embeds,
         channels=known.in_channels,
         resolution=size if resolution and isinstance(size, int) else task.resolution,
     )

@@ -66,6 +66,8 @@ class Sample(Draw):
     """How many images to draw."""
     prompt: tuple[str, ...] = ()
     """What to draw (of fine-tuned models); by default what the run drew."""
+    label: tuple[int, ...] = ()
+    """Which classes to draw in turn (of class-conditional models); by default all."""
     strength: float = 1.0
     """How much of the adapters to use (of fine-tuned models): 0 is the base."""
     out: Path | None = None
@@ -94,7 +96,7 @@ def main(arguments: list[str]) -> None:
     from fedray.record.pictures import grid
 
     shared = model_of(run.directory, config, options.strength)
-    sampling = sampling_of(run, config, options.num_images, options.seed, options.prompt)
+    sampling = sampling_of(run, config, options.num_images, options.seed, options.prompt, options.label)
     with open_pool(config) as pool, progress(config.rounds) as (_, show):
         _, images = sample(pool, shared, sampling, show)
     out.parent.mkdir(parents=True, exist_ok=True)

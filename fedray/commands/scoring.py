@@ -27,8 +27,8 @@ from fedray.federation.evaluation import (
     features_of,
     look_for_copies,
     open_reference,
-    prompts_of,
     score_images,
+    scored,
 )
 from fedray.federation.personal import by_clients
 from fedray.federation.plan import make_plan
@@ -63,8 +63,7 @@ def score_run(options: Evaluate, allowed: Collection[Path]) -> None:
     plan = make_plan(replace(config, evaluate_samples=n))
     run.check_data(plan.data)
     shared = model_of(run.directory, config)
-    sampling = Sampling.of(config, n, prompts_of(config, plan.dataset))
-    sampling = replace(sampling, seed=options.seed, repeats=options.repeats)
+    sampling = replace(scored(config, n, plan.dataset), seed=options.seed, repeats=options.repeats)
     sampling = by_clients(sampling, config, run, run.complete_rounds)
     with open_pool(config, plan.dataset) as pool, progress(config.rounds) as (_, show):
         comparison = _compare(config, plan.dataset, pool, show)

@@ -6,7 +6,7 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -24,6 +24,7 @@ from fedray.record.publishing import take_over
 from fedray.record.run import Run
 from fedray.record.trackers import DEFAULT, open_trackers
 from fedray.storage import located, shown, upload
+from fedray.tasks.ddpm import count_classes
 from fedray.tasks.named import task_class
 
 FIRST = {"train": "digits", "finetune": "sd"}  # presets
@@ -45,6 +46,8 @@ class Train(Hub, Settings[T]):
     """Train every client alone, without a federation: what the others are worth. A run per client."""
     task_class: Annotated[str | None, tyro.conf.arg(name="task")] = None
     """A task of your own, FILE.py:CLASS, in place of a preset's: its fields become flags."""
+    class_conditional: bool = False
+    """Learn each image given its label: --num-class-embeds as many as the data's labels need."""
     report_to: tuple[str, ...] = DEFAULT
     """Where the run is shown: tensorboard, wandb, trackio, mlflow, none, or a class of your own, FILE.py:CLASS."""
     push_to_hub: bool = False
@@ -58,6 +61,7 @@ class Train(Hub, Settings[T]):
 @dataclass(frozen=True, kw_only=True)
 class Finetune(Train[T]):
     preset: Annotated[str | None, preset_help("finetune")]
+    class_conditional: Annotated[bool, tyro.conf.Suppress] = False
 
 
 def main(arguments: list[str]) -> None:
@@ -115,7 +119,21 @@ def asked_for(arguments: list[str], command: str, what: str, name: str = "") -> 
         all_flags = flags_of(FLAGS[command], type(base.task))
         arguments = [*config_file.words(known.config, values, all_flags, arguments), *arguments]
     words, _ = share.whole(arguments)
-    return *ask(FLAGS[command], base, words, name or command, what, preset), arguments
+    asked, config = ask(FLAGS[command], base, words, name or command, what, preset)
+    return asked, _conditional(config) if asked.class_conditional else config, arguments
+
+
+def _conditional(config: Config) -> Config:
+    """Condition the U-Net on the labels of its data. Raises `UserError` where that cannot be."""
+    task: Any = config.task
+    if not hasattr(task, "num_class_embeds"):
+        raise UserError(
+            "--class-conditional is about the U-Net that fedray builds; a task of your own has flags of its own."
+        )
+    if task.num_class_embeds is not None:
+        return config
+    config.check()
+    return replace(config, task=replace(task, num_class_embeds=count_classes(task.dataset())))
 
 
 def _check_task(task: str, command: str, file: Path) -> None:

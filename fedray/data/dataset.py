@@ -12,10 +12,12 @@ from typing import NamedTuple
 import numpy as np
 
 from fedray import cache
+from fedray.data.buckets import Buckets
 from fedray.data.images import sha256
 from fedray.errors import UserError
 
 VERSION = 2  # of what is cached of a dataset beside its images
+GOLDEN = (5**0.5 - 1) / 2  # the fractional parts of its multiples fill 0 … 1 evenly, however many there are
 
 
 class Source(NamedTuple):
@@ -64,6 +66,23 @@ class Dataset:
     def sha256(self) -> str:
         """SHA-256 of the images in this form, by which runs and references recognise them."""
         return self.source.sha256 if self.source else sha256(self.images)
+
+    @cached_property
+    def buckets(self) -> Buckets | None:
+        """The images in sizes of several aspect ratios; None where they were not asked for."""
+        if self.source is None:
+            return None
+        images = Path(json.loads((self.source.place / "about.json").read_text())["images"])
+        return Buckets.open(images.parent) if (images.parent / "about.json").exists() else None
+
+    def labels_like(self, n: int) -> np.ndarray:
+        """Return n labels in the dataset's proportions, int64 [n]; fewer are the first of them.
+
+        They are those of the examples, sorted by label, at the fractional parts of 0, φ, 2 φ …
+        """
+        assert self.labels is not None
+        places = (np.arange(n) * GOLDEN % 1.0 * len(self)).astype(np.int64)
+        return np.sort(self.labels)[places]
 
     def with_column(self, name: str, values: np.ndarray) -> "Dataset":
         """Return the dataset with one more column [n]; other processes of this node find it too."""

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from rich.console import Console
 from rich.progress import track
 
 from fedray import cache
+from fedray.data.buckets import Size, nearest, path_of
 from fedray.errors import UserError, check_text, reason
 from fedray.lazy import torch
 from fedray.seeds import generator
@@ -42,6 +43,7 @@ class Form:
     resolution: int  # height and width, in pixels
     channels: int  # 1 grey, 3 RGB
     crop: int | None = None  # side of the central square that is kept, in pixels; None: the largest
+    sizes: tuple[Size, ...] = ()  # to which images are brought besides, each to the nearest
 
 
 class Decoded(NamedTuple):
@@ -52,11 +54,12 @@ class Decoded(NamedTuple):
     sha256: str  # of the images
 
 
-def decode(source: Path | bytes, form: Form) -> np.ndarray:
-    """Decode one image as uint8 [channels, resolution, resolution].
+def decode(source: Path | bytes, form: Form, size: Size | None = None) -> np.ndarray:
+    """Decode one image as uint8 [channels, resolution, resolution], or of a size [channels, height, width].
 
-    Turned upright (EXIF), its first frame if it is animated, its central square, resized by an antialiased bicubic
-    filter. 16-bit images keep their upper 8 bits; CMYK, palettes and transparency become plain RGB or grey.
+    Turned upright (EXIF), its first frame if it is animated, its central square (or the largest part in its centre that
+    has the size's aspect ratio), resized by an antialiased bicubic filter. 16-bit images keep their upper 8 bits; CMYK,
+    palettes and transparency become plain RGB or grey.
 
     Raises:
         Exception: whatever Pillow raises for a file that is no image, or a damaged one.
@@ -70,10 +73,15 @@ def decode(source: Path | bytes, form: Form) -> np.ndarray:
         elif image.mode == "P":  # through RGBA: Pillow warns of transparency otherwise
             image = image.convert("RGBA")
         image = image.convert("L" if form.channels == 1 else "RGB")
-        side = min(*image.size, form.crop or min(image.size))
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        square = image.crop((left, top, left + side, top + side))
-        pixels = np.asarray(square.resize((form.resolution, form.resolution), Image.Resampling.BICUBIC))
+        if size is None:
+            size, high = (form.resolution,) * 2, min(*image.size, form.crop or min(image.size))
+            wide = high
+        else:
+            scale = min(image.height / size[0], image.width / size[1])
+            high, wide = (max(1, round(scale * side)) for side in size)
+        left, top = (image.width - wide) // 2, (image.height - high) // 2
+        part = image.crop((left, top, left + wide, top + high))
+        pixels = np.asarray(part.resize(size[::-1], Image.Resampling.BICUBIC))
     return pixels[None] if form.channels == 1 else pixels.transpose(2, 0, 1)
 
 
@@ -119,10 +127,15 @@ def cached(
         unreadable, passing = _decode_all(what, names, lambda row: read(int(taken[row])), form, aside / "images.npy")
         if passing and not skip:  # not kept: a permission, say, can be mended without a trace
             raise _refusal(what, names, unreadable)
-        about = {"unreadable": unreadable, "sha256": sha256(np.load(aside / "images.npy", mmap_mode="r"))}
+        about: dict[str, object] = {"unreadable": unreadable}
+        about["sha256"] = sha256(np.load(aside / "images.npy", mmap_mode="r"))
+        if form.sizes:
+            rows = [row for row in range(len(names)) if row not in unreadable]
+            about["buckets_sha256"] = _decode_buckets(what, lambda i: read(int(taken[rows[i]])), len(rows), form, aside)
         (aside / "about.json").write_text(json.dumps(about))
 
-    key = [VERSION, stamp, astuple(form), *([] if limit is None else [limit])]
+    shape = astuple(form) if form.sizes else astuple(form)[:-1]
+    key = [VERSION, stamp, shape, *([] if limit is None else [limit])]
     place = cache.kept(f"decoding {what}", key, make)
     about = json.loads((place / "about.json").read_text())
     unreadable = {int(index): said for index, said in about["unreadable"].items()}
@@ -203,14 +216,7 @@ def _decode_all(
     what: str, names: Sequence[str], read: Callable[[int], Path | bytes], form: Form, path: Path
 ) -> tuple[dict[int, str], bool]:
     """Decode in parallel into `path`; return why some failed, and whether the cause may be temporary."""
-    shape = (len(names), form.channels, form.resolution, form.resolution)
-    need, free = math.prod(shape), shutil.disk_usage(path.parent).free
-    if need > free:  # a mapped file that finds the disk full kills the process
-        raise UserError(
-            f"{what}: decoded it takes {need / 1e9:.2f} GB, and {path.parents[1]} has {free / 1e9:.2f} GB free; set "
-            f"FEDRAY_CACHE to a directory on another disk."
-        )
-    images = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+    images = _mapped(what, path, (len(names), form.channels, form.resolution, form.resolution))
     unreadable: dict[int, str] = {}
     passing = False
 
@@ -224,11 +230,7 @@ def _decode_all(
                 unreadable[index] = "not an image" if "cannot identify" in said else said
                 passing |= isinstance(error, MemoryError) or getattr(error, "errno", None) is not None
 
-    with ThreadPoolExecutor(os.cpu_count()) as threads:  # Pillow decodes and resizes without Python's lock
-        starts = range(0, len(names), CHUNK)
-        done = threads.map(some, starts)
-        for _ in track(done, f"decoding {what}", len(starts), console=Console(stderr=True), transient=True):
-            pass
+    _in_threads(what, some, range(0, len(names), CHUNK))
     if len(unreadable) == len(names):
         raise _refusal(what, names, unreadable)
     if unreadable:
@@ -237,12 +239,62 @@ def _decode_all(
             images[row] = images[index]
         whole = path.with_name("whole.npy")
         path.rename(whole)
-        compact = np.lib.format.open_memmap(path, "w+", np.uint8, (len(kept), *shape[1:]))
+        compact = np.lib.format.open_memmap(path, "w+", np.uint8, (len(kept), *images.shape[1:]))
         compact[:] = images[: len(kept)]
         whole.unlink()
         images = compact
     images.flush()
     return dict(sorted(unreadable.items())), passing
+
+
+def _decode_buckets(what: str, read: Callable[[int], Path | bytes], count: int, form: Form, place: Path) -> str:
+    """Decode so many readable images once more, each to the nearest of the form's sizes; return the SHA-256 of all."""
+    which, rows = np.zeros(count, np.int64), np.zeros(count, np.int64)
+
+    def measure(start: int) -> None:
+        for index in range(start, min(start + CHUNK, count)):
+            with open_image(read(index)) as opened:
+                turned = opened.getexif().get(ExifTags.Base.Orientation, 1) > 4  # by 90°
+                height, width = opened.size if turned else opened.size[::-1]
+            which[index] = nearest(height, width, form.sizes)
+
+    _in_threads(what, measure, range(0, count, CHUNK))
+    used, which = np.unique(which, return_inverse=True)
+    sizes, arrays = [form.sizes[index] for index in used], []
+    for bucket, size in enumerate(sizes):
+        members = np.flatnonzero(which == bucket)
+        rows[members] = np.arange(len(members))
+        arrays.append(_mapped(what, path_of(place, bucket), (len(members), form.channels, *size)))
+
+    def some(start: int) -> None:
+        for index in range(start, min(start + CHUNK, count)):
+            arrays[which[index]][rows[index]] = decode(read(index), form, sizes[which[index]])
+
+    _in_threads(what, some, range(0, count, CHUNK))
+    for array in arrays:
+        array.flush()
+    np.save(place / "buckets.npy", np.stack([which, rows]))
+    sums = [hashlib.sha256(which.tobytes()).hexdigest(), *map(sha256, arrays)]
+    return hashlib.sha256(" ".join(sums).encode()).hexdigest()
+
+
+def _mapped(what: str, path: Path, shape: tuple[int, ...]) -> np.memmap:
+    """Make room for images in a file. Raises `UserError` where the disk has none."""
+    need, free = math.prod(shape), shutil.disk_usage(path.parent).free
+    if need > free:  # a mapped file that finds the disk full kills the process
+        raise UserError(
+            f"{what}: decoded it takes {need / 1e9:.2f} GB, and {path.parents[1]} has {free / 1e9:.2f} GB free; set "
+            f"FEDRAY_CACHE to a directory on another disk."
+        )
+    return np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+
+
+def _in_threads(what: str, some: Callable[[int], None], starts: Sequence[int]) -> None:
+    """Do some images at a time on all cores, with a progress bar: Pillow decodes and resizes without Python's lock."""
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        done = threads.map(some, starts)
+        for _ in track(done, f"decoding {what}", len(starts), console=Console(stderr=True), transient=True):
+            pass
 
 
 def _refusal(what: str, names: Sequence[str], unreadable: dict[int, str]) -> UserError:

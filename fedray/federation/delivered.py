@@ -42,8 +42,24 @@ def model_of(run: Run, config: Config, strength: float = 1.0) -> Shared:
     return model(weakened)
 
 
-def sampling_of(run: Run, config: Config, n: int, seed: int, prompts: Sequence[str] = ()) -> Sampling:
-    """Say how to draw n images from a run's model; without prompts, for those that the run drew."""
+def sampling_of(
+    run: Run, config: Config, n: int, seed: int, prompts: Sequence[str] = (), labels: Sequence[int] = ()
+) -> Sampling:
+    """Say how to draw n images from a run's model; without prompts, for those that the run drew.
+
+    Args:
+        labels: of class-conditional models, the classes to draw in turn; by default all.
+
+    Raises:
+        UserError: the model knows no such class.
+    """
+    classes = getattr(config.task, "num_class_embeds", None) or 0
+    if labels and not classes:
+        raise UserError(f"--label is for class-conditional models; that of {run} is not one.")
+    for label in labels:
+        if not 0 <= label < classes:
+            raise UserError(f"--label {label}: the model of {run} knows classes 0 to {classes - 1}.")
     prompts = prompts or getattr(config.task, "validation_prompt", ()) or prompts_of(config)
-    sampling = replace(Sampling.of(config, n, tuple(prompts)), seed=seed)
+    sampling = Sampling.of(config, n, tuple(prompts))
+    sampling = replace(sampling, seed=seed, labels=tuple(labels) or sampling.labels)
     return by_clients(sampling, config, run, run.complete_rounds)

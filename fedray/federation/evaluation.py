@@ -3,7 +3,7 @@
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -203,6 +203,20 @@ def prompts_of(config: Config, dataset: Dataset | None = None) -> tuple[str, ...
     if prompts is None:
         return ()
     return tuple(prompts(config.task.dataset() if dataset is None else dataset))
+
+
+def scored(config: Config, n: int, dataset: Dataset) -> Sampling:
+    """Say how n images are sampled for scores: for the task's prompts in turn, or each class as often as in the data.
+
+    The names of classes, where they are known, are what scores compare with as prompts.
+    """
+    sampling = Sampling.of(config, n, prompts_of(config, dataset))
+    if not sampling.labels:
+        return sampling
+    task: Any = config.task
+    labels: tuple[int, ...] = task.class_labels(n, dataset)
+    names: dict[int, str] = getattr(task, "class_names", lambda dataset: {})(dataset)
+    return replace(sampling, labels=labels, prompts=tuple(names[label] for label in labels) if names else ())
 
 
 def score_images(

@@ -149,6 +149,10 @@ def check_examples(config: Config, learner: Learner) -> None:
         raise UserError(f"{who}: leave --gradient-checkpointing out, which gradients of single examples cannot have.")
     if getattr(config.task, "class_prompt", None) is not None:
         raise UserError(f"{who}: class images are examples of nobody; leave --class-prompt out.")
+    if getattr(config.task, "aspect_ratio_buckets", None) is not None:
+        raise UserError(
+            f"{who}: single examples have gradients where all have one size; leave --aspect-ratio-buckets out."
+        )
     for name, part in module.named_modules():
         if isinstance(part, torch.nn.modules.batchnorm._BatchNorm):
             raise UserError(f"{who}: {name} is a {type(part).__name__}, which mixes a batch's examples; use GroupNorm.")

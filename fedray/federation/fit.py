@@ -26,6 +26,7 @@ from fedray.federation.evaluation import (
     open_reference,
     prompts_of,
     sample,
+    scored,
 )
 from fedray.federation.examples import report, spend
 from fedray.federation.personal import by_clients
@@ -240,7 +241,7 @@ def evaluate_round(session: Session, state: State, row: Row, against: Reference 
     last = state.round == config.rounds
     look = last and len(plan.unseen) > 0
     keep = config.evaluate_samples if config.keep_samples else LOOKED_AT if look else GRID
-    sampling = Sampling.of(config, config.evaluate_samples, prompts_of(config, plan.dataset))
+    sampling = scored(config, config.evaluate_samples, plan.dataset)
     sampling = replace(sampling, repeats=config.evaluate_repeats if last else 1)
     sampling = by_clients(sampling, config, run, state.round)
     comparison = Comparison(plan.dataset, Scoring.of(config), against, session.added.metrics, intervals=last)

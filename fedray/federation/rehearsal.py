@@ -13,11 +13,11 @@ import torch
 from fedray.config import Config
 from fedray.errors import RunError
 from fedray.federation.blocks import TrainBlock, train_block
-from fedray.federation.evaluation import prompts_of
+from fedray.federation.evaluation import scored
 from fedray.federation.local import TrainJob
 from fedray.federation.plan import Plan, cohort_of, machine_memory
 from fedray.federation.pool import Pool, failure
-from fedray.federation.sampling import SampleJob, Sampling, sample_batch
+from fedray.federation.sampling import SampleJob, sample_batch
 from fedray.federation.worker import Shared, Worker
 from fedray.record.run import Row
 
@@ -123,7 +123,7 @@ def measure(config: Config, plan: Plan, pool: Pool) -> Rehearsal:
     train = TrainJob(0, largest, plan.shards[largest], plan.held_out[largest])
     sample = None
     if config.evaluate_samples:
-        sampling = Sampling.of(config, config.evaluate_samples, prompts_of(config, plan.dataset))
+        sampling = scored(config, config.evaluate_samples, plan.dataset)
         sample = next(sampling.jobs(config.features is not None, 0))
     steps = config.steps(len(train.indices))
     shared = Shared({**down, SAMPLED: plan.initial.numpy()}, round)

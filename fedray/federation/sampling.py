@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,8 @@ from fedray.scores.nearest import nearest
 from fedray.seeds import generator
 from fedray.vector import as_tensor
 from fedray.wire import Payload
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Sampling:
     """Seed of the noise that the images start from."""
     prompts: tuple[str, ...] = ()
     """Image i is for prompt i modulo their number; none where the task knows no prompts."""
+    labels: tuple[int, ...] = ()
+    """Image i is of class i modulo their number; none where the task knows no classes."""
     clients: tuple[int, ...] = ()
     """Whose own models make a batch each in turn; none where the global model makes all."""
     memory: Callable[[int], Payload] = field(default=lambda client: {}, compare=False)
@@ -44,13 +48,15 @@ class Sampling:
 
     @classmethod
     def of(cls, config: Config, n: int, prompts: tuple[str, ...] = ()) -> "Sampling":
-        """Sample one set as a run does."""
-        return cls(n, config.sampler, config.sampling_steps, config.eval_batch_size, config.evaluate_seed, prompts)
+        """Sample one set as a run does; of a class-conditional model, all classes in turn."""
+        return cls(
+            n, config.sampler, config.sampling_steps, config.eval_batch_size, config.evaluate_seed, prompts,
+            getattr(config.task, "class_labels", lambda n: ())(n),
+        )  # fmt: skip
 
     def prompts_of(self, start: int, stop: int) -> tuple[str, ...]:
         """Repeat the prompts in turn, for images `start` to `stop`."""
-        count = len(self.prompts)
-        return tuple(self.prompts[index % count] for index in range(start, stop)) if count else ()
+        return _in_turn(self.prompts, start, stop)
 
     def jobs(self, features: bool, keep: int) -> "Iterator[SampleJob]":
         """Divide the images into batches, set after set.
@@ -71,12 +77,17 @@ class Sampling:
                 features=features,
                 keep=max(0, keep - number * self.n - start),
                 prompts=self.prompts_of(start, stop),
+                labels=_in_turn(self.labels, start, stop),
                 client=self.clients[start // self.batch_size % len(self.clients)] if self.clients else None,
             )
 
     def load(self, job: "SampleJob") -> "SampleJob":
         """Return a job with what makes the model its client's own."""
         return job if job.client is None else replace(job, memory=self.memory(job.client))
+
+
+def _in_turn(values: tuple[T, ...], start: int, stop: int) -> tuple[T, ...]:
+    return tuple(values[index % len(values)] for index in range(start, stop)) if values else ()
 
 
 @dataclass(frozen=True)
@@ -91,6 +102,7 @@ class SampleJob:
     features: bool
     keep: int  # how many of the images are wanted, beside the features
     prompts: tuple[str, ...] = ()  # one for each image of the batch, where the task knows prompts
+    labels: tuple[int, ...] = ()  # likewise, where it knows classes
     client: int | None = None  # whose own model makes them; None for the global one
     memory: Payload = field(default_factory=dict)  # what makes the model that client's, once it is loaded
 
@@ -136,8 +148,8 @@ def sample_batch(worker: Worker, model: Shared, job: SampleJob) -> tuple[Row, tu
     """Sample one batch from the model (a float32 vector): features [size, d], and images uint8 [keep, c, h, w]."""
     tensors = {name: as_tensor(array) for name, array in model.arrays.items()}
     load_own(worker, tensors, job.memory)
-    # A task that knows no prompts has no such parameter.
-    extra: dict[str, Any] = {"prompts": job.prompts} if job.prompts else {}
+    # A task that knows none has no such parameter. Prompts beside labels are the names of classes, for scores.
+    extra: dict[str, Any] = {"labels": job.labels} if job.labels else {"prompts": job.prompts} if job.prompts else {}
     rng = generator(job.seed, *job.key)
     images = worker.learner.sample(job.size, rng, job.sampler, job.steps, **extra)
     check_sample(images, job.size, worker.config.task.name)

@@ -12,6 +12,22 @@ PICTURES = {  # of a run, with their captions
 }
 WORDS = {"image": "unconditional-image-generation", "text": "text-to-image"}  # the hub's names of tasks
 
+CLASSES = """\
+The network draws a given class, from 0 to {last}, which `DDPMPipeline` does not pass on; so give it to the network:
+
+```python
+from functools import partial
+
+import torch
+from diffusers import DDPMPipeline
+
+pipeline = DDPMPipeline.from_pretrained("model")
+labels = torch.tensor([0, {last}])
+pipeline.unet.forward = partial(pipeline.unet.forward, class_labels=labels)
+images = pipeline(batch_size=len(labels)).images
+```
+"""
+
 
 def privacy_of(result: dict[str, Any]) -> str | None:
     """Say what noise proves; None where there was none."""
@@ -97,9 +113,11 @@ def model_card(
         eval_results=_results(kind, data, result) or None,
         model_name=f"{data}, {settings['clients']} clients, {settings['algorithm']}",
     )
+    classes = task.get("num_class_embeds")
     epochs, steps = settings["local_epochs"], settings["local_steps"]
     facts = {
         "base": Path(base).name if here else base,
+        "classes": classes,
         "data": f"{data}, {result['examples']:,} images among {settings['clients']} clients",
         "partition": settings["partition"],
         "rounds": f"{result['rounds']}, aggregated by {settings['algorithm']}",
@@ -118,7 +136,8 @@ def model_card(
     images = [line for name in PICTURES if name in pictures for line in (f"![{PICTURES[name]}]({name})", "")]
     title = "# A model trained by federated averaging" if base is None else "# Adapters trained by federated averaging"
     head = ["---", front.to_yaml(), "---", "", title, ""]
-    return "\n".join([*head, *images, "| | |", "|---|---|", *lines, ""])
+    use = CLASSES.format(last=classes - 1).splitlines() if classes else []
+    return "\n".join([*head, *images, "| | |", "|---|---|", *lines, "", *use])
 
 
 def _value(score: Mapping[str, Any]) -> str:

@@ -72,16 +72,20 @@ class Run(record.Run):
             picture.load()
             return picture
 
-    def sample(self, n: int = 64, seed: int = 0, prompts: Sequence[str] = ()) -> torch.Tensor:
+    def sample(
+        self, n: int = 64, seed: int = 0, prompts: Sequence[str] = (), labels: Sequence[int] = ()
+    ) -> torch.Tensor:
         """Draw images from the model of the last complete round, on this process's CPU: uint8 [n, channels, h, w].
 
         They are those of `fedray sample` of the same seed. `fedray.grid` makes a picture of them.
 
         Args:
             prompts: of fine-tuned models, what to draw, in turn; by default what the run drew.
+            labels: of class-conditional models, the classes to draw, in turn; by default all.
 
         Raises:
-            UserError: no round is complete, or the configuration has classes of yours: open the run with its `config`.
+            UserError: no round is complete, the model has no such class, or the configuration names Python code of
+                yours: open the run with its `config`.
         """
         from fedray.federation.delivered import model_of, sampling_of
         from fedray.federation.evaluation import sample
@@ -90,7 +94,7 @@ class Run(record.Run):
 
         config = replace(self.config, actors=0, gpus_per_actor=0.0, features=None)
         with plain():
-            sampling = sampling_of(self, config, n, seed, prompts)
+            sampling = sampling_of(self, config, n, seed, prompts, labels)
             _, images = sample(LocalPool(config), model_of(self, config), sampling)
         return torch.from_numpy(images)
 
@@ -107,10 +111,13 @@ class Run(record.Run):
             raise UserError(f"the run at {self} is not complete, and has no model yet; resume it.")
         if (folder / "model_index.json").is_file():
             return DiffusionPipeline.from_pretrained(folder, use_safetensors=True)
-        base = self.saved["config"]["task"].get("pretrained_model_name_or_path")
+        task = self.saved["config"]["task"]
+        base = task.get("pretrained_model_name_or_path")
         if base is None or not (folder / "pytorch_lora_weights.safetensors").is_file():
             raise UserError(f"{folder} is what a task of your own has written, and no pipeline of diffusers.")
         pipeline = DiffusionPipeline.from_pretrained(base)
+        if task.get("prediction_type") is not None:
+            pipeline.scheduler.register_to_config(prediction_type=task["prediction_type"])
         pipeline.load_lora_weights(folder)
         return pipeline
 

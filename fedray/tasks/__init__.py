@@ -33,7 +33,8 @@ class Learner(Protocol):
     def sample(self, n: int, rng: torch.Generator, sampler: str, steps: int) -> torch.Tensor:
         """Sample n images, uint8 [n, channels (1 or 3), height, width], on the CPU.
 
-        The learner of a task that has `prompts(dataset)` takes one more argument, `prompts`: those of the n images.
+        The learner of a task that has `prompts(dataset)` takes one more argument, `prompts`: those of the n images;
+        that of a task that has `class_labels(n, dataset)`, and gives some, `labels`.
         """
 
     def save(self, directory: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from fedray.data import sources
+from fedray.data.buckets import Size
 from fedray.data.dataset import Dataset
 from fedray.data.images import Form
 from fedray.errors import UserError, check_name
@@ -50,6 +51,11 @@ class Images:
         if self.dataset_name not in DATASETS and Path(self.dataset_name).exists():
             object.__setattr__(self, "dataset_name", str(Path(self.dataset_name).absolute()))
 
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """Sizes of several aspect ratios that images are brought to, besides to squares."""
+        return ()
+
     def check(self, sampler: str, steps: int) -> None:
         """Raise `UserError` for what is wrong without looking at the images."""
         name, directory = self.dataset_name, self.train_data_dir
@@ -81,7 +87,7 @@ class Images:
             raise UserError(f"--channels {self.channels}: it must be 1 (grey) or 3 (RGB).")
 
     def dataset(self) -> Dataset:
-        form = Form(self.resolution, self.channels, self.crop)
+        form = Form(self.resolution, self.channels, self.crop, self.sizes)
         if self.dataset_name == "digits":
             dataset = sources.digits(self.max_train_samples)
             if dataset.images.shape[1:] != (self.channels, self.resolution, self.resolution):

@@ -98,7 +98,7 @@ def test_a_few_settings_in_each_form(name, tmp_path):
         ("task: lora", "say `fedray finetune --config"),
         ("task: dppm", "there is no task 'dppm'"),
         ("preset: digist", "did you mean 'digits'?"),
-        ("allow_tf32: true", "--allow-tf32: say --mixed-precision bf16"),
+        ("use_8bit_adam: true", "--use-8bit-adam: say --optimizer Adafactor"),
         ("partition: idd", "did you mean 'iid'?"),
         ("- rounds", "must hold settings"),
         ("a: [", "is no YAML"),

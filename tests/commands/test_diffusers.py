@@ -108,7 +108,8 @@ def test_refused_flags_say_what_to_use(script, tmp_path, monkeypatch, capsys):
 def test_no_flag_has_two_meanings():
     tables = (aliases.RENAMED, aliases.MEANT, aliases.NOTHING, aliases.REFUSED)
     assert len(aliases.ALL) == sum(map(len, tables))
-    assert not aliases.ALL & names_of(flags_of(Train, DDPM)) - {"--prediction-type"}  # which fine-tuning has not
+    assert not aliases.ALL & names_of(flags_of(Train, DDPM)) - {"--class-conditional"}  # which fine-tuning refuses
+    assert not aliases.ALL & names_of(flags_of(Finetune, LoRA))
     assert set(aliases.RENAMED.values()) <= names_of(flags_of(Train, DDPM))
 
 
@@ -203,7 +204,7 @@ def test_a_scripts_command_runs_stops_and_goes_on_by_itself(folder, tmp_path, mo
         ("--scale-lr --learning-rate 1e-3 --train-batch-size 8 --gradient-accumulation-steps 4",
          {"learning_rate": 1e-3 * 32}),
         ("--ddpm_num_inference_steps 7", {"sampling_steps": 7}),
-        ("--center_crop --dataloader_num_workers 8 --checkpointing-steps=500", {}),
+        ("--allow_tf32 --cache_latents --center_crop --dataloader_num_workers 8 --checkpointing-steps=500", {}),
     ],
 )  # fmt: skip
 def test_meanings_in_rounds(flags, expected, capsys):
@@ -238,6 +239,7 @@ def test_meanings_in_rounds(flags, expected, capsys):
         ("--resume-from-checkpoint checkpoint-500", "it must be latest, or the directory of a run"),
         ("--lr 3", "--lr: say --learning-rate"),
         ("--num-clients 3", "--num-clients: say --clients"),
+        ("--enable_bucket", "--enable-bucket: say --aspect-ratio-buckets, with the sizes as HEIGHT,WIDTH"),
     ],
 )
 def test_what_does_not_fit_is_one_sentence(flags, message, tmp_path, monkeypatch, capsys):

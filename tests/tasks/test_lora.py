@@ -25,6 +25,7 @@ from fedray.algorithms.fedavg import FedAvg
 from fedray.algorithms.folds import Mean
 from fedray.algorithms.lora import FFA, SVD, FedEx, Flora, RoLoRA
 from fedray.cli import main
+from fedray.errors import UserError
 from fedray.federation.local import TrainJob, client_update
 from fedray.federation.plan import make_plan
 from fedray.federation.pool import LocalPool
@@ -356,7 +357,8 @@ def test_a_client_alone_is_plain_peft_training(config, tmp_path):
     assert torch.equal(run.state(plan.layout).tensors["model"], learner.flat.vector.detach())
 
 
-def test_images_and_captions_are_encoded_once_and_the_encoders_leave(config, monkeypatch):
+def test_images_and_captions_are_encoded_once_and_the_encoders_leave(config, monkeypatch, tmp_path):
+    monkeypatch.setenv("FEDRAY_CACHE", str(tmp_path / "cache"))
     config = replace(config, random_flip=True)
     plan = make_plan(config)
     worker = Worker(config, torch.device("cpu"), "test")
@@ -412,8 +414,7 @@ def test_the_loss_by_hand(config, tmp_path, kind, gamma, offset):
     with torch.no_grad():
         found = learner.loss(batch, torch.Generator().manual_seed(3)).item()
     rng = torch.Generator().manual_seed(3)
-    parts = [learner._latents[index, False] for index in range(3)]
-    mean, deviation = (torch.stack(part) for part in zip(*parts, strict=True))
+    mean, deviation = torch.from_numpy(np.stack(learner.latents([(index, False) for index in range(3)]), 1))
     latents = (mean + deviation * torch.randn(mean.shape, generator=rng)) * learner.scaling_factor
     noise = torch.randn(latents.shape, generator=rng)
     if offset:
@@ -421,7 +422,7 @@ def test_the_loss_by_hand(config, tmp_path, kind, gamma, offset):
     timesteps = torch.randint(1000, (3,), generator=rng)
     alpha = learner.scheduler.alphas_cumprod[timesteps].double()
     a, s = alpha.sqrt()[:, None, None, None], (1 - alpha).sqrt()[:, None, None, None]
-    embeddings = torch.stack([learner._embeddings[caption] for caption in batch["prompts"]])
+    embeddings = learner.embeddings(batch["prompts"])
     with torch.no_grad():
         predicted = learner.unet((a * latents + s * noise).float(), timesteps, embeddings).sample
     target = a * noise - s * latents if kind == "v_prediction" else noise
@@ -431,10 +432,33 @@ def test_the_loss_by_hand(config, tmp_path, kind, gamma, offset):
     assert found == pytest.approx(expected.item(), rel=1e-4)
 
 
+def test_a_prediction_type_is_as_if_the_scheduler_said_so(config, tmp_path):
+    """In the loss, in samples, in a merged pipeline and in `Run.model`; adapters alone do not carry it."""
+    shutil.copytree(PIPELINE, tmp_path / "pipeline")
+    path = tmp_path / "pipeline/scheduler/scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "v_prediction"}))
+    found = []
+    for folder, extra in ((tmp_path / "pipeline", {}), (PIPELINE, {"prediction_type": "v_prediction"}), (PIPELINE, {})):
+        learner, dataset = learner_of(config, folder, **extra)
+        with torch.no_grad():
+            loss = learner.loss(batch_of(dataset, np.arange(3)), torch.Generator().manual_seed(3)).item()
+        drawn = learner.sample(1, torch.Generator().manual_seed(3), "ddim", 2, ["the digit six"])
+        found.append((loss, drawn.tolist()))
+    assert found[0] == found[1]
+    assert found[0][0] != found[2][0]
+    assert found[0][1] != found[2][1]
+    task = replace(config.task, prediction_type="v_prediction")
+    for method in (FedAvg(), Flora()):
+        run = train(replace(config, task=task, algorithm=method, rounds=1), tmp_path / str(method))
+        assert run.model().scheduler.config.prediction_type == "v_prediction"
+    with pytest.raises(UserError, match="did you mean 'v_prediction'"):
+        replace(task, prediction_type="v_predicton").check("ddim", 2)
+
+
 def test_mirror_images_dropout_and_empty_prompts_change_the_loss(config):
     learner, dataset = learner_of(config)
-    plain, turned = learner._latents[0, False][0], learner._latents[0, True][0]
-    assert not torch.allclose(plain, turned, atol=0.1)
+    plain, turned = learner.latents([(0, False), (0, True)])
+    assert not np.allclose(plain[0], turned[0], atol=0.1)
     batch = batch_of(dataset, np.arange(4))
 
     def loss(learner, batch, grad=True):
@@ -456,15 +480,6 @@ def test_mirror_images_dropout_and_empty_prompts_change_the_loss(config):
     nothing = batch_of(dataset, np.arange(4)) | {"prompts": [""] * 4}
     assert loss(empty, batch) == loss(empty, nothing)
     assert loss(empty, batch, grad=False) != loss(empty, nothing, grad=False)
-
-
-def test_what_is_kept_of_images_is_bounded(config, monkeypatch):
-    learner, dataset = learner_of(config)
-    assert len(learner._latents) == 12
-    monkeypatch.setattr("fedray.tasks.lora.learner.KEPT", 0)
-    learner.prepare(dataset, np.arange(6, 8), False)
-    assert len(learner._latents) == 2
-    assert len(learner._embeddings) <= 3
 
 
 @pytest.mark.slow

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from fedray.data.dataset import Dataset
+from fedray.data.sources import DIGITS
 from fedray.errors import UserError, check_name
 from fedray.lazy import torch
 from fedray.tasks.images import Images
@@ -22,7 +25,7 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 @dataclass(frozen=True)
 class DDPM(Images):
-    """An unconditional `diffusers.UNet2DModel` that learns to invert a `DDPMScheduler`."""
+    """A `diffusers.UNet2DModel` that learns to invert a `DDPMScheduler`: unconditional, or given an image's label."""
 
     name: ClassVar[str] = "ddpm"
 
@@ -36,6 +39,9 @@ class DDPM(Images):
     """Residual layers in a block."""
     norm_num_groups: int = 8
     """Groups of the group normalisation."""
+    num_class_embeds: int | None = None
+    """Classes of a U-Net that learns each image given its label, from 0 on; None makes it unconditional.
+    --class-conditional takes as many as the data has."""
     ddpm_num_steps: int = 1000
     """T, the diffusion steps in training."""
     ddpm_beta_schedule: str = "linear"
@@ -49,7 +55,8 @@ class DDPM(Images):
         super().check(sampler, steps)
         check_name("sampler", sampler, SAMPLERS)
         check_name("prediction type", self.prediction_type, PREDICTION_TYPES)
-        counts = ("snr_gamma", "ddpm_num_steps", "layers_per_block", "norm_num_groups", "block_out_channels")
+        counts = ("snr_gamma", "ddpm_num_steps", "layers_per_block", "norm_num_groups", "block_out_channels",
+                  "num_class_embeds")  # fmt: skip
         for name in counts:
             value = getattr(self, name)
             if value is not None and np.min(value, initial=1) <= 0:
@@ -77,6 +84,43 @@ class DDPM(Images):
                 f"after each block but the last."
             )
 
+    @property
+    def offers(self) -> frozenset[str]:
+        """Properties that attacks may require."""
+        return frozenset() if self.num_class_embeds is None else frozenset({"labels"})
+
+    def fingerprint(self, dataset: Dataset) -> dict[str, str]:
+        """Hash what a resumed run must find again beside its images: the labels, where it learns from them.
+
+        Raises:
+            UserError: it cannot learn from these.
+        """
+        if self.num_class_embeds is None:
+            return {}
+        if (found := count_classes(dataset)) > self.num_class_embeds:
+            raise UserError(
+                f"--num-class-embeds {self.num_class_embeds}: the images have labels up to {found - 1}; say {found}, "
+                f"or --class-conditional."
+            )
+        assert dataset.labels is not None
+        return {"labels_sha256": hashlib.sha256(np.ascontiguousarray(dataset.labels).tobytes()).hexdigest()}
+
+    def class_labels(self, n: int, dataset: Dataset | None = None) -> tuple[int, ...]:
+        """Return labels of n samples, none where it is unconditional: in a dataset's proportions; else all in turn."""
+        if self.num_class_embeds is None:
+            return ()
+        return tuple((np.arange(n) % self.num_class_embeds if dataset is None else dataset.labels_like(n)).tolist())
+
+    def class_names(self, dataset: Dataset) -> dict[int, str]:
+        """Return what labels are called, where that is known: of digits, and of folders that are the labels."""
+        if self.dataset_name == "digits":
+            return dict(enumerate(DIGITS))
+        if dataset.labels is None or "folder" not in dataset.columns:
+            return {}
+        pairs = set(zip(dataset.labels.tolist(), map(str, dataset.columns["folder"]), strict=True))
+        names = dict(pairs)
+        return names if len(pairs) == len(names) == len(set(names.values())) else {}
+
     def unet(self) -> UNet2DModel:
         """Build the network, freshly initialised."""
         from diffusers import UNet2DModel
@@ -93,6 +137,7 @@ class DDPM(Images):
             add_attention=self.mid_block_attention,
             layers_per_block=self.layers_per_block,
             norm_num_groups=self.norm_num_groups,
+            num_class_embeds=self.num_class_embeds,
         )
 
     def scheduler(self) -> DDPMScheduler:
@@ -114,3 +159,20 @@ class DDPM(Images):
         from fedray.tasks.ddpm.learner import DDPMLearner
 
         return DDPMLearner(self.unet(), self.scheduler(), self.snr_gamma, device)
+
+
+def count_classes(dataset: Dataset) -> int:
+    """Return how many classes a dataset's labels are of, if they are numbered from 0.
+
+    Raises:
+        UserError: there are no labels, all are the same, or some are negative.
+    """
+    if dataset.labels is None or len(np.unique(dataset.labels)) < 2:
+        what = "have no labels" if dataset.labels is None else "all have the same label"
+        raise UserError(
+            f"a class-conditional U-Net learns from labels, and these images {what}: put those of each class into a "
+            f"folder, say --label-pattern, or leave --class-conditional (--num-class-embeds) out."
+        )
+    if dataset.labels.min() < 0:
+        raise UserError(f"a class-conditional U-Net knows labels from 0 on, and the data has {dataset.labels.min()}.")
+    return int(dataset.labels.max()) + 1

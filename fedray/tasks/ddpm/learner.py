@@ -1,6 +1,7 @@
 """The network of the task `ddpm`, its loss and its samples."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,11 @@ class DDPMLearner:
         self.flat = FlatParameters(self.unet)
         self.alphas_cumprod = scheduler.alphas_cumprod.to(device)
 
+    @property
+    def classes(self) -> int:
+        """How many classes the network is conditioned on; 0 where it is unconditional."""
+        return self.unet.config.num_class_embeds or 0
+
     def prepare(self, dataset: Dataset, indices: np.ndarray, mirrored: bool) -> None:
         pass
 
@@ -35,12 +41,14 @@ class DDPMLearner:
         """Return ‖target − f_θ(√ᾱ_t x_0 + √(1 − ᾱ_t) ε, t)‖², t uniform (Ho et al. 2020, equation 14).
 
         The target is ε, v = √ᾱ_t ε − √(1 − ᾱ_t) x_0 (Salimans and Ho 2022), or x_0, then weighted by the
-        signal-to-noise ratio as diffusers does; with γ, by min(SNR, γ) relative to x_0 (Hang et al. 2023).
+        signal-to-noise ratio as diffusers does; with γ, by min(SNR, γ) relative to x_0 (Hang et al. 2023). A
+        class-conditional network is given the batch's labels too.
         """
         images = batch["images"].to(self.device).float() / 127.5 - 1  # [b, c, h, w] in [−1, 1]
         timesteps = torch.randint(len(self.alphas_cumprod), (len(images),), generator=rng).to(self.device)
         noise = torch.randn(images.shape, generator=rng).to(self.device)
-        predicted = self.unet(self.scheduler.add_noise(images, noise, timesteps), timesteps).sample.float()
+        given = {"class_labels": batch["labels"].to(self.device)} if self.classes else {}
+        predicted = self.unet(self.scheduler.add_noise(images, noise, timesteps), timesteps, **given).sample.float()
         kind = self.scheduler.config.prediction_type
         if kind == "v_prediction":
             target = self.scheduler.get_velocity(images, noise, timesteps)
@@ -49,11 +57,16 @@ class DDPMLearner:
         return weighted_loss(predicted, target, self.alphas_cumprod[timesteps], kind, self.snr_gamma)
 
     @torch.no_grad()
-    def sample(self, n: int, rng: torch.Generator, sampler: str, steps: int) -> Tensor:
+    def sample(self, n: int, rng: torch.Generator, sampler: str, steps: int, labels: Sequence[int] = ()) -> Tensor:
+        """Sample n images, uint8 [n, c, h, w]: image i of class `labels[i]`, by default of all classes in turn."""
+        given = {}
+        if self.classes:
+            wanted = labels or [index % self.classes for index in range(n)]
+            given = {"class_labels": torch.tensor(wanted, device=self.device)}
         scheduler = make_sampler(sampler, self.scheduler.config)
         size = self.unet.config.sample_size
         noise = torch.randn((n, self.unet.config.in_channels, size, size), generator=rng).to(self.device)
-        return sample_pixels(lambda x, t: self.unet(x, t).sample, noise, scheduler, sampler, steps, rng)
+        return sample_pixels(lambda x, t: self.unet(x, t, **given).sample, noise, scheduler, sampler, steps, rng)
 
     def load(self, directory: Path) -> None:
         """Take over the network that `save` wrote. Raises ValueError where it is another one."""

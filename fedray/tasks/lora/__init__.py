@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 import numpy as np
 import tyro
 
+from fedray.data.buckets import Size, sizes_in
 from fedray.data.captions import captions_of
 from fedray.data.dataset import Dataset
 from fedray.data.images import Form
@@ -33,6 +34,7 @@ from fedray.tasks.samplers import SAMPLERS
 if TYPE_CHECKING:
     from fedray.tasks.lora.learner import LoRALearner
 
+PREDICTION_TYPES = ("epsilon", "v_prediction")
 PIPELINE = Path(__file__).parents[1] / "digits_pipeline"  # a small one that ships with fedray (`fedray.tasks.embedded`)
 
 
@@ -52,6 +54,9 @@ class LoRA(Images):
     """imagefolder (in --train-data-dir), a .parquet file, or a Hugging Face name."""
     resolution: int = 512
     """Height and width that images are cropped and resized to, and of what is drawn, in pixels."""
+    aspect_ratio_buckets: str | None = None
+    """Sizes that images are cropped and resized to for training, each to the nearest, HEIGHT,WIDTH;HEIGHT,WIDTH … as
+    512,512;384,640; by default squares of the resolution."""
     channels: Annotated[int, tyro.conf.Suppress] = 3
     base_dtype: str = "float32"
     """In what the frozen base is held and computed: float32, bfloat16 or float16. Adapters are float32."""
@@ -74,6 +79,9 @@ class LoRA(Images):
     """Share of training examples whose caption is left out, which keeps guidance working (0.1 is usual)."""
     noise_offset: float = 0.0
     """Scale of noise that is the same for a whole channel (0.1 helps with dark and light images)."""
+    prediction_type: str | None = None
+    """What the U-Net learns to predict: epsilon (the noise) or v_prediction (the velocity); by default what the
+    pipeline's scheduler says."""
     snr_gamma: float | None = None
     """Min-SNR weighting of the loss with this γ (5 is usual); None weighs all steps alike."""
     class_data_dir: str | None = None
@@ -100,6 +108,10 @@ class LoRA(Images):
     def folder(self) -> Path:
         """Where the pipeline is on this machine, fetched if need be. Raises `UserError` if it is not of the kind."""
         return pipeline_folder(self.pretrained_model_name_or_path, self.revision, self.variant)
+
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        return () if self.aspect_ratio_buckets is None else sizes_in(self.aspect_ratio_buckets)
 
     @property
     def scale(self) -> float:
@@ -140,15 +152,32 @@ class LoRA(Images):
             raise UserError(
                 f"--resolution {self.resolution}: it must be a multiple of {resolution_factor(folder)} for this VAE."
             )
+        self._check_sizes(resolution_factor(folder))
+        if self.prediction_type is not None:
+            check_name("prediction type", self.prediction_type, PREDICTION_TYPES)
         scheduler = scheduler_config(folder)
-        if scheduler.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"):
-            raise UserError(
-                f"{folder} predicts {scheduler['prediction_type']}; only epsilon and v_prediction are known."
-            )
+        kind = self.prediction_type or scheduler.get("prediction_type", "epsilon")
+        if kind not in PREDICTION_TYPES:
+            raise UserError(f"{folder} predicts {kind}; only {' and '.join(PREDICTION_TYPES)} are known.")
         trained = scheduler["num_train_timesteps"]
         if not 1 <= steps <= trained:
             raise UserError(f"--sampling-steps {steps}: it must be between 1 and the {trained} steps of training.")
         check_targets(folder, self.target_modules)
+
+    def _check_sizes(self, factor: int) -> None:
+        """Raise `UserError` for sizes that cannot be, or do not go with other settings."""
+        if self.aspect_ratio_buckets is None:
+            return
+        flag = f"--aspect-ratio-buckets {self.aspect_ratio_buckets}"
+        try:
+            sizes = self.sizes
+        except ValueError as error:
+            raise UserError(f"{flag}: {error}.") from None
+        for size in sizes:
+            if any(side % factor for side in size):
+                raise UserError(f"{flag}: sides must be multiples of {factor} for this VAE and U-Net.")
+        if self.crop is not None:
+            raise UserError(f"{flag}: --crop keeps a square of each image; leave one of them out.")
 
     def dataset(self) -> Dataset:
         """Load the images, with a column "caption"."""
@@ -173,6 +202,10 @@ class LoRA(Images):
         extra = self.class_images()
         found = {"captions_sha256": hashlib.sha256(captions).hexdigest()}
         found |= {"class_images_sha256": extra.sha256} if extra is not None else {}
+        if self.sizes:
+            if dataset.buckets is None:
+                raise UserError("--aspect-ratio-buckets: these images were not decoded from files, and have one size.")
+            found["buckets_sha256"] = dataset.buckets.sha256
         return found | {"base_sha256": base_sha256(self.folder, self.variant)}
 
     def prompts(self, dataset: Dataset) -> tuple[str, ...]:

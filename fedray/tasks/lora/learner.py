@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,9 +20,10 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from fedray.data.dataset import Dataset
+from fedray.shelf import Shelf
 from fedray.tasks import Batch
 from fedray.tasks.ddpm.learner import weighted_loss
-from fedray.tasks.lora.pipelines import embed, unet_folder, variant
+from fedray.tasks.lora.pipelines import embed, encoders_key, unet_folder, variant
 from fedray.tasks.samplers import make_sampler
 from fedray.vector import FlatParameters
 from fedray.vector.adapters import adapters
@@ -29,7 +31,17 @@ from fedray.vector.adapters import adapters
 if TYPE_CHECKING:
     from fedray.tasks.lora import LoRA
 
-KEPT = 4_000_000_000  # bytes of latents that a process keeps
+VERSION = 1  # of how images and captions are encoded: part of the cache's key
+
+
+def _place(index: int, mirrored: bool) -> str:
+    """Return what an image's latents are called."""
+    return f"{index}-mirrored" if mirrored else str(index)
+
+
+def _named(caption: str) -> str:
+    """Return what a caption's embedding is called."""
+    return f"caption-{hashlib.sha256(caption.encode()).hexdigest()[:32]}"
 
 
 class LoRALearner:
@@ -40,6 +52,8 @@ class LoRALearner:
         self.dtype = getattr(torch, task.base_dtype)
         self.folder = task.folder
         self.scheduler = DDPMScheduler.from_pretrained(self.folder, subfolder="scheduler")
+        if task.prediction_type is not None:
+            self.scheduler.register_to_config(prediction_type=task.prediction_type)
         self.alphas_cumprod = self.scheduler.alphas_cumprod.to(device)
         self.scaling_factor = AutoencoderKL.load_config(self.folder, subfolder="vae").get("scaling_factor", 0.18215)
         base, files = unet_folder(self.folder, task.base_dtype, task.variant)
@@ -64,40 +78,75 @@ class LoRALearner:
         self.flat = FlatParameters(self.unet)
         self.adapters = adapters(self.unet, self.flat.layout, task.scale, task.ranks)
         self._encoders: tuple[AutoencoderKL, CLIPTextModel, CLIPTokenizer] | None = None
-        self._latents: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}  # mean and deviation, [4, h / 8, w / 8]
-        self._embeddings: dict[str, Tensor] = {}  # [tokens, width]
+        self._encoded: dict[str, Shelf] = {}  # by the SHA-256 of a dataset's images: its latents and embeddings
+        self._shelf: Shelf | None = None  # of the dataset that was prepared last
         self._class_images = task.class_images()
 
-    # What training needs of images and captions, computed once
+    # What training needs of images and captions, computed once on each node
 
     @torch.no_grad()
     def prepare(self, dataset: Dataset, indices: np.ndarray, mirrored: bool) -> None:
-        """Encode examples and captions that have not been yet; then the VAE and the text encoder leave memory."""
+        """Encode examples and captions that this node has not yet; then the VAE and the text encoder leave memory.
+
+        What is kept of an image are the mean and the standard deviation of its latents, from which training draws.
+        """
         sides = (False, True) if mirrored else (False,)
-        wanted = [(int(index), side) for index in indices for side in sides]
+        shelf = self._shelf = self._shelf_of(dataset)
         captions = {"", *(str(dataset.columns["caption"][index]) for index in indices)}
+        self._encode(dataset, [(int(index), side) for index in indices for side in sides])
         if self._class_images is not None and self.task.class_prompt is not None:
-            wanted += [(-1 - index, False) for index in range(len(self._class_images))]
+            self._encode(self._class_images, [(index, False) for index in range(len(self._class_images))])
             captions.add(self.task.class_prompt)
-        held = sum(2 * mean.nbytes for mean, _ in self._latents.values())
-        if held + sum(embedding.nbytes for embedding in self._embeddings.values()) > KEPT:
-            self._latents, self._embeddings = {}, {}
-        missing = [key for key in wanted if key not in self._latents]
-        unknown = sorted(caption for caption in captions if caption not in self._embeddings)
-        if missing or unknown:
-            vae, text_encoder, tokenizer = self._encode_with()
-            for index, side in missing:  # one at a time: a batch's other images would change the bits
-                source = dataset.images[index] if index >= 0 else self._of_the_class(-1 - index)
-                pixels = torch.from_numpy(source[..., ::-1].copy() if side else source.copy())[None]
-                found = vae.encode((pixels.to(self.device).float() / 127.5 - 1).to(self.dtype)).latent_dist
-                self._latents[index, side] = (found.mean[0].float(), found.std[0].float())
-            for caption in unknown:
-                self._embeddings[caption] = embed(caption, text_encoder, tokenizer, self.device)
+        if missing := sorted(caption for caption in captions if _named(caption) not in shelf):
+            _, text_encoder, tokenizer = self._encode_with()
+            for caption in missing:
+                shelf[_named(caption)] = embed(caption, text_encoder, tokenizer, self.device).cpu().numpy()
         self._encoders = None
 
-    def _of_the_class(self, index: int) -> np.ndarray:
-        assert self._class_images is not None
-        return self._class_images.images[index]
+    def _shelf_of(self, dataset: Dataset) -> Shelf:
+        if dataset.sha256 not in self._encoded:
+            where = [torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
+            if self.device.type == "cuda":
+                where = [torch.cuda.get_device_name(self.device)]
+            key = ["latents", VERSION, dataset.sha256, encoders_key(self.folder, self.task.variant)]
+            if self.task.sizes and dataset.buckets is not None:
+                key.append(dataset.buckets.sha256)
+            what = f"latents and embeddings of {len(dataset):,} images"
+            self._encoded[dataset.sha256] = Shelf(what, [*key, self.task.base_dtype, *where])
+        return self._encoded[dataset.sha256]
+
+    def _encode(self, dataset: Dataset, wanted: list[tuple[int, bool]]) -> None:
+        """Encode images, or their mirror images, that are not kept."""
+        shelf = self._shelf_of(dataset)
+        missing = [each for each in wanted if _place(*each) not in shelf]
+        if not missing:
+            return
+        vae, _, _ = self._encode_with()
+        buckets = dataset.buckets if self.task.sizes else None
+        for index, side in missing:  # one at a time: a batch's other images would change the bits
+            source = (dataset.images if buckets is None else buckets)[index]
+            pixels = torch.from_numpy(source[..., ::-1].copy() if side else source.copy())[None]
+            found = vae.encode((pixels.to(self.device).float() / 127.5 - 1).to(self.dtype)).latent_dist
+            shelf[_place(index, side)] = torch.stack([found.mean[0], found.std[0]]).float().cpu().numpy()
+
+    def latents(self, examples: Sequence[tuple[int, bool]], of_the_class: Sequence[int] = ()) -> list[np.ndarray]:
+        """Map the latents of prepared examples: the mean and the standard deviation of each, [2, 4, h / 8, w / 8].
+
+        Args:
+            examples: their indices, and whether they are mirrored.
+            of_the_class: indices of class images, whose latents come after those.
+        """
+        assert self._shelf is not None
+        kept = [self._shelf[_place(*each)] for each in examples]
+        if self._class_images is not None:
+            shelf = self._shelf_of(self._class_images)
+            kept += [shelf[_place(index, False)] for index in of_the_class]
+        return kept
+
+    def embeddings(self, captions: Sequence[str]) -> Tensor:
+        """Return the embeddings of prepared captions: [n, tokens, width]."""
+        assert self._shelf is not None
+        return torch.from_numpy(np.stack([self._shelf[_named(caption)] for caption in captions])).to(self.device)
 
     def _encode_with(self) -> tuple[AutoencoderKL, CLIPTextModel, CLIPTokenizer]:
         if self._encoders is None:
@@ -116,36 +165,56 @@ class LoRALearner:
         """Return the DDPM's loss in the VAE's latent space, given the caption (Rombach et al. 2022, equation 3).
 
         In training with class images, as many of them are drawn as the batch has examples, and their loss is added
-        (prior preservation, Ruiz et al. 2023, equation 2).
+        (prior preservation, Ruiz et al. 2023, equation 2). Images of several sizes are a call of the network each; the
+        loss is the mean over all of them.
         """
-        keys = list(zip(batch["index"].tolist(), batch["mirrored"].tolist(), strict=True))
-        captions, n = list(batch["prompts"]), len(keys)
+        examples = list(zip(batch["index"].tolist(), batch["mirrored"].tolist(), strict=True))
+        captions, n, of_the_class = list(batch["prompts"]), len(examples), list[int]()
         if self.task.proportion_empty_prompts and torch.is_grad_enabled():
             left_out = torch.rand(n, generator=rng) < self.task.proportion_empty_prompts
             captions = ["" if empty else caption for empty, caption in zip(left_out.tolist(), captions, strict=True)]
         if self._class_images is not None and self.task.class_prompt is not None and torch.is_grad_enabled():
-            drawn = torch.randint(len(self._class_images), (n,), generator=rng)
-            keys += [(-1 - index, False) for index in drawn.tolist()]
+            of_the_class = torch.randint(len(self._class_images), (n,), generator=rng).tolist()
             captions += [self.task.class_prompt] * n
         self.unet.train(torch.is_grad_enabled())  # dropout, in training only
-        mean, deviation = (torch.stack(parts) for parts in zip(*(self._latents[key] for key in keys), strict=True))
+        latents = self.latents(examples, of_the_class)
+        sizes: dict[tuple[int, ...], list[int]] = {}
+        for position, each in enumerate(latents):
+            sizes.setdefault(each.shape, []).append(position)
+        loss: Tensor | None = None
+        for members in sizes.values():  # in their order in the batch; one, without buckets
+            own = sum(position < n for position in members)  # the others are of the class
+            few = [latents[position] for position in members], [captions[position] for position in members]
+            instance, prior = self._losses(*few, own, rng)
+            weight = (len(members) - own) / n * self.task.prior_loss_weight
+            for share, part in ((own / n, instance), (weight, prior)):
+                if part is not None:
+                    loss = share * part if loss is None else loss + share * part
+        assert loss is not None
+        return loss
+
+    def _losses(
+        self, kept: Sequence[np.ndarray], captions: Sequence[str], own: int, rng: torch.Generator
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the mean losses of latents of one size: of the first `own`, and of the others; None of none."""
+        mean, deviation = torch.from_numpy(np.stack(kept, 1)).to(self.device)
         latents = (mean + deviation * self._normal(mean.shape, rng)) * self.scaling_factor
         noise = self._normal(latents.shape, rng)
         if self.task.noise_offset:
             noise = noise + self.task.noise_offset * self._normal((*latents.shape[:2], 1, 1), rng)
         timesteps = torch.randint(len(self.alphas_cumprod), (len(latents),), generator=rng).to(self.device)
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
-        embeddings = torch.stack([self._embeddings[caption] for caption in captions])
-        predicted = self.unet(noisy.to(self.dtype), timesteps, embeddings.to(self.dtype)).sample.float()
+        predicted = self.unet(noisy.to(self.dtype), timesteps, self.embeddings(captions).to(self.dtype)).sample.float()
         kind = self.scheduler.config.prediction_type
         target = self.scheduler.get_velocity(latents, noise, timesteps) if kind == "v_prediction" else noise
         alpha = self.alphas_cumprod[timesteps]
 
-        def of(part: slice) -> Tensor:
+        def of(part: slice) -> Tensor | None:
+            if not len(alpha[part]):
+                return None
             return weighted_loss(predicted[part], target[part], alpha[part], kind, self.task.snr_gamma)
 
-        instance = of(slice(0, n))
-        return instance if len(keys) == n else instance + self.task.prior_loss_weight * of(slice(n, None))
+        return of(slice(0, own)), of(slice(own, None))
 
     def _normal(self, shape: Sequence[int], rng: torch.Generator) -> Tensor:
         return torch.randn(tuple(shape), generator=rng).to(self.device)
@@ -206,6 +275,8 @@ class LoRALearner:
             whole = self.pipeline("ddpm")
             kind = json.loads((self.folder / "model_index.json").read_text())["scheduler"][1]
             whole.scheduler = getattr(diffusers, kind).from_pretrained(self.folder, subfolder="scheduler")
+            if self.task.prediction_type is not None:
+                whole.scheduler.register_to_config(prediction_type=self.task.prediction_type)
             whole.save_pretrained(directory)
             return
         weights = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.unet))

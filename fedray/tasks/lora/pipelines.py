@@ -120,6 +120,26 @@ def base_sha256(folder: Path, wanted: str | None = None) -> str:
     return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
 
+def encoders_key(folder: Path, wanted: str | None) -> dict[str, object]:
+    """Return what the bits of latents and embeddings depend on, beside images, captions and the device, as JSON.
+
+    These are the contents of the VAE, the text encoder and the tokenizer, and the versions of libraries.
+    """
+    import diffusers
+    import transformers
+
+    files = [path for part in ("vae", "text_encoder", "tokenizer") for path in sorted((folder / part).iterdir())]
+    stats = [(path, path.stat()) for path in files if path.is_file()]
+    return {
+        "files": {
+            f"{path.parent.name}/{path.name}": _file_sha256(path, stat.st_size, stat.st_mtime_ns)
+            for path, stat in stats
+        },
+        "variant": wanted,
+        "versions": [torch.__version__, diffusers.__version__, transformers.__version__],
+    }
+
+
 @cache
 def _file_sha256(path: Path, size: int, changed: int) -> str:
     with open(path, "rb") as file:
