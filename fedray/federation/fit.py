@@ -16,6 +16,7 @@ from fedray import vector
 from fedray.config import Config
 from fedray.data.dataset import Dataset
 from fedray.errors import RunError, reason
+from fedray.federation.budget import example_spending
 from fedray.federation.callbacks import Callbacks
 from fedray.federation.evaluation import (
     GRID,
@@ -27,7 +28,6 @@ from fedray.federation.evaluation import (
     prompts_of,
     sample,
 )
-from fedray.federation.examples import report, spend
 from fedray.federation.personal import by_clients
 from fedray.federation.plan import Plan, disk_needed, make_plan
 from fedray.federation.pool import failure
@@ -104,6 +104,9 @@ def fit(session: Session, provenance: dict[str, Any], resume: bool = False) -> I
         if plan.release is not None:
             spending = Spending(run.directory, plan.release, config.delta, config.max_epsilon, run.publish)
             session = replace(session, spending=spending)
+        if config.method.hides_examples:
+            of = (config, plan.example_noise, plan.shards.sizes)
+            session = replace(session, examples=example_spending(*of, run.directory, run.publish))
         state, row = run.state(plan.layout, memories=True), None
         if state is None:
             state = State(0, config.method.init(plan.initial, plan.layout))
@@ -122,7 +125,8 @@ def fit(session: Session, provenance: dict[str, Any], resume: bool = False) -> I
             while row is not None or state.round < session.config.rounds:
                 if row is None:
                     state, row = yield from _beside(run_round(session, state), saver, trackers)
-                    spend(config, row)
+                    if session.examples is not None:
+                        session.examples.tell(row)
                     if run.gone_back:
                         row["gone_back"], run.gone_back = run.gone_back, ""
                     hold_out(session, state, row)
@@ -310,8 +314,8 @@ def _finish(session: Session, state: State) -> None:
     }
     if session.spending is not None:
         result["privacy"] = session.spending.report(config.secure_noise)
-    if config.method.example_noise is not None:
-        result["example_privacy"] = report(config, rows)
+    if session.examples is not None:
+        result["example_privacy"] = session.examples.report(config.secure_noise)
     if plan.before is not None:
         result["started_from"] = plan.before
     card = model_card(config.to_json(), result, run.saved.get("command", []))

@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from memory import Memory
+from memory import Memory, memory_config
 from runs import sha, train
 from scipy import stats
 from torch import nn
@@ -17,11 +17,13 @@ from fedray.algorithms.dpsgd import DPSGD
 from fedray.algorithms.fedavg import FedAvg
 from fedray.config import Config
 from fedray.errors import RunError, UserError
-from fedray.federation.examples import Private, clipped_sum, drawn_steps, example_gradients, rate_of, spent
+from fedray.federation.budget import spent, try_of
+from fedray.federation.examples import Private, clipped_sum, drawn_steps, example_gradients, rate_of
 from fedray.federation.fit import prepare
 from fedray.federation.local import LocalTraining, TrainJob
 from fedray.federation.steps import batch_of
 from fedray.federation.worker import Worker
+from fedray.privacy import Release, epsilon
 from fedray.record.run import Run
 from fedray.seeds import generator
 from fedray.tasks.lora import PIPELINE, LoRA
@@ -157,14 +159,6 @@ def test_each_example_is_drawn_by_itself():
     assert abs(np.corrcoef(drawn[:, 3], drawn[:, 7])[0, 1]) < 4 / 2000**0.5
 
 
-def memory_config(**changes):
-    settings = dict(
-        task=Memory(), clients=2, rounds=2, local_steps=6, train_batch_size=8, learning_rate=0.05, optimizer="sgd",
-        max_grad_norm=None, evaluate_samples=0, actors=0,
-    )  # fmt: skip
-    return Config(**(settings | changes))
-
-
 def test_without_noise_and_with_every_example_it_is_a_plain_step():
     """q = 1, and a clip that is never reached: a full batch of SGD."""
     config = memory_config(train_batch_size=64, algorithm="dpsgd:1e6:0", local_steps=1)
@@ -235,13 +229,18 @@ def test_every_client_has_an_epsilon_of_its_own(tmp_path):
         algorithm="dpsgd:0.5:1.5", partition="quantity:0.5", clients=4, cohort="poisson:0.6", rounds=4
     )
     rows = train(config, tmp_path / "run")
-    taken = {}
+    taken, client_of = {}, {}
+
+    def draw(n):
+        return n, min(8, n), min(8, n) / n
+
     for row in rows:
         for client in row["clients"]:
             taken[client["client"]] = taken.get(client["client"], 0) + 6
-            expected = spent(config, 1.5, client["examples"], taken[client["client"]])
+            client_of[client["client"]] = client
+            expected = epsilon({Release(1.5, *draw(client["examples"])): taken[client["client"]]}, 1e-5)
             assert client["epsilon"] == expected
-        assert row["example_privacy"]["epsilon"] == max(client["epsilon"] for client in row["clients"])
+        assert row["example_privacy"]["epsilon"] == max(each["epsilon"] for each in client_of.values())
     result = Run.open(tmp_path / "run").result["example_privacy"]
     assert set(result["clients"]) == set(map(str, taken))
     assert result["epsilon"] == max(result["clients"].values())
@@ -254,11 +253,12 @@ def test_every_client_has_an_epsilon_of_its_own(tmp_path):
 
 def test_numbers_that_were_published():
     """q = 0.04, σ = 1.5 and 2,250 steps; q = 0.01, σ = 4 and 10,000 steps: as in tests/test_accounting.py."""
-    config = Config(task=Memory(), local_steps=225, rounds=10, train_batch_size=4, algorithm="dpsgd:1:1.5")
-    assert spent(config, 1.5, 100, config.rounds * config.steps(100)) == pytest.approx(7.32933, abs=5e-6)
+    config = Config(task=Memory(), clients=1, local_steps=225, rounds=10, train_batch_size=4, algorithm="dpsgd:1:1.5")
+    assert spent(config, 1.5, np.array([100]), config.rounds) == pytest.approx(7.32933, abs=5e-6)
+    assert try_of(config, 1.5, 100).epsilon(10, 1e-5) == spent(config, 1.5, np.array([100]), 10)
     config = replace(config, local_steps=1000, train_batch_size=10, delta=1e-5)
-    assert round(spent(config, 4.0, 1000, config.rounds * config.steps(1000)), 3) == 1.035
-    assert spent(config, 0.0, 1000, 1) is None
+    assert round(spent(config, 4.0, np.array([1000]), config.rounds), 3) == 1.035
+    assert spent(config, 0.0, np.array([1000]), 1) == float("inf")
 
 
 def test_around_other_methods(tmp_path):
@@ -339,7 +339,8 @@ def test_a_client_that_draws_nothing_sends_its_noise(tmp_path):
     rows = train(config, tmp_path / "run")
     assert min(row["images"] for row in rows) == 0
     assert all(json.loads(json.dumps(row["loss"])) > 0 for row in rows)
-    assert rows[-1]["clients"][0]["algorithm"]["example_steps"] == 8
+    expected = epsilon({Release(1.0, 64, 1, 1 / 64): 8}, 1e-5)
+    assert rows[-1]["clients"][0]["epsilon"] == expected
 
 
 def test_results_and_the_card_say_what_is_spent(tmp_path):
