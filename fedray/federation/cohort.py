@@ -1,13 +1,15 @@
-"""Who takes part in a round, as it follows from the settings."""
+"""Who is to take part in a round, as it follows from the settings, and who did."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 
 import torch
 
 from fedray.algorithms import Round
 from fedray.config import Config
+from fedray.record.run import Row
 from fedray.seeds import generator
 
 
@@ -29,3 +31,8 @@ def dropped_of(config: Config, round: Round) -> frozenset[int]:
         return frozenset()
     draws = {client: torch.rand((), generator=round.rng("drop out", client)).item() for client in round.cohort}
     return frozenset(client for client, draw in draws.items() if draw < config.dropout_rate)
+
+
+def took_part(rows: Iterable[Row]) -> set[int]:
+    """Return the clients whose models have counted in these rows of rounds."""
+    return {client["client"] for row in rows for client in row["clients"] if client["outcome"] == "ok"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -87,16 +87,13 @@ class Plan:
         """What clients hold: the dataset, and the canaries after it."""
         return self.dataset if self.canaries is None else self.canaries.planted_in(self.dataset)
 
-    @property
-    def trained(self) -> np.ndarray:
-        """The dataset's images that are trained on."""
-        held = self.shards.indices if self.only_client is None else self.shards[self.only_client]
-        return held[held < len(self.dataset)]  # no canaries
-
-    @property
-    def unseen(self) -> np.ndarray:
-        """The dataset's images that no client trains on: held out, or kept for tests."""
-        return np.concatenate([self.held_out.indices, self.test.indices])
+    def images_of(self, clients: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the dataset's images that these clients train on, and those that they held out or kept for tests."""
+        whose = sorted(clients)
+        trained, *unseen = (
+            np.concatenate([part.indices[:0], *(part[each] for each in whose)]) for part in self.parts.values()
+        )
+        return trained[trained < len(self.dataset)], np.concatenate(unseen)  # without canaries
 
     def round(self, config: Config, number: int, server: Tensors | None = None) -> Round:
         """Return the round of that number, from 0: its cohort, the weight of each client, and the noise.

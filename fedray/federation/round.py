@@ -50,6 +50,7 @@ class Session:
     pace: Pace = field(default_factory=Pace)
     spending: Spending | None = None  # of privacy, of clients
     examples: ExampleSpending | None = None  # of their examples
+    took_part: set[int] = field(default_factory=set)  # clients whose models have counted so far
 
 
 def run_round(session: Session, state: State) -> Generator[None, None, tuple[State, Row]]:

@@ -179,7 +179,7 @@ def test_half_of_the_canaries_are_trained_on_at_clients_of_their_own_where_clien
     canaries = plan.canaries
     assert 3 <= canaries.planted.sum() <= 17
     assert canaries.clients.tolist() == list(range(6, 26))
-    assert set(plan.trained) <= set(range(48))
+    assert set(plan.images_of(range(26))[0]) == {index for index in plan.shards.indices if index < 48}
     for client, index in zip(canaries.clients, canaries.indices, strict=True):
         assert set(plan.shards[client]) == {index}
         assert len(plan.shards[client]) == pytest.approx(plan.shards.sizes[:6].mean(), abs=1)
@@ -506,7 +506,7 @@ class Shop(Memory):
 def test_copies_are_found_in_pixels_and_in_features(tmp_path, copied):
     config = Config(task=Shop(copied=copied), clients=2, local_steps=1, test_share=0.3, evaluate_samples=0, actors=0)
     plan, pool = prepare(config, Run(tmp_path / "x")), LocalPool(config)
-    pool.worker.learner.trained = torch.from_numpy(plan.trained.copy())
+    pool.worker.learner.trained = torch.from_numpy(plan.images_of(range(2))[0])
     mixed = torch.from_numpy(np.random.default_rng(1).normal(size=(16, 24)).astype(np.float32))
     pool.worker.features = lambda images: images.flatten(1).float() @ mixed
     features = pool.worker.features(torch.from_numpy(plan.dataset.images)).numpy()
