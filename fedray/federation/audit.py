@@ -92,7 +92,12 @@ def audit(
     chosen = [rng.permutation(indices)[:most] for indices in kinds(plan, rows)]
     losses = measured(pool, model, np.concatenate(chosen), show)
     members, others = np.split(losses, [len(chosen[0])])
-    return attack(members, others), {"trained_on": len(members), "not_trained_on": len(others), "draws": DRAWS}
+    owner = np.empty(len(plan.dataset), np.int64)
+    for part in plan.parts.values():
+        own = part.indices < len(plan.dataset)  # no canaries
+        owner[part.indices[own]] = np.repeat(np.arange(len(part)), part.sizes)[own]
+    found = attack(members, others, (owner[chosen[0]], owner[chosen[1]]))
+    return found, {"trained_on": len(members), "not_trained_on": len(others), "draws": DRAWS}
 
 
 def audit_canaries(pool: Pool, model: Shared, plan: Plan, delta: float, seed: int, show: Show = silent) -> Leak | None:
