@@ -1,6 +1,7 @@
 """Gradients of single examples against a loop of backward passes, their clip against its definition, and the steps."""
 
 import json
+import random
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from memory import Memory, memory_config
-from runs import sha, train
+from runs import AnySize, sha, train, trained
 from scipy import stats
 from torch import nn
 
@@ -17,10 +18,12 @@ from fedray.algorithms.dpsgd import DPSGD
 from fedray.algorithms.fedavg import FedAvg
 from fedray.config import Config
 from fedray.errors import RunError, UserError
+from fedray.federation.blocks import Pace
 from fedray.federation.budget import spent, try_of
 from fedray.federation.examples import Private, clipped_sum, drawn_steps, example_gradients, rate_of
 from fedray.federation.fit import prepare
 from fedray.federation.local import LocalTraining, TrainJob
+from fedray.federation.pool import LocalPool
 from fedray.federation.steps import batch_of
 from fedray.federation.worker import Worker
 from fedray.privacy import Release, epsilon
@@ -251,6 +254,29 @@ def test_every_client_has_an_epsilon_of_its_own(tmp_path):
     assert Run.open(tmp_path / "cut").result["example_privacy"] == result
 
 
+@pytest.mark.parametrize("form", ["dpsgd:1:1", "dpsgd:1:1:scaffold", "ema:0.9:dpsgd:1:1:fedadam:0.01"])
+def test_the_same_in_random_blocks_with_a_client_that_fails(tmp_path, monkeypatch, form):
+    """State, memories and rows; and after a stop."""
+    right = Private.finish
+
+    def finish(private, gradient):
+        if private.client == 2:
+            raise ValueError("the camera is on fire")
+        right(private, gradient)
+
+    monkeypatch.setattr(Private, "finish", finish)
+    config = memory_config(algorithm=form, clients=5, rounds=3, local_steps=2)
+    plan = prepare(config, Run(tmp_path / "x"))
+    expected = trained(config, plan, LocalPool(config), Pace())
+    assert [outcome for _, outcome, *_ in expected[2][0]].count("ok") == 4
+    for seed in range(3):
+        assert trained(config, plan, LocalPool(config), AnySize(random.Random(seed))) == expected
+    train(config, tmp_path / "whole")
+    train(config, tmp_path / "cut", rounds=1)
+    train(config, tmp_path / "cut", resume=True)
+    assert sha(tmp_path / "cut") == sha(tmp_path / "whole")
+
+
 def test_numbers_that_were_published():
     """q = 0.04, σ = 1.5 and 2,250 steps; q = 0.01, σ = 4 and 10,000 steps: as in tests/test_accounting.py."""
     config = Config(task=Memory(), clients=1, local_steps=225, rounds=10, train_batch_size=4, algorithm="dpsgd:1:1.5")
@@ -308,6 +334,17 @@ class Other(Memory):
 def test_what_does_not_go_together_is_refused(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         prepare(memory_config(**({"algorithm": "dpsgd:1:1"} | changes)), Run(tmp_path / "run"))
+
+
+def test_a_method_of_ones_own_cannot_make_more_steps_than_count(tmp_path):
+    @dataclass(frozen=True)
+    class Longer(FedAvg):
+        def train(self, local, down, memory):
+            super().train(local, down, memory)
+            super().train(local, down, memory)
+
+    with pytest.raises(UserError, match="makes more than the 6 steps of a client that noise hides"):
+        train(memory_config(algorithm=DPSGD(1.0, 5.0, Longer()), rounds=1), tmp_path / "run")
 
 
 def test_a_method_of_ones_own_cannot_lower_the_noise_either(tmp_path):
