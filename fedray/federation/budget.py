@@ -36,13 +36,15 @@ def spent(config: Config, noise: float, sizes: Sizes, rounds: int) -> float:
 
 def noise_of(config: Config, sizes: Sizes) -> float:
     """Return the multiplier σ of clients' noise; where none is given, the least with which none is to exceed
-    --target-epsilon.
+    --target-epsilon; 0 where clients add none.
 
     Raises:
         UserError: no noise reaches it.
     """
-    if config.method.example_noise is not None or config.target_epsilon is None:
-        return config.method.example_noise or 0.0
+    if config.method.example_noise is not None:
+        return config.method.example_noise
+    if not config.method.hides_examples or config.target_epsilon is None:
+        return 0.0
     noise = 0.0
     for n, times in _most(config, sizes, config.rounds):
         each = try_of(config, noise, n)

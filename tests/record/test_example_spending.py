@@ -231,6 +231,8 @@ def test_the_noise_for_a_target_spends_it(tmp_path):
 
 
 def test_of_two_noises_a_target_finds_the_one_that_is_not_given(tmp_path):
+    alone = memory_config(wire="clip:1,noise", target_epsilon=3.0)
+    assert prepare(alone, Run(tmp_path / "x")).example_noise == 0
     both = memory_config(algorithm="dpsgd:0.5", wire="clip:1,noise:9", target_epsilon=3.0)
     assert prepare(both, Run(tmp_path / "x")).release.multiplier == 9
     sums = replace(both, algorithm="dpsgd:0.5:9", wire="clip:1,noise")
