@@ -380,11 +380,17 @@ def test_a_client_that_draws_nothing_sends_its_noise(tmp_path):
     assert rows[-1]["clients"][0]["epsilon"] == expected
 
 
-def test_results_and_the_card_say_what_is_spent(tmp_path):
+def test_results_the_page_and_the_card_say_what_is_spent(tmp_path, capsys):
     from fedray.record.card import model_card
+    from fedray.reports import page
+    from fedray.reports.progress import progress
+    from fedray.reports.results import summary
 
     config = memory_config(algorithm="dpsgd:1:2")
     rows = train(config, tmp_path / "run")
+    with progress(2) as (on_row, _):
+        on_row(rows[0])
+    assert f"ε of examples {rows[0]['example_privacy']['epsilon']:.3g} (δ 1e-05)" in capsys.readouterr().out
     frame = fedray.load(tmp_path / "run").rounds
     assert frame["example_privacy.epsilon"].tolist() == [row["example_privacy"]["epsilon"] for row in rows]
     run = Run.open(tmp_path / "run")
@@ -394,6 +400,9 @@ def test_results_and_the_card_say_what_is_spent(tmp_path):
     assert "the run's seed, which must stay secret" in card
     assert "81549" not in card
     assert "`fedray train --clients 2`" in card
+    assert summary({"run": tmp_path / "run"}).loc["run", "ε of examples"] == run.result["example_privacy"]["epsilon"]
+    page.write([tmp_path / "run"], tmp_path / "page.html")
+    assert "Privacy of examples at the end" in (tmp_path / "page.html").read_text()
     plain = {name: value for name, value in run.result.items() if name != "example_privacy"}
     assert "--seed 81549" in model_card(config.to_json(), plain, ["fedray", "train", "--seed", "81549"])
 
