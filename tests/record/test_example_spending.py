@@ -17,7 +17,7 @@ from fedray.federation.examples import Private
 from fedray.federation.fit import prepare
 from fedray.federation.pool import LocalPool
 from fedray.federation.round import Session
-from fedray.privacy import Release, epsilon
+from fedray.privacy import Release, epsilon, release_of
 from fedray.record.checkpoint import State
 from fedray.record.run import Run
 
@@ -304,6 +304,12 @@ def test_the_plan_shows_it(config, tmp_path, capsys):
     some = ", ".join(f"{proved(21, n, plan.example_noise):.3g} after {n}" for n in (1, 2, 5, 10))
     assert f"{some} rounds, at most, of a client" in said
     assert "2 after 10 rounds" in said
+    both = replace(config, rounds=10, wire="clip:1,noise:3")
+    print_plan(both, tmp_path / "run", False)
+    said = " ".join(capsys.readouterr().out.split())
+    sums = [epsilon({release_of(both): n}, 1e-5) for n in (1, 2, 5, 10)]
+    assert ", ".join(f"{found:.3g} after {n}" for found, n in zip(sums, (1, 2, 5, 10), strict=True)) + " rounds" in said
+    assert f"{proved(21, 10):.3g} after 10 rounds, at most, of a client" in said
 
 
 def test_an_audit_reads_the_ledger(config, tmp_path):
