@@ -258,29 +258,45 @@ def _check_privacy(config: "Config") -> None:
                 if not link.contracts
                 else f"--wire {','.join(links)}: put {links[bounds[0]]} first."
             )
-    asked = [name for name in ("target_epsilon", "max_epsilon") if getattr(config, name) is not None]
-    examples = config.method.example_noise is not None
+    examples = config.method.hides_examples
     if (noises or examples or config.canaries) and not 0 < config.delta < 1:
         raise UserError(f"--delta {config.delta}: it must be above 0 and below 1.")
-    if not noises:
-        if asked or (config.secure_noise and not examples):
+    if not noises and not examples:
+        asked = [name for name in ("target_epsilon", "max_epsilon") if getattr(config, name) is not None]
+        if asked or config.secure_noise:
             who = flag([*asked, "secure_noise"][0])
-            raise UserError(f"{who} is about noise: give --wire clip:NORM,noise:MULTIPLIER.")
+            raise UserError(
+                f"{who} is about noise: give --wire clip:NORM,noise:MULTIPLIER, or --algorithm dpsgd:NORM:NOISE."
+            )
         return
-    if config.drawn.rate is None and not config.drawn.fixed:
+    if noises and config.drawn.rate is None and not config.drawn.fixed:
         cohort = COHORTS.form(config.drawn)
         raise UserError(f"--cohort {cohort}: no ε is known for cohorts drawn so; use fixed:FRACTION or poisson:RATE.")
-    given = config.wire[noises[0]].multiplier is not None
-    if given == (config.target_epsilon is not None):
-        raise UserError(
-            "--target-epsilon finds the noise's multiplier, and --wire noise:… gives one; leave one of them out."
-            if given else "--wire noise: give its multiplier (noise:1.0), or --target-epsilon to find it."
-        )  # fmt: skip
+    _check_noise(config, noises)
     release = release_of(config)
     if config.max_epsilon is not None and release is not None:
         fits = rounds_within(release, config.max_epsilon, config.delta, config.rounds)
         if fits < config.rounds:
             raise UserError(f"--max-epsilon {config.max_epsilon:g} is enough for {fits} of {config.rounds} rounds.")
+
+
+def _check_noise(config: "Config", noises: list[int]) -> None:
+    """Raise `UserError` unless all noise is given, or --target-epsilon finds the one that is not."""
+    open = [f"--wire {LINKS.form(config.wire[index])}" for index in noises if config.wire[index].multiplier is None]
+    if config.method.hides_examples and config.method.example_noise is None:
+        open.append(f"--algorithm {ALGORITHMS.form(config.algorithm)}")
+    if config.target_epsilon is None:
+        for who in open:
+            raise UserError(
+                f"{who}: give its multiplier (as noise:1.0, dpsgd:NORM:1.0), or --target-epsilon to find it."
+            )
+    elif not open:
+        raise UserError(
+            "--target-epsilon finds the noise's multiplier, and one is given (--wire noise:…, --algorithm dpsgd:…); "
+            "leave one of them out."
+        )
+    elif len(open) > 1:
+        raise UserError(f"--target-epsilon finds one noise, and {' and '.join(open)} have none: give one of them.")
 
 
 def flag(name: str) -> str:

@@ -172,7 +172,7 @@ class Config(Federation):
     @property
     def protected(self) -> bool:
         """True where noise or masks hide what clients send."""
-        return self.links.private or self.fold.uniform or self.method.example_noise is not None
+        return self.links.private or self.fold.uniform or self.method.hides_examples
 
     @property
     def adam(self) -> dict[str, Any]:

@@ -78,11 +78,12 @@ class Federation:
     keep_local: str | None = None
     """Keep parameters whose names match this regular expression each client's own, as norm for the norms."""
     target_epsilon: float | None = None
-    """Find the least noise that proves this ε for the whole run (--wire clip:NORM,noise)."""
+    """Find the least noise that proves this ε for the whole run (--wire clip:NORM,noise; or --algorithm dpsgd:NORM, for
+    the examples of each client)."""
     delta: float = 1e-5
-    """δ of differential privacy, below one over the number of clients."""
+    """δ of differential privacy, below one over the number of clients (of dpsgd: of a client's examples)."""
     max_epsilon: float | None = None
-    """Stop before a round that would exceed this ε at δ."""
+    """Stop before a round that would exceed this ε at δ: of clients, and with dpsgd of any client's examples."""
     secure_noise: bool = False
     """Draw noise (of --wire and of dpsgd) from the system's randomness, not from the run's seed: such a run cannot be
     repeated."""

@@ -163,6 +163,7 @@ class Unloaded:
     private: typing.ClassVar[bool] = False
     bound: typing.ClassVar[None] = None
     example_noise: typing.ClassVar[None] = None
+    hides_examples: typing.ClassVar[bool] = False
     hides: typing.ClassVar[frozenset[str]] = frozenset()
     least: typing.ClassVar[int] = 1
     most: typing.ClassVar[float] = float("inf")

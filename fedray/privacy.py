@@ -70,7 +70,7 @@ def release_of(config: Config) -> Release | None:
     size = config.drawn.expected(config.clients)
     rate = 1.0 if size == config.clients else config.drawn.rate
     release = Release(noise.multiplier or 0.0, config.clients, size, rate)
-    if config.target_epsilon is None:
+    if noise.multiplier is not None or config.target_epsilon is None:
         return release
     found = multiplier_for(release, config.rounds, config.target_epsilon, config.delta)
     return replace(release, multiplier=found)
@@ -122,8 +122,8 @@ def _losses(releases: Mapping[Release, int]) -> Any:
 
 
 @cache
-def multiplier_for(release: Release, rounds: int, target: float, delta: float) -> float:
-    """Return the least noise, of multiplier σ in place of the release's, with which so many rounds spend ε at δ.
+def multiplier_for(release: Release, times: int, target: float, delta: float) -> float:
+    """Return the least noise, of multiplier σ in place of the release's, with which so many of it spend ε at δ.
 
     Raises:
         UserError: no noise reaches it.
@@ -133,7 +133,7 @@ def multiplier_for(release: Release, rounds: int, target: float, delta: float) -
     from dp_accounting.mechanism_calibration import NoBracketIntervalFoundError
 
     def event(multiplier: float) -> Any:
-        return dp_accounting.SelfComposedDpEvent(replace(release, multiplier=multiplier).event, rounds)
+        return dp_accounting.SelfComposedDpEvent(replace(release, multiplier=multiplier).event, times)
 
     try:
         return float(dp_accounting.calibrate_dp_mechanism(
@@ -141,7 +141,7 @@ def multiplier_for(release: Release, rounds: int, target: float, delta: float) -
         ))  # fmt: skip
     except (ValueError, NoBracketIntervalFoundError):
         raise UserError(
-            f"--target-epsilon {target:g}: no noise reaches it in {rounds} rounds at --delta {delta:g}; raise it."
+            f"--target-epsilon {target:g}: no noise reaches it in {times:,} noisy sums at --delta {delta:g}; raise it."
         ) from None
 
 

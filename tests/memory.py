@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fedray.config import Config
 from fedray.data.dataset import Dataset
 from fedray.vector import FlatParameters
 
@@ -48,3 +49,12 @@ class Denoiser:
 
     def save(self, directory):
         directory.mkdir()
+
+
+def memory_config(**changes):
+    """Two clients of 32 images each, for two rounds, in this process."""
+    settings = dict(
+        task=Memory(), clients=2, rounds=2, local_steps=6, train_batch_size=8, learning_rate=0.05, optimizer="sgd",
+        max_grad_norm=None, evaluate_samples=0, actors=0,
+    )  # fmt: skip
+    return Config(**(settings | changes))

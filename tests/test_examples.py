@@ -157,6 +157,23 @@ def test_private_adapters_in_short(tmp_path):
     assert (table["ε at least"] <= table.index).all()
 
 
+@pytest.mark.slow
+def test_energy_by_rank_where_nobody_learns(tmp_path, capsys):
+    """Of 12 clients 8 have rank 8 and 4 have rank 16: what their docstring says of singular values, round by round."""
+    import rank_collapse
+
+    rank_collapse.main(seeds=(0,), count=2, out=tmp_path / "energy.csv")
+    assert "ranks 9-16" in capsys.readouterr().out
+    table = pd.read_csv(tmp_path / "energy.csv")
+    still = table[table["step"] == 0].set_index(["rule", "round"])
+    for rule, power in {"fedavg": 4, "svd": 2, "raflora": 0}.items():
+        for number in range(3):
+            parts = np.array([4, 4 * (2 / 3) ** (power * number), 8 * (1 / 3) ** (power * number)])
+            found = still.loc[(rule, number), ["ranks 5-8", "ranks 9-16"]].to_numpy(float)
+            assert found == pytest.approx(parts[1:] / parts.sum(), rel=2e-3)
+    assert set(table["step"]) == {0, 0.1}
+
+
 def test_learning_rates_are_chosen_by_each_metric():
     import lora_rules
 

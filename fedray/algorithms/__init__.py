@@ -40,8 +40,9 @@ class Round:
     number: from 0;  cohort: the clients that are asked, ascending;  clients: how many there are in all;
     weights: of each of the cohort in means of the model, whole numbers from the plan: its examples, or 1;
     expected: how many clients take part on average;  norm: that no update's norm exceeds;  deviation: of the noise on
-    their sum, and count_noise: on a count of clients, from the system's randomness if secure_noise;  transcript: hash
-    of what was sent down and, once it is known, of who took part;  nonce: new whenever the round is begun.
+    their sum, and count_noise: on a count of clients, from the system's randomness if secure_noise;  example_noise: σ
+    of clients that hide their own examples;  transcript: hash of what was sent down, of what clients that hide examples
+    remember and, once it is known, of who took part;  nonce: new whenever the round is begun.
     """
 
     number: int
@@ -56,6 +57,7 @@ class Round:
     deviation: float = 0.0
     count_noise: float = 0.0
     secure_noise: bool = False
+    example_noise: float = 0.0
     transcript: str = ""
     nonce: str = ""
 
@@ -171,11 +173,15 @@ class Algorithm:
     abstract = False  # not to be named by users
 
     @property
-    def example_noise(self) -> float | None:
-        """Multiplier of the noise that hides single examples in what a client sends; None where none does.
+    def hides_examples(self) -> bool:
+        """True where noise hides single examples in what a client sends: then the server gets no losses, which have
+        none."""
+        return self.example_noise is not None
 
-        With it the server gets no losses, which are not noisy.
-        """
+    @property
+    def example_noise(self) -> float | None:
+        """Multiplier of the noise that hides single examples; None where none does, or where --target-epsilon finds
+        it."""
         return None
 
     @property
@@ -256,6 +262,10 @@ class Wrapper(Algorithm):
 
     abstract = True
     algorithm: Algorithm
+
+    @property
+    def hides_examples(self) -> bool:
+        return self.algorithm.hides_examples
 
     @property
     def example_noise(self) -> float | None:

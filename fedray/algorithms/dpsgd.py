@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedray.algorithms import Algorithm, Local, Rows, Tensors, Wrapper, check_ranges
+from fedray.algorithms import Algorithm, Local, Tensors, Wrapper, check_ranges
 from fedray.algorithms.fedavg import FedAvg
-from fedray.lazy import torch
 
 
 @dataclass(frozen=True)
@@ -16,28 +15,26 @@ class DPSGD(Wrapper):
     A step's examples are those that are drawn each with probability q = batch / n of a client's n (algorithm 1). What a
     client sends hides each of its examples, also from the server; each client has its own ε.
 
-    norm: C;  noise: σ.
+    norm: C;  noise: σ; without one, that of --target-epsilon.
     """
 
     norm: float
-    noise: float
+    noise: float | None = None
     algorithm: Algorithm = FedAvg()
 
     def __post_init__(self) -> None:
-        check_ranges(self, above_0=("norm",), not_negative=("noise",))
-        if self.algorithm.example_noise is not None:
+        check_ranges(self, above_0=("norm",), not_negative=() if self.noise is None else ("noise",))
+        if self.algorithm.hides_examples:
             raise ValueError("there is dpsgd in it already; once is enough")
 
     @property
-    def example_noise(self) -> float:
+    def hides_examples(self) -> bool:
+        return True
+
+    @property
+    def example_noise(self) -> float | None:
         return self.noise
 
     def train(self, local: Local, down: Tensors, memory: Tensors) -> None:
-        local.protect(self.norm, self.noise)
+        local.protect(self.norm, local.round.example_noise if self.noise is None else self.noise)
         self.algorithm.train(local, down, memory)
-
-    def upload(self, local: Local, down: Tensors, memory: Tensors) -> tuple[Tensors, Rows, Tensors]:
-        before = memory.pop("dpsgd/steps", torch.zeros(1, dtype=torch.int64))
-        tensors, rows, kept = self.algorithm.upload(local, down, memory)
-        steps = before + local.steps
-        return tensors, rows | {"example_steps": float(steps)}, kept | {"dpsgd/steps": steps}

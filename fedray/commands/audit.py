@@ -119,11 +119,13 @@ def spent(run: Run, config: Config, plan: Plan) -> float | None:
         from fedray.record.spending import Spending
 
         return Spending(run.directory, plan.release, config.delta, None).spent()["epsilon"]
-    if config.method.example_noise is None:
+    if not config.method.hides_examples:
         return None
-    from fedray.federation.examples import report
+    from fedray.federation.budget import example_spending
 
-    return report(config, run.rows)["epsilon"]
+    ledger = example_spending(config, plan.example_noise, plan.shards.sizes, run.directory)
+    found: float | None = ledger.report(config.secure_noise)["epsilon"]
+    return found
 
 
 def _copies(options: Audit, run: Run, config: Config, plan: Plan, pool: Pool, model: Shared) -> dict[str, Copies]:

@@ -8,7 +8,7 @@ from fedray.seeds import generator
 
 def cautions(config: Config, dataset: Dataset) -> list[str]:
     """Return sentences on seeded noise and cohorts that anybody can make again, and on δ that says little."""
-    said, examples, guessed = [], config.method.example_noise is not None, config.seed == Config.seed
+    said, examples, guessed = [], config.method.hides_examples, config.seed == Config.seed
     if (config.links.private or examples) and not config.secure_noise and guessed:
         said.append(
             f"the noise follows from --seed {config.seed}, the default, with which anybody can take it off: give a "

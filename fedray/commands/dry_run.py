@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -115,26 +115,19 @@ def _canaries(plan: Plan) -> str:
 
 def _privacy_planned(config: Config, plan: Plan) -> dict[str, str]:
     """Say what noise will prove after some of the rounds, and after all."""
-    release = release_of(config)
-    if release is None:
-        return _examples_planned(config, plan)
-    some = sorted({max(1, config.rounds * share // 10) for share in (1, 2, 5, 10)})
-    spent = ", ".join(f"{epsilon({release: rounds}, config.delta):.3g} after {rounds:,}" for rounds in some)
-    return {
-        "privacy": f"noise of {release.multiplier:.4g} times the clip; {release.neighbours}, δ = {config.delta:g}",
-        "ε": f"{spent} rounds",
-        **_examples_planned(config, plan),
-    }
+    from fedray.federation.budget import spent
 
+    said, release, delta = dict[str, str](), release_of(config), f"δ = {config.delta:g}"
 
-def _examples_planned(config: Config, plan: Plan) -> dict[str, str]:
-    """Say what a client's noise will prove of its examples, if it takes part in every round."""
-    noise = config.method.example_noise
-    if noise is None:
-        return {}
-    from fedray.federation.examples import spent
+    def after(spend: Callable[[int], float]) -> str:
+        some = sorted({max(1, config.rounds * share // 10) for share in (1, 2, 5, 10)})
+        return ", ".join(f"{spend(rounds):.3g} after {rounds:,}" for rounds in some) + " rounds"
 
-    sizes = sorted({len(plan.shards[client]) for client in config.trainers})
-    found = [spent(config, noise, n, config.rounds * config.steps(n)) or math.inf for n in (sizes[0], sizes[-1])]
-    each = " to ".join(f"{each:.3g}" for each in sorted(set(found)))
-    return {"ε of examples": f"{each}, for clients that take part in all rounds, δ = {config.delta:g}"}
+    if release is not None:
+        said["privacy"] = f"noise of {release.multiplier:.4g} times the clip; {release.neighbours}, {delta}"
+        said["ε"] = after(lambda rounds: epsilon({release: rounds}, config.delta))
+    if config.method.hides_examples:
+        noise, sizes = plan.example_noise, plan.shards.sizes
+        said["privacy of examples"] = f"noise of {noise:.4g} times the clip; one example more or less, {delta}"
+        said["ε of examples"] = after(lambda rounds: spent(config, noise, sizes, rounds)) + ", at most, of a client"
+    return said

@@ -17,6 +17,7 @@ from fedray.config import Config
 from fedray.data.dataset import Dataset
 from fedray.data.images import form_of
 from fedray.errors import UserError
+from fedray.federation.cohort import took_part
 from fedray.federation.evaluation import (
     Comparison,
     Evaluation,
@@ -68,8 +69,9 @@ def score_run(options: Evaluate, allowed: Collection[Path]) -> None:
     with open_pool(config, plan.dataset) as pool, progress(config.rounds) as (_, show):
         comparison = _compare(config, plan.dataset, pool, show)
         evaluation = evaluate(pool, shared, sampling, comparison, LOOKED_AT, show)
-        if len(plan.unseen):
-            share, _, _ = look_for_copies(pool, evaluation.images, plan.trained, plan.unseen, show)
+        trained, unseen = plan.images_of(took_part(run.rows))
+        if len(unseen):
+            share, _, _ = look_for_copies(pool, evaluation.images, trained, unseen, show)
             evaluation.scores["copies"] = share
     _print(options, sampling, evaluation)
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from fedray.errors import UserError
+from fedray.federation.cohort import took_part
 from fedray.federation.evaluation import Show, silent
 from fedray.federation.local import batch_of, precision
 from fedray.federation.plan import Plan
@@ -68,14 +69,12 @@ def kinds(plan: Plan, rows: list[Row]) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         UserError: no client took part, or these held out fewer than two images.
     """
-    clients = sorted({each["client"] for row in rows for each in row["clients"] if each["outcome"] == "ok"})
-    if not clients:
+    if not (clients := took_part(rows)):
         raise UserError("there is nothing to audit: no client has taken part in a round yet.")
-    held, *unseen = (np.concatenate([part[client] for client in clients]) for part in plan.parts.values())
-    others = np.concatenate(unseen)
+    trained, others = plan.images_of(clients)
     if len(others) < 2:
         raise UserError("an audit compares images with such that no client trains on: the run needs --test-share.")
-    return held[held < len(plan.dataset)], others  # no canaries
+    return trained, others
 
 
 def audit(
@@ -93,7 +92,12 @@ def audit(
     chosen = [rng.permutation(indices)[:most] for indices in kinds(plan, rows)]
     losses = measured(pool, model, np.concatenate(chosen), show)
     members, others = np.split(losses, [len(chosen[0])])
-    return attack(members, others), {"trained_on": len(members), "not_trained_on": len(others), "draws": DRAWS}
+    owner = np.empty(len(plan.dataset), np.int64)
+    for part in plan.parts.values():
+        own = part.indices < len(plan.dataset)  # no canaries
+        owner[part.indices[own]] = np.repeat(np.arange(len(part)), part.sizes)[own]
+    found = attack(members, others, (owner[chosen[0]], owner[chosen[1]]))
+    return found, {"trained_on": len(members), "not_trained_on": len(others), "draws": DRAWS}
 
 
 def audit_canaries(pool: Pool, model: Shared, plan: Plan, delta: float, seed: int, show: Show = silent) -> Leak | None:

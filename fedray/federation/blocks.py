@@ -89,7 +89,7 @@ def _train_and_fold(worker: Worker, inputs: tuple[Shared, Any], job: TrainJob) -
     tensors = filled_in(config.links.decode(trained.payload, round), job.client, round, received)
     check_values(tensors, config.fold.bound)
     weights = {name: round.weight(job.client, name) for name in tensors}
-    known = ("examples", "steps") if config.method.example_noise is not None else ("examples", "steps", "loss")
+    known = ("examples", "steps") if config.method.hides_examples else ("examples", "steps", "loss")
     numbers = {name: row[name] for name in known} | trained.rows
     partial = config.fold.add(partial, Upload(job.client, tensors, weights, numbers), round)
     return row | ({"algorithm": trained.rows} if trained.rows else {}), (partial, trained.memory)

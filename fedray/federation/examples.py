@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +15,6 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from fedray.config import Config
 from fedray.errors import UserError
 from fedray.menus import ALGORITHMS
-from fedray.privacy import ACCOUNTANT, Release, epsilon
-from fedray.record.run import Row
 from fedray.seeds import uniform
 from fedray.vector import FlatParameters
 
@@ -57,10 +54,17 @@ class Private:
         config = local.worker.config
         self.norm, self.multiplier = norm, multiplier
         self.expected = rate_of(config, local.examples) * local.examples
-        self.round, self.client, self.step = local.round, local.client, 0
+        self.round, self.client = local.round, local.client
+        self.step, self.steps = 0, local.steps
 
     def draw(self, examples: int) -> np.ndarray:
-        """Return a number in [0, 1) for each example, of which those below q are in the next step."""
+        """Return a number in [0, 1) for each example, of which those below q are in the next step.
+
+        Raises:
+            UserError: there are more steps than are accounted for.
+        """
+        if self.step == self.steps:
+            raise UserError(f"this algorithm makes more than the {self.steps} steps of a client that noise hides.")
         self.step += 1
         return uniform(self.round.secret(examples, "draw examples", self.client, self.step))
 
@@ -158,38 +162,3 @@ def check_examples(config: Config, learner: Learner) -> None:
             raise UserError(f"{who}: {name} is a {type(part).__name__}, which mixes a batch's examples; use GroupNorm.")
         if isinstance(part, torch.nn.modules.dropout._DropoutNd) and part.p > 0:
             raise UserError(f"{who}: {name} drops out at random, each time otherwise; train without dropout.")
-
-
-def spend(config: Config, row: Row) -> None:
-    """Write into a round's row what each of its clients has spent until then, and the largest of that."""
-    noise = config.method.example_noise
-    if noise is None:
-        return
-    for client in row["clients"]:
-        if client["outcome"] == "ok":
-            n, steps = client["examples"], int(client["algorithm"]["example_steps"])
-            client["epsilon"] = spent(config, noise, n, steps)
-    row["example_privacy"] = _largest(config, [client for client in row["clients"] if "epsilon" in client])
-
-
-def spent(config: Config, noise: float, examples: int, steps: int) -> float | None:
-    """Return the ε at δ of so many steps on a client's examples; None without noise."""
-    rate = rate_of(config, examples)
-    found = epsilon({Release(noise, examples, rate * examples, rate): steps}, config.delta)
-    return found if found < math.inf else None
-
-
-def _largest(config: Config, clients: list[Row]) -> dict[str, Any]:
-    found = [client["epsilon"] for client in clients]
-    return {"epsilon": None if not found or None in found else max(found), "delta": config.delta}
-
-
-def report(config: Config, rows: list[Row]) -> dict[str, Any]:
-    """Return what a run has spent of its clients' examples: the largest ε, and that of each client."""
-    last = {client["client"]: client for row in rows for client in row["clients"] if "epsilon" in client}
-    return _largest(config, list(last.values())) | {
-        "neighbours": "one example of a client more or less",
-        "accountant": ACCOUNTANT,
-        "repeatable": not config.secure_noise,
-        "clients": {client: last[client]["epsilon"] for client in sorted(last)},
-    }

@@ -16,7 +16,9 @@ from fedray import vector
 from fedray.config import Config
 from fedray.data.dataset import Dataset
 from fedray.errors import RunError, reason
+from fedray.federation.budget import example_spending
 from fedray.federation.callbacks import Callbacks
+from fedray.federation.cohort import took_part
 from fedray.federation.evaluation import (
     GRID,
     Comparison,
@@ -28,7 +30,6 @@ from fedray.federation.evaluation import (
     sample,
     scored,
 )
-from fedray.federation.examples import report, spend
 from fedray.federation.personal import by_clients
 from fedray.federation.plan import Plan, disk_needed, make_plan
 from fedray.federation.pool import failure
@@ -105,6 +106,9 @@ def fit(session: Session, provenance: dict[str, Any], resume: bool = False) -> I
         if plan.release is not None:
             spending = Spending(run.directory, plan.release, config.delta, config.max_epsilon, run.publish)
             session = replace(session, spending=spending)
+        if config.method.hides_examples:
+            of = (config, plan.example_noise, plan.shards.sizes)
+            session = replace(session, examples=example_spending(*of, run.directory, run.publish))
         state, row = run.state(plan.layout, memories=True), None
         if state is None:
             state = State(0, config.method.init(plan.initial, plan.layout))
@@ -113,6 +117,7 @@ def fit(session: Session, provenance: dict[str, Any], resume: bool = False) -> I
             *before, row = found
             saver.recovered(before)
         done = [*run.rows, *saver.rows]
+        session.took_part.update(took_part(done if row is None else [*done, row]))
         if done and row is None and "stopped" in done[-1] and not ended:  # killed before its result was written
             session = ending(session, state.round)
         if state.round == 0 and prompts_of(config, plan.dataset):
@@ -123,7 +128,9 @@ def fit(session: Session, provenance: dict[str, Any], resume: bool = False) -> I
             while row is not None or state.round < session.config.rounds:
                 if row is None:
                     state, row = yield from _beside(run_round(session, state), saver, trackers)
-                    spend(config, row)
+                    session.took_part.update(took_part([row]))
+                    if session.examples is not None:
+                        session.examples.tell(row)
                     if run.gone_back:
                         row["gone_back"], run.gone_back = run.gone_back, ""
                     hold_out(session, state, row)
@@ -235,11 +242,13 @@ def measure(session: Session, state: State, row: Row, against: Reference | None,
 def evaluate_round(session: Session, state: State, row: Row, against: Reference | None) -> np.ndarray:
     """Score the model (its average, where there is one) into `row`, draw its samples, and return the first of them.
 
-    After the last round also: the scores' intervals, and whether samples copy what was trained on.
+    After the last round also: the scores' intervals, and whether samples copy what was trained on, by the clients that
+    took part: images of others may be of another kind.
     """
     config, plan, run = session.config, session.plan, session.run
     last = state.round == config.rounds
-    look = last and len(plan.unseen) > 0
+    trained, unseen = plan.images_of(session.took_part)
+    look = last and len(unseen) > 0
     keep = config.evaluate_samples if config.keep_samples else LOOKED_AT if look else GRID
     sampling = scored(config, config.evaluate_samples, plan.dataset)
     sampling = replace(sampling, repeats=config.evaluate_repeats if last else 1)
@@ -252,7 +261,7 @@ def evaluate_round(session: Session, state: State, row: Row, against: Reference 
     if config.keep_samples:
         pictures.keep_samples(run.directory, found.images, state.round)
     if look:
-        share, closest, nearest = look_for_copies(session.pool, found.images, plan.trained, plan.unseen, session.show)
+        share, closest, nearest = look_for_copies(session.pool, found.images, trained, unseen, session.show)
         row["scores"]["copies"] = share.to_json()
         pictures.draw_nearest(run.directory, found.images[closest], plan.dataset.images[nearest], state.round)
     return found.images[:GRID]
@@ -311,8 +320,8 @@ def _finish(session: Session, state: State) -> None:
     }
     if session.spending is not None:
         result["privacy"] = session.spending.report(config.secure_noise)
-    if config.method.example_noise is not None:
-        result["example_privacy"] = report(config, rows)
+    if session.examples is not None:
+        result["example_privacy"] = session.examples.report(config.secure_noise)
     if plan.before is not None:
         result["started_from"] = plan.before
     card = model_card(config.to_json(), result, run.saved.get("command", []))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,9 @@ from fedray.config import Config
 from fedray.data.dataset import Dataset
 from fedray.data.partition import Shards, hold_out
 from fedray.errors import UserError, reason
+from fedray.federation.budget import check_budget, noise_of
 from fedray.federation.canaries import Canaries, alone
+from fedray.federation.cohort import cohort_of
 from fedray.federation.examples import check_examples
 from fedray.federation.ranks import filled_in, left_out
 from fedray.federation.warm_start import spent_before, warm_start
@@ -51,6 +53,7 @@ class Plan:
     release: Release | None = None  # of a round with noise
     malicious: frozenset[int] = frozenset()  # clients
     canaries: Canaries | None = None
+    example_noise: float = 0.0  # σ of clients that hide their examples
     before: dict[str, Any] | None = None  # what was spent of privacy by the run that it starts from
 
     def check(self, config: Config) -> None:
@@ -63,8 +66,9 @@ class Plan:
             )
         if config.malicious is not None:
             config.malicious.attack.poison(self.dataset)
-        if config.method.example_noise is not None:
+        if config.method.hides_examples:
             check_examples(config, build(config, torch.device("cpu")))
+            check_budget(config, self.example_noise, self.shards.sizes)
         if config.protected:
             check_private(config, self)
 
@@ -83,16 +87,13 @@ class Plan:
         """What clients hold: the dataset, and the canaries after it."""
         return self.dataset if self.canaries is None else self.canaries.planted_in(self.dataset)
 
-    @property
-    def trained(self) -> np.ndarray:
-        """The dataset's images that are trained on."""
-        held = self.shards.indices if self.only_client is None else self.shards[self.only_client]
-        return held[held < len(self.dataset)]  # no canaries
-
-    @property
-    def unseen(self) -> np.ndarray:
-        """The dataset's images that no client trains on: held out, or kept for tests."""
-        return np.concatenate([self.held_out.indices, self.test.indices])
+    def images_of(self, clients: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the dataset's images that these clients train on, and those that they held out or kept for tests."""
+        whose = sorted(clients)
+        trained, *unseen = (
+            np.concatenate([part.indices[:0], *(part[each] for each in whose)]) for part in self.parts.values()
+        )
+        return trained[trained < len(self.dataset)], np.concatenate(unseen)  # without canaries
 
     def round(self, config: Config, number: int, server: Tensors | None = None) -> Round:
         """Return the round of that number, from 0: its cohort, the weight of each client, and the noise.
@@ -109,6 +110,7 @@ class Plan:
         round = Round(
             number, config.seed, tuple(clients), count, weights, self.layout, self.adapters,
             expected=config.drawn.expected(config.clients), norm=norm, secure_noise=config.secure_noise,
+            example_noise=self.example_noise,
         )  # fmt: skip
         if self.release is None:
             return round
@@ -167,6 +169,7 @@ def make_plan(config: Config, dataset: Dataset | None = None) -> Plan:
         malicious=frozenset() if config.malicious is None else config.malicious.draw(config.seed, config.clients),
         adapters=getattr(learner, "adapters", None) if shared is None else None,
         release=release_of(config),
+        example_noise=noise_of(config, shards.sizes),
         canaries=canaries,
         before=None if config.init_from is None else spent_before(Path(config.init_from)),
     )
@@ -186,20 +189,6 @@ def steps_planned(config: Config, plan: Plan) -> list[list[int]]:
         [config.steps(len(plan.shards[client])) for client in cohort_of(config, number)]
         for number in range(config.rounds)
     ]
-
-
-def cohort_of(config: Config, number: int) -> list[int]:
-    if config.only_client is not None:
-        return [config.only_client]
-    return config.drawn.draw(config.clients, generator(config.seed, "cohort", number))
-
-
-def dropped_of(config: Config, round: Round) -> frozenset[int]:
-    """Draw the clients of a round's cohort that drop out before they train."""
-    if not config.dropout_rate:
-        return frozenset()
-    draws = {client: torch.rand((), generator=round.rng("drop out", client)).item() for client in round.cohort}
-    return frozenset(client for client, draw in draws.items() if draw < config.dropout_rate)
 
 
 class PlannedBytes(NamedTuple):
@@ -243,7 +232,7 @@ def bytes_planned(config: Config, plan: Plan) -> PlannedBytes:
     first, method, fold = first_message(config, plan), config.method, config.fold
     round, local, wire = first.round, first.local, config.links
     rows = {"examples": max(1, local.examples), "steps": local.steps} | first.rows
-    if method.example_noise is None:
+    if not method.hides_examples:
         rows = {"loss": 0.0} | rows
     growth = method.growth(round, max(1, config.rounds - 1))
     few = round.cohort[: fold.least]

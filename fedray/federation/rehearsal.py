@@ -13,9 +13,10 @@ import torch
 from fedray.config import Config
 from fedray.errors import RunError
 from fedray.federation.blocks import TrainBlock, train_block
+from fedray.federation.cohort import cohort_of
 from fedray.federation.evaluation import scored
 from fedray.federation.local import TrainJob
-from fedray.federation.plan import Plan, cohort_of, machine_memory
+from fedray.federation.plan import Plan, machine_memory
 from fedray.federation.pool import Pool, failure
 from fedray.federation.sampling import SampleJob, sample_batch
 from fedray.federation.worker import Shared, Worker

@@ -21,14 +21,16 @@ from fedray.errors import RunError
 from fedray.federation.added import Added
 from fedray.federation.blocks import Block, Pace, Queue, TrainBlock, merge_partials, train_block
 from fedray.federation.clock import Clock
+from fedray.federation.cohort import dropped_of
 from fedray.federation.evaluation import Show, silent
 from fedray.federation.local import TrainJob, ValidateJob, validate
 from fedray.federation.personal import memories
-from fedray.federation.plan import Plan, dropped_of
+from fedray.federation.plan import Plan
 from fedray.federation.pool import Pool, failure, in_order
 from fedray.federation.worker import Shared, model, threads
 from fedray.menus import FOLDS
 from fedray.record.checkpoint import State
+from fedray.record.example_spending import ExampleSpending
 from fedray.record.run import Row, Run
 from fedray.record.spending import Spending
 from fedray.vector import as_tensor, sha256_of
@@ -46,7 +48,9 @@ class Session:
     show: Show = silent
     added: Added = field(default_factory=Added)  # the user's own scores, callbacks and trackers
     pace: Pace = field(default_factory=Pace)
-    spending: Spending | None = None  # of privacy
+    spending: Spending | None = None  # of privacy, of clients
+    examples: ExampleSpending | None = None  # of their examples
+    took_part: set[int] = field(default_factory=set)  # clients whose models have counted so far
 
 
 def run_round(session: Session, state: State) -> Generator[None, None, tuple[State, Row]]:
@@ -71,6 +75,13 @@ def run_round(session: Session, state: State) -> Generator[None, None, tuple[Sta
     dropped = dropped_of(config, round)
     if session.plan.canaries is not None:
         dropped |= session.plan.canaries.absent.intersection(round.cohort)
+    asked = [client for client in round.cohort if client not in dropped]
+    if method.hides_examples:  # clients' noise is other where anything is that they start from
+        run = session.run
+        memories = [sha256_of(run.recall(client, run.generation(client, round.number))) for client in round.cohort]
+        round = replace(round, transcript=hashed(round.transcript, *memories))
+    if session.examples is not None:
+        session.examples.begin(round, asked)
     queue, ledger = Queue(round, config.client_retries, dropped), Ledger(round, dropped)
     nodes, _ = session.pool.nodes, session.pool.usage()  # of what was done since the last round
     ledger.bytes_down = counted(down, method.uncounted) + fold.exchanged(round)[0]
@@ -135,8 +146,13 @@ def train(session: Session, queue: Queue, down: Payload, clock: Clock) -> Iterat
         own = plan.shards[client], plan.held_out[client]
         return TrainJob(round.number, client, *own, arrays, client in plan.malicious)
 
+    begun = set[int]()
+
     def blocks() -> Iterator[TrainBlock]:  # drawn only as fast as they are done: a memory may be as large as two models
         while clients := queue.take(pace, steps, pool.workers):
+            if session.examples is not None and (again := begun.intersection(clients)):
+                session.examples.begin(round, again)
+            begun.update(clients)
             yield TrainBlock(tuple(map(job, clients)))
 
     progress(0)

@@ -108,7 +108,7 @@ def audit_uploads(
         round, cohort=tuple(chosen), weights={client: max(1, len(plan.shards[client])) for client in chosen}
     )
     down = config.links.send(config.method.broadcast(state.tensors, round), round)
-    jobs, sizes = [], []
+    jobs = []
     for client in chosen:
         memory = run.recall(client, run.generation(client, state.round))
         train = TrainJob(
@@ -118,7 +118,6 @@ def audit_uploads(
         members = plan.shards[client][plan.shards[client] < len(plan.dataset)]
         size = min(limits[1], len(members), len(own[client]))
         kinds = [rng.permutation(indices)[:size] for indices in (members, own[client])]
-        sizes.append(size)
         jobs.append(UploadJob(train, np.concatenate(kinds)))
     found: list[np.ndarray] = []  # [2, size] of each client
     shared = Shared(down, round)
@@ -127,8 +126,15 @@ def audit_uploads(
             error = reply.row["error"]
             raise failure(f"{reply.job} could not be attacked: {error}.", error, reply.row["trace"])
         found.append(reply.fetch().reshape(2, -1))
-    areas = [area(*each)[0] for each in found]
-    auc, p = pooled(np.array(areas), np.array([[size, size] for size in sizes]), rng)
-    members, others = np.concatenate(found, axis=1)
-    largest = min(1.0, len(areas) * by_chance(*found[int(np.argmax(areas))]))
-    return Uploads(auc, p, rates_of(members, others), dict(zip(chosen, areas, strict=True)), largest)
+    return judged(dict(zip(chosen, found, strict=True)), rng)
+
+
+def judged(found: dict[int, np.ndarray], rng: np.random.Generator) -> Uploads:
+    """Judge attacks on clients: of each, how much the losses [2, n] rose, of its own examples and of others."""
+    areas = [area(*each)[0] for each in found.values()]
+    sizes = np.array([each.shape[1] for each in found.values()])
+    auc, p = pooled(np.array(areas), np.stack([sizes, sizes], 1), rng)
+    members, others = np.concatenate(list(found.values()), axis=1)
+    whose = np.repeat(list(found), sizes)
+    largest = min(1.0, len(areas) * by_chance(*found[list(found)[int(np.argmax(areas))]]))
+    return Uploads(auc, p, rates_of(members, others, (whose, whose)), dict(zip(found, areas, strict=True)), largest)

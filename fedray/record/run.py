@@ -3,6 +3,7 @@
 config.json     the configuration, versions and git commit
 rounds.jsonl    a row per complete round, up to the last checkpoint
 result.json     the final model's SHA-256, totals and scores
+privacy.jsonl   with noise, a line before each is drawn; with that of clients, example-privacy.jsonl
 partition.csv   which client holds what; drawn as partition.png
 tensorboard/    the numbers of the rows, as event files
 checkpoints/    the last complete round: round-000020.safetensors (the server's state: "model", "ema/model" …)

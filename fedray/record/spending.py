@@ -19,6 +19,23 @@ from fedray.privacy import ACCOUNTANT, Release, epsilon, exact_epsilon
 LEDGER = "privacy.jsonl"
 
 
+def written(path: Path) -> list[dict[str, Any]]:
+    """Read the lines of a ledger. One that a kill cut short is taken away: its noise was not drawn yet."""
+    text = path.read_text() if path.exists() else ""
+    lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    if text != "".join(lines):
+        write(path, "".join(lines))
+    return [json.loads(line) for line in lines]
+
+
+def add(path: Path, line: dict[str, Any]) -> None:
+    """Add a line to a ledger: it is on disk when this returns."""
+    with open(path, "a") as file:
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
 class Spending:
     """The ledger of a run's releases, and what they prove.
 
@@ -42,11 +59,7 @@ class Spending:
         self.delta = delta
         self.publish = publish
         self.most = math.inf if most is None else most
-        text = self.path.read_text() if self.path.exists() else ""
-        lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
-        if text != "".join(lines):  # cut short by a kill, before its noise was drawn
-            write(self.path, "".join(lines))
-        self.lines: list[dict[str, Any]] = [json.loads(line) for line in lines]
+        self.lines = written(self.path)
 
     def different(self, *more: dict[str, Any]) -> list[dict[str, Any]]:
         """Return a line for each release: of seeded noise, one for each transcript."""
@@ -76,10 +89,7 @@ class Spending:
         line = self._line(round)
         counted = self.releases(line)
         self._check(round, counted)
-        with open(self.path, "a") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        add(self.path, line)
         self.publish()
         self.lines.append(line)
         return self.spent(counted)

@@ -84,6 +84,10 @@ def cost_tables(rounds: pd.DataFrame) -> Iterable[dict[str, Any]]:
         proved = rounds.groupby("setting", sort=False)[["privacy.epsilon", "privacy.delta", "privacy.multiplier"]]
         lines = [[name, *map(number, numbers)] for name, *numbers in proved.max().itertuples()]
         yield table("Privacy of clients at the end", ["setting", "ε", "δ", "noise over the clip"], lines, of)
+    if "example_privacy.epsilon" in rounds:
+        proved = rounds.groupby("setting", sort=False)[["example_privacy.epsilon", "example_privacy.delta"]]
+        lines = [[name, *map(number, numbers)] for name, *numbers in proved.max().itertuples()]
+        yield table("Privacy of examples at the end, of the client that spent most", ["setting", "ε", "δ"], lines, of)
 
 
 def table(

@@ -90,7 +90,7 @@ def progress(rounds: int, alone: bool = False, directory: Path | None = None) ->
             loss = "no client" if row["loss"] is None else f"loss {row['loss']:.4f}"
             bar.console.print(
                 f"{who}round {row['round']}/{rounds}  {loss}  {row['seconds']['round']:.1f} s  "
-                f"{(row['bytes_down'] + row['bytes_up']) / 1e6:.1f} MB{_spent(row.get('privacy', {}))}"
+                f"{(row['bytes_down'] + row['bytes_up']) / 1e6:.1f} MB{_spent(row)}"
                 f"{dropped}",
                 *again,
                 *cost,
@@ -187,9 +187,10 @@ def _cells(row: Row) -> tuple[str, str, str, str]:
     return str(row["round"]), loss, value, f"{row['seconds']['round']:.1f}"
 
 
-def _spent(privacy: dict[str, float | None]) -> str:
-    if not privacy:
-        return ""
-    return (
-        "  no ε: no noise" if privacy["epsilon"] is None else f"  ε {privacy['epsilon']:.3g} (δ {privacy['delta']:g})"
-    )
+def _spent(row: Row) -> str:
+    said = ""
+    for kind, of in {"privacy": "", "example_privacy": " of examples"}.items():
+        if spent := row.get(kind):
+            found = spent["epsilon"]
+            said += f"  no ε{of}: no noise" if found is None else f"  ε{of} {found:.3g} (δ {spent['delta']:g})"
+    return said

@@ -39,6 +39,7 @@ ROUND = {
     "bytes_up": int, "training_seconds": float,
 }  # fmt: skip
 TOTALS = ("total.sequential_steps", "total.images", "total.bytes", "total.training_seconds")
+PROVED, NONE = {"ε": "privacy", "ε of examples": "example_privacy"}, {None: math.inf}  # without noise
 # Prefixes of numbers that have names of their own.
 GROUPS = ("seconds", "held_out", "aggregation", "ledger", "privacy", "example_privacy")
 SETTING = "setting"  # a column that reports add: what varies, in words
@@ -186,7 +187,7 @@ def summary(runs: Mapping[str, str | Path]) -> pd.DataFrame:
             "loss": result["loss"],
             **({"held-out loss": result["held_out"]["global"]} if result["held_out"] else {}),
             **{name: score["value"] for name, score in result["scores"].items()},
-            **({"ε": result["privacy"]["epsilon"] or math.inf} if "privacy" in result else {}),
+            **{of: NONE.get(e := result[kind]["epsilon"], e) for of, kind in PROVED.items() if kind in result},
             "passes": result["passes"],
             "sequential steps": result["sequential_steps"],
             "MB down": result["bytes_down"] / 1e6,

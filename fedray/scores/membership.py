@@ -5,6 +5,7 @@ A low true-positive rate at a low false-positive rate says more than the area un
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ RATES = (0.01, 0.001)  # of false positives
 RESAMPLES = 1000
 FEW = 5  # of fewer clients, drawing them anew gives no interval
 
+Clients = tuple[np.ndarray, np.ndarray]  # int64 [m], [n], of each example
 Interval = tuple[float, float | None, float | None]  # value, low, high
 Rate = tuple[float, float, float, float]  # value, low, high, p
 
@@ -21,8 +23,8 @@ class Membership(NamedTuple):
     """An attack by a threshold on losses: a number, and the interval that holds it with 95 % confidence.
 
     auc: chance that one trained on has the lower loss of two, one of each kind; 0.5 by guessing;  p: of an area as
-    large by chance (Mann and Whitney 1947);  rates: `true_positive_rate` by the rate of false positives, as far as
-    there are enough examples that were not trained on.
+    large by chance (`by_chance`);  rates: `true_positive_rate` by the rate of false positives, as far as there are
+    enough examples that were not trained on.
     """
 
     auc: tuple[float, float, float]  # value, low, high
@@ -30,21 +32,61 @@ class Membership(NamedTuple):
     rates: dict[float, Rate]
 
 
-def attack(members: np.ndarray, others: np.ndarray) -> Membership:
-    """Attack losses [m] of examples that were trained on and [n] of others from the same distribution."""
-    return Membership(area(members, others), by_chance(members, others), rates_of(members, others))
+def attack(members: np.ndarray, others: np.ndarray, clients: Clients | None = None) -> Membership:
+    """Attack losses [m] of examples that were trained on and [n] of others.
+
+    Args:
+        clients: whose these examples are, [m] and [n]. Then each p is for examples of which each client chose at random
+            which to hold out: clients' losses may differ, and so may the shares that they hold out. Without it both
+            kinds are of one distribution.
+    """
+    return Membership(area(members, others), by_chance(members, others, clients), rates_of(members, others, clients))
 
 
-def by_chance(members: np.ndarray, others: np.ndarray) -> float:
-    """Return p of an area as large, if both are of one distribution (Mann and Whitney 1947)."""
-    from scipy.stats import mannwhitneyu  # takes a second to import
+def by_chance(members: np.ndarray, others: np.ndarray, clients: Clients | None = None) -> float:
+    """Return p of an area as large, if both are of one distribution (Mann and Whitney 1947); of several, within each.
 
-    return float(mannwhitneyu(members, others, alternative="less").pvalue)
+    Of several the sum of ranks has the mean and the variance of drawing each client's members anew from its ranks, and
+    is taken to be normal.
+    """
+    from scipy.stats import mannwhitneyu, norm, rankdata  # takes a second to import
+
+    if clients is None:
+        return float(mannwhitneyu(members, others, alternative="less").pvalue)
+    ranks, mean, variance = rankdata(np.concatenate([members, others])), 0.0, 0.0
+    whose = np.concatenate(clients)
+    for client in np.unique(whose):
+        own = ranks[whose == client]
+        m, size = int((clients[0] == client).sum()), len(own)
+        mean += m * own.mean()
+        variance += m * (size - m) / size * own.var(ddof=1) if size > 1 else 0.0
+    if variance == 0:
+        return 1.0
+    return float(norm.cdf((ranks[: len(members)].sum() - mean) / variance**0.5))
 
 
-def rates_of(members: np.ndarray, others: np.ndarray) -> dict[float, Rate]:
+def rates_of(members: np.ndarray, others: np.ndarray, clients: Clients | None = None) -> dict[float, Rate]:
     """Return true-positive rates by false-positive rates as far as there are enough others."""
-    return {rate: true_positive_rate(members, others, rate) for rate in RATES if rate * len(others) >= 1}
+    rates = [rate for rate in RATES if rate * len(others) >= 1]
+    found = {rate: true_positive_rate(members, others, rate) for rate in rates}
+    if clients is None or not rates:
+        return found
+    seen, larger = {rate: _below(members, others, rate) for rate in rates}, dict.fromkeys(rates, 0)
+    for drawn, rest in _drawn(np.concatenate([members, others]), clients):
+        for rate in rates:
+            larger[rate] += _below(drawn, rest, rate) >= seen[rate]
+    return {rate: (*found[rate][:3], (1 + larger[rate]) / (1 + RESAMPLES)) for rate in rates}
+
+
+def _drawn(losses: np.ndarray, clients: Clients) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Draw each client's members anew among its losses [m + n]: yield those, and the others."""
+    rng, whose, m = np.random.default_rng(0), np.concatenate(clients), len(clients[0])
+    kinds = np.arange(len(losses)) < m
+    before = np.argsort(whose, kind="stable")
+    for _ in range(RESAMPLES):
+        shuffled = np.lexsort((rng.random(len(losses)), whose))
+        member = kinds[before]
+        yield losses[shuffled[member]], losses[shuffled[~member]]
 
 
 def area(members: np.ndarray, others: np.ndarray) -> tuple[float, float, float]:
@@ -94,8 +136,18 @@ def true_positive_rate(members: np.ndarray, others: np.ndarray, rate: float) -> 
     """
     from scipy.stats import betabinom, binomtest
 
-    m, n = len(members), len(others)
-    k = int(rate * n + 1e-9)
-    found = int((members < np.partition(others, k - 1)[k - 1]).sum())
+    m, n, k = len(members), len(others), _false(others, rate)
+    found = _below(members, others, rate)
     interval = binomtest(found, m).proportion_ci()
     return found / m, float(interval.low), float(interval.high), float(betabinom.sf(found - 1, m, k, n + 1 - k))
+
+
+def _false(others: np.ndarray, rate: float) -> int:
+    """Return how many of the others are called members."""
+    return int(rate * len(others) + 1e-9)
+
+
+def _below(members: np.ndarray, others: np.ndarray, rate: float) -> int:
+    """Count members below the threshold of that rate of false positives."""
+    k = _false(others, rate)
+    return int((members < np.partition(others, k - 1)[k - 1]).sum())

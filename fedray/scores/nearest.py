@@ -41,6 +41,10 @@ def copies(drawn: np.ndarray, real: np.ndarray) -> tuple[float, float, float, fl
     lies with a chance of exactly 5 % (if m ≥ 19; of fewer it is the smallest, and the chance 1/(m + 1)): a model that
     generates new images is expected to have that share there, and one that copies has more.
 
+    Meehan, Chaudhuri and Dasgupta (2020) compare all distances of both kinds, by their ranks. Smooth samples, which are
+    nearer to all images, move that test without a copy among them, and few copies among many new samples do not; here
+    those count that are as near as copies are.
+
     Args:
         drawn, real: distances of generated images [n], and of real images that were held out [m], to the nearest
             training image.

@@ -6,10 +6,15 @@ import made
 import numpy as np
 import pytest
 import torch
+from runs import train
+from toy import Linear
 
 from fedray.algorithms import Upload
 from fedray.algorithms.fedavg import FedAvg
 from fedray.algorithms.folds import Mean
+from fedray.config import Config
+from fedray.federation.plan import make_plan
+from fedray.record.run import Run
 from fedray.seeds import generator
 
 
@@ -87,3 +92,19 @@ def test_merging_does_not_touch_what_clients_sent():
     first, second = (fold.add(fold.start(round), upload, round) for upload in made.uploads(vectors, round))
     assert fold.result(fold.merge(first, second, round), round).mean("model").tolist() == [0.5] * 3
     assert [vector.tolist() for vector in vectors] == [[0] * 3, [1] * 3]
+
+
+def test_equal_shards_and_a_full_batch_each_are_one_step_on_all_data(tmp_path):
+    """Three clients of four examples, against autograd in double precision on all twelve."""
+    rng = np.random.default_rng(0)
+    x, t = rng.normal(size=(12, 2)), rng.normal(size=(12, 2))
+    task = Linear(x=tuple(map(tuple, x)), t=tuple(map(tuple, t)), squared=True)
+    config = Config(
+        task=task, clients=3, rounds=1, local_steps=1, train_batch_size=4, optimizer="sgd", learning_rate=0.1,
+        max_grad_norm=None, evaluate_samples=0, actors=0,
+    )  # fmt: skip
+    train(config, tmp_path / "run")
+    w = torch.tensor(task.w, dtype=torch.float64, requires_grad=True)
+    ((torch.from_numpy(x) @ w - torch.from_numpy(t)).square() / 2).sum(1).mean().backward()
+    found = Run.open(tmp_path / "run").state(make_plan(config).layout).tensors["model"]
+    np.testing.assert_allclose(found, (w - 0.1 * w.grad).detach().ravel(), rtol=1e-6)

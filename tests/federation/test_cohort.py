@@ -9,7 +9,7 @@ from scipy import stats
 from fedray.algorithms.cohorts import Fixed, Poisson
 from fedray.config import Config
 from fedray.errors import RunError, UserError
-from fedray.federation.plan import cohort_of
+from fedray.federation.cohort import cohort_of
 from fedray.presets import PRESETS
 from fedray.seeds import generator
 

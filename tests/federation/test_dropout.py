@@ -7,7 +7,8 @@ from runs import sha, train
 
 from fedray.algorithms.cohorts import Poisson
 from fedray.errors import RunError, UserError
-from fedray.federation.plan import dropped_of, make_plan
+from fedray.federation.cohort import dropped_of
+from fedray.federation.plan import make_plan
 from fedray.record.run import Run
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
-from runs import fit
+from runs import fit, train
 
 import fedray
 from fedray import cache
@@ -276,9 +276,42 @@ def test_features_of_ones_own(short, tmp_path):
 
 
 def test_a_client_alone_copies_only_what_it_has(short):
-    plan = make_plan(replace(short, held_out_share=0.1, only_client=1))
-    assert np.array_equal(plan.trained, plan.shards[1])
-    assert len(make_plan(replace(short, held_out_share=0.1)).trained) == len(plan.shards.indices)
+    plan = make_plan(replace(short, held_out_share=0.1, test_share=0.1, only_client=1))
+    trained, unseen = plan.images_of([1])
+    assert np.array_equal(trained, plan.shards[1])
+    assert np.array_equal(unseen, np.concatenate([plan.held_out[1], plan.test[1]]))
+    trained, unseen = plan.images_of(range(plan.shards.sizes.size))
+    assert sorted([*trained, *unseen]) == list(range(1797))
+    assert [len(each) for each in plan.images_of([])] == [0, 0]
+
+
+@pytest.mark.slow
+def test_copies_are_of_images_of_clients_that_took_part(short, tmp_path, monkeypatch):
+    """Two of twelve in each of two rounds; of a run that is resumed, and evaluated later."""
+    from fedray.commands import scoring
+    from fedray.federation import fit as engine
+
+    seen, right = [], engine.look_for_copies
+
+    def look(pool, images, trained, unseen, show):
+        seen.append((trained.tolist(), unseen.tolist()))
+        return right(pool, images, trained, unseen, show)
+
+    monkeypatch.setattr(engine, "look_for_copies", look)
+    monkeypatch.setattr(scoring, "look_for_copies", look)
+    config = replace(short, clients=12, fraction=0.17, rounds=2, test_share=0.3, canaries=8)
+    assert config.cohort_size == 2
+    train(config, tmp_path / "run", rounds=1)
+    rows = train(config, tmp_path / "run", resume=True)
+    assert main(["evaluate", str(tmp_path / "run"), "--samples", "8"]) == 0
+    took = sorted({client for row in Run.open(tmp_path / "run").rows for client in row["cohort"]})
+    assert len(rows) == 1
+    assert 3 <= len(took) <= 4
+    plan = make_plan(config)
+    trained = np.concatenate([plan.shards[client] for client in took])
+    unseen = np.concatenate([plan.test[client] for client in took])
+    assert (trained >= 1797).any()  # canaries, which are no images of the dataset
+    assert seen == [(trained[trained < 1797].tolist(), unseen.tolist())] * 2
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from fedray.config import Config
 from fedray.data.partition import Dirichlet, Partition, Shards
 from fedray.errors import RunError, UserError
 from fedray.federation import fit as whole_run
+from fedray.federation.fit import prepare
 from fedray.federation.local import TrainJob, client_update
 from fedray.federation.plan import disk_needed, make_plan
 from fedray.federation.pool import LocalPool
@@ -307,6 +308,32 @@ def test_kept_optimizers_that_do_not_fit_the_disk_are_refused(toy_config, tmp_pa
     with pytest.raises(RunError, match="checkpoint of round 1 needs 1.0 MB .* and 1.7 kB are free"):
         train(toy_config(keep_optimizer=True), tmp_path / "run")
     assert not list((tmp_path / "run/checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "memories", "state"),
+    [
+        ({"algorithm": "scaffold", "optimizer": "sgd"}, 1, 2),
+        ({"wire": "feedback:topk:0.5"}, 1, 1),
+        ({"algorithm": "scaffold", "optimizer": "sgd", "wire": "feedback:topk:0.5"}, 2, 2),
+        ({"algorithm": "ditto:0.5"}, 1, 1),
+        ({"layers": 2, "share": "^0"}, 1, 1),
+    ],
+)
+def test_memories_that_do_not_fit_the_disk_are_refused_with_their_size(
+    toy_config, tmp_path, monkeypatch, changes, memories, state
+):
+    """Vectors of 16 float32 numbers: for each of 4 clients, and twice for a cohort of 4; of the server, twice."""
+    import shutil
+
+    usage, config, vector = shutil.disk_usage(tmp_path), toy_config(evaluate_samples=0, **changes), 64
+    model = vector * changes.get("layers", 1)
+    needed = memories * vector * (4 + 2 * 4) + 2 * state * vector + model
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed - 1))
+    with pytest.raises(UserError, match=rf"needs about .* clients' memories {memories * vector * 12 / 1000:.1f} kB"):
+        prepare(config, Run(tmp_path / "run"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed))
+    prepare(config, Run(tmp_path / "run"))
 
 
 def test_memories_of_methods_and_links_are_expected_on_the_disk(toy_config):

@@ -1,14 +1,15 @@
 """Gradients of single examples against a loop of backward passes, their clip against its definition, and the steps."""
 
 import json
+import random
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
-from memory import Memory
-from runs import sha, train
+from memory import Memory, memory_config
+from runs import AnySize, sha, train, trained
 from scipy import stats
 from torch import nn
 
@@ -17,11 +18,15 @@ from fedray.algorithms.dpsgd import DPSGD
 from fedray.algorithms.fedavg import FedAvg
 from fedray.config import Config
 from fedray.errors import RunError, UserError
-from fedray.federation.examples import Private, clipped_sum, drawn_steps, example_gradients, rate_of, spent
+from fedray.federation.blocks import Pace
+from fedray.federation.budget import spent, try_of
+from fedray.federation.examples import Private, clipped_sum, drawn_steps, example_gradients, rate_of
 from fedray.federation.fit import prepare
 from fedray.federation.local import LocalTraining, TrainJob
+from fedray.federation.pool import LocalPool
 from fedray.federation.steps import batch_of
 from fedray.federation.worker import Worker
+from fedray.privacy import Release, epsilon
 from fedray.record.run import Run
 from fedray.seeds import generator
 from fedray.tasks.lora import PIPELINE, LoRA
@@ -157,14 +162,6 @@ def test_each_example_is_drawn_by_itself():
     assert abs(np.corrcoef(drawn[:, 3], drawn[:, 7])[0, 1]) < 4 / 2000**0.5
 
 
-def memory_config(**changes):
-    settings = dict(
-        task=Memory(), clients=2, rounds=2, local_steps=6, train_batch_size=8, learning_rate=0.05, optimizer="sgd",
-        max_grad_norm=None, evaluate_samples=0, actors=0,
-    )  # fmt: skip
-    return Config(**(settings | changes))
-
-
 def test_without_noise_and_with_every_example_it_is_a_plain_step():
     """q = 1, and a clip that is never reached: a full batch of SGD."""
     config = memory_config(train_batch_size=64, algorithm="dpsgd:1e6:0", local_steps=1)
@@ -235,13 +232,18 @@ def test_every_client_has_an_epsilon_of_its_own(tmp_path):
         algorithm="dpsgd:0.5:1.5", partition="quantity:0.5", clients=4, cohort="poisson:0.6", rounds=4
     )
     rows = train(config, tmp_path / "run")
-    taken = {}
+    taken, client_of = {}, {}
+
+    def draw(n):
+        return n, min(8, n), min(8, n) / n
+
     for row in rows:
         for client in row["clients"]:
             taken[client["client"]] = taken.get(client["client"], 0) + 6
-            expected = spent(config, 1.5, client["examples"], taken[client["client"]])
+            client_of[client["client"]] = client
+            expected = epsilon({Release(1.5, *draw(client["examples"])): taken[client["client"]]}, 1e-5)
             assert client["epsilon"] == expected
-        assert row["example_privacy"]["epsilon"] == max(client["epsilon"] for client in row["clients"])
+        assert row["example_privacy"]["epsilon"] == max(each["epsilon"] for each in client_of.values())
     result = Run.open(tmp_path / "run").result["example_privacy"]
     assert set(result["clients"]) == set(map(str, taken))
     assert result["epsilon"] == max(result["clients"].values())
@@ -252,13 +254,37 @@ def test_every_client_has_an_epsilon_of_its_own(tmp_path):
     assert Run.open(tmp_path / "cut").result["example_privacy"] == result
 
 
+@pytest.mark.parametrize("form", ["dpsgd:1:1", "dpsgd:1:1:scaffold", "ema:0.9:dpsgd:1:1:fedadam:0.01"])
+def test_the_same_in_random_blocks_with_a_client_that_fails(tmp_path, monkeypatch, form):
+    """State, memories and rows; and after a stop."""
+    right = Private.finish
+
+    def finish(private, gradient):
+        if private.client == 2:
+            raise ValueError("the camera is on fire")
+        right(private, gradient)
+
+    monkeypatch.setattr(Private, "finish", finish)
+    config = memory_config(algorithm=form, clients=5, rounds=3, local_steps=2)
+    plan = prepare(config, Run(tmp_path / "x"))
+    expected = trained(config, plan, LocalPool(config), Pace())
+    assert [outcome for _, outcome, *_ in expected[2][0]].count("ok") == 4
+    for seed in range(3):
+        assert trained(config, plan, LocalPool(config), AnySize(random.Random(seed))) == expected
+    train(config, tmp_path / "whole")
+    train(config, tmp_path / "cut", rounds=1)
+    train(config, tmp_path / "cut", resume=True)
+    assert sha(tmp_path / "cut") == sha(tmp_path / "whole")
+
+
 def test_numbers_that_were_published():
     """q = 0.04, σ = 1.5 and 2,250 steps; q = 0.01, σ = 4 and 10,000 steps: as in tests/test_accounting.py."""
-    config = Config(task=Memory(), local_steps=225, rounds=10, train_batch_size=4, algorithm="dpsgd:1:1.5")
-    assert spent(config, 1.5, 100, config.rounds * config.steps(100)) == pytest.approx(7.32933, abs=5e-6)
+    config = Config(task=Memory(), clients=1, local_steps=225, rounds=10, train_batch_size=4, algorithm="dpsgd:1:1.5")
+    assert spent(config, 1.5, np.array([100]), config.rounds) == pytest.approx(7.32933, abs=5e-6)
+    assert try_of(config, 1.5, 100).epsilon(10, 1e-5) == spent(config, 1.5, np.array([100]), 10)
     config = replace(config, local_steps=1000, train_batch_size=10, delta=1e-5)
-    assert round(spent(config, 4.0, 1000, config.rounds * config.steps(1000)), 3) == 1.035
-    assert spent(config, 0.0, 1000, 1) is None
+    assert round(spent(config, 4.0, np.array([1000]), config.rounds), 3) == 1.035
+    assert spent(config, 0.0, np.array([1000]), 1) == float("inf")
 
 
 def test_around_other_methods(tmp_path):
@@ -310,6 +336,17 @@ def test_what_does_not_go_together_is_refused(tmp_path, changes, message):
         prepare(memory_config(**({"algorithm": "dpsgd:1:1"} | changes)), Run(tmp_path / "run"))
 
 
+def test_a_method_of_ones_own_cannot_make_more_steps_than_count(tmp_path):
+    @dataclass(frozen=True)
+    class Longer(FedAvg):
+        def train(self, local, down, memory):
+            super().train(local, down, memory)
+            super().train(local, down, memory)
+
+    with pytest.raises(UserError, match="makes more than the 6 steps of a client that noise hides"):
+        train(memory_config(algorithm=DPSGD(1.0, 5.0, Longer()), rounds=1), tmp_path / "run")
+
+
 def test_a_method_of_ones_own_cannot_lower_the_noise_either(tmp_path):
     @dataclass(frozen=True)
     class Twice(FedAvg):
@@ -339,14 +376,21 @@ def test_a_client_that_draws_nothing_sends_its_noise(tmp_path):
     rows = train(config, tmp_path / "run")
     assert min(row["images"] for row in rows) == 0
     assert all(json.loads(json.dumps(row["loss"])) > 0 for row in rows)
-    assert rows[-1]["clients"][0]["algorithm"]["example_steps"] == 8
+    expected = epsilon({Release(1.0, 64, 1, 1 / 64): 8}, 1e-5)
+    assert rows[-1]["clients"][0]["epsilon"] == expected
 
 
-def test_results_and_the_card_say_what_is_spent(tmp_path):
+def test_results_the_page_and_the_card_say_what_is_spent(tmp_path, capsys):
     from fedray.record.card import model_card
+    from fedray.reports import page
+    from fedray.reports.progress import progress
+    from fedray.reports.results import summary
 
     config = memory_config(algorithm="dpsgd:1:2")
     rows = train(config, tmp_path / "run")
+    with progress(2) as (on_row, _):
+        on_row(rows[0])
+    assert f"ε of examples {rows[0]['example_privacy']['epsilon']:.3g} (δ 1e-05)" in capsys.readouterr().out
     frame = fedray.load(tmp_path / "run").rounds
     assert frame["example_privacy.epsilon"].tolist() == [row["example_privacy"]["epsilon"] for row in rows]
     run = Run.open(tmp_path / "run")
@@ -356,6 +400,9 @@ def test_results_and_the_card_say_what_is_spent(tmp_path):
     assert "the run's seed, which must stay secret" in card
     assert "81549" not in card
     assert "`fedray train --clients 2`" in card
+    assert summary({"run": tmp_path / "run"}).loc["run", "ε of examples"] == run.result["example_privacy"]["epsilon"]
+    page.write([tmp_path / "run"], tmp_path / "page.html")
+    assert "Privacy of examples at the end" in (tmp_path / "page.html").read_text()
     plain = {name: value for name, value in run.result.items() if name != "example_privacy"}
     assert "--seed 81549" in model_card(config.to_json(), plain, ["fedray", "train", "--seed", "81549"])
 

@@ -5,12 +5,14 @@ import threading
 from unittest import mock
 
 import pytest
+from memory import memory_config
 from runs import CHAOS, fit, sha, train
 
 from fedray.errors import RunError, UserError
 from fedray.federation.pool import LocalPool
 from fedray.record import copies, publishing
 from fedray.record.copies import Copy, local
+from fedray.record.example_spending import ExampleSpending
 from fedray.record.manifests import Manifest, now
 from fedray.record.publishing import take_over
 from fedray.record.run import Run
@@ -168,6 +170,20 @@ def test_the_ledger_is_in_the_storage_before_noise_is_drawn(toy_config, place, n
 
     monkeypatch.setattr(Spending, "release", released)
     train(config, f"{place}/a")
+    assert [[json.loads(line)["round"] for line in lines] for lines in there] == [[1], [1, 2]]
+
+
+def test_so_is_that_of_clients_before_they_begin(place, node, monkeypatch):
+    begin, there = ExampleSpending.begin, []
+
+    def begun(spending, round, clients):
+        begin(spending, round, clients)
+        node("another")
+        there.append((local(f"{place}/a") / "example-privacy.jsonl").read_text().splitlines())
+        node("first node")
+
+    monkeypatch.setattr(ExampleSpending, "begin", begun)
+    train(memory_config(algorithm="dpsgd:1:1"), f"{place}/a")
     assert [[json.loads(line)["round"] for line in lines] for lines in there] == [[1], [1, 2]]
 
 
