@@ -282,21 +282,20 @@ def _check_privacy(config: "Config") -> None:
 
 def _check_noise(config: "Config", noises: list[int]) -> None:
     """Raise `UserError` unless all noise is given, or --target-epsilon finds the one that is not."""
-    open = [f"--wire {LINKS.form(config.wire[index])}" for index in noises if config.wire[index].multiplier is None]
+    missing = [f"--wire {LINKS.form(config.wire[index])}" for index in noises if config.wire[index].multiplier is None]
     if config.method.hides_examples and config.method.example_noise is None:
-        open.append(f"--algorithm {ALGORITHMS.form(config.algorithm)}")
-    if config.target_epsilon is None:
-        for who in open:
-            raise UserError(
-                f"{who}: give its multiplier (as noise:1.0, dpsgd:NORM:1.0), or --target-epsilon to find it."
-            )
-    elif not open:
+        missing.append(f"--algorithm {ALGORITHMS.form(config.algorithm)}")
+    if config.target_epsilon is None and missing:
+        raise UserError(
+            f"{missing[0]}: give its multiplier (as noise:1.0, dpsgd:NORM:1.0), or --target-epsilon to find it."
+        )
+    if config.target_epsilon is not None and not missing:
         raise UserError(
             "--target-epsilon finds the noise's multiplier, and one is given (--wire noise:…, --algorithm dpsgd:…); "
             "leave one of them out."
         )
-    elif len(open) > 1:
-        raise UserError(f"--target-epsilon finds one noise, and {' and '.join(open)} have none: give one of them.")
+    if len(missing) > 1:
+        raise UserError(f"--target-epsilon finds one noise, and {' and '.join(missing)} have none: give one of them.")
 
 
 def flag(name: str) -> str:

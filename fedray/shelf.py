@@ -14,7 +14,7 @@ from fedray import cache
 from fedray.errors import UserError, reason
 
 SUM = hashlib.sha256().digest_size  # bytes of a file's sum, which are its last
-MAPPED = 4096  # arrays of a shelf that a process has mapped at a time: the kernel allows some 65,000 in all
+MAPPED = 256  # arrays that a process has mapped at a time: each holds a file open, and many systems allow 1,024
 
 
 class Shelf:
@@ -74,7 +74,11 @@ class Shelf:
                 raise KeyError(name)
             if len(self._mapped) >= MAPPED:
                 self._mapped.clear()
-            found = self._mapped[name] = np.load(self._path(name), mmap_mode="r")
+            try:
+                found = self._mapped[name] = np.load(self._path(name), mmap_mode="r")
+            except FileNotFoundError:  # removed by hand meanwhile
+                self._whole.discard(name)
+                raise KeyError(name) from None
         return found
 
     def __setitem__(self, name: str, array: np.ndarray) -> None:

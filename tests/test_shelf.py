@@ -104,7 +104,8 @@ def test_it_is_listed_and_removed_once_nobody_has_it_open(capsys):
     assert "x" not in Shelf("latents of 3 images", "key")
 
 
-def test_many_arrays_do_not_use_up_mappings():
+def test_many_arrays_do_not_use_up_files():
+    """A mapping holds its file open, and many systems allow a process 1,024."""
     shelf = Shelf("things", "key")
     shelf["x"] = ARRAY
     data = (shelf.place / "x.npy").read_bytes()
@@ -112,7 +113,7 @@ def test_many_arrays_do_not_use_up_mappings():
         (shelf.place / f"{index}.npy").write_bytes(data)
         assert shelf[str(index)][0, 0, 1] == ARRAY[0, 0, 1]
     with open("/proc/self/maps") as maps:
-        assert sum(str(shelf.place) in line for line in maps) <= MAPPED
+        assert sum(str(shelf.place) in line for line in maps) <= MAPPED < 512
     assert np.array_equal(shelf["0"], ARRAY)
 
 

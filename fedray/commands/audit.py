@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,13 +131,14 @@ def spent(run: Run, config: Config, plan: Plan) -> float | None:
 def _copies(options: Audit, run: Run, config: Config, plan: Plan, pool: Pool, model: Shared) -> dict[str, Copies]:
     """Look for copies, and save pictures of the samples nearest to images trained on."""
     from fedray.federation.copying import audit_copies
-    from fedray.federation.delivered import sampling_of
-    from fedray.federation.evaluation import Scoring, open_reference
+    from fedray.federation.evaluation import Scoring, open_reference, scored
+    from fedray.federation.personal import by_clients
     from fedray.record.pictures import draw_audit
 
     scoring = Scoring.of(config)
     features = None if scoring is None else open_reference(scoring, plan.dataset, pool).features
-    sampling = sampling_of(run, config, options.samples, options.seed)
+    sampling = replace(scored(config, options.samples, plan.dataset), seed=options.seed)
+    sampling = by_clients(sampling, config, run, run.complete_rounds)
     found = audit_copies(pool, model, plan, run.rows, sampling, features)
     for where, each in found.items():
         draw_audit(run.directory / f"audit-{where}.png", each.images, each.nearest)

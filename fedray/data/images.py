@@ -216,7 +216,9 @@ def _decode_all(
     what: str, names: Sequence[str], read: Callable[[int], Path | bytes], form: Form, path: Path
 ) -> tuple[dict[int, str], bool]:
     """Decode in parallel into `path`; return why some failed, and whether the cause may be temporary."""
-    images = _mapped(what, path, (len(names), form.channels, form.resolution, form.resolution))
+    shape = (len(names), form.channels, form.resolution, form.resolution)
+    _check_room(what, path.parent, math.prod(shape))
+    images = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
     unreadable: dict[int, str] = {}
     passing = False
 
@@ -254,17 +256,19 @@ def _decode_buckets(what: str, read: Callable[[int], Path | bytes], count: int, 
     def measure(start: int) -> None:
         for index in range(start, min(start + CHUNK, count)):
             with open_image(read(index)) as opened:
-                turned = opened.getexif().get(ExifTags.Base.Orientation, 1) > 4  # by 90°
+                turned = opened.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # by 90°
                 height, width = opened.size if turned else opened.size[::-1]
             which[index] = nearest(height, width, form.sizes)
 
     _in_threads(what, measure, range(0, count, CHUNK))
     used, which = np.unique(which, return_inverse=True)
     sizes, arrays = [form.sizes[index] for index in used], []
-    for bucket, size in enumerate(sizes):
+    shapes = [(int(n), form.channels, *size) for n, size in zip(np.bincount(which), sizes, strict=True)]
+    _check_room(what, place, sum(map(math.prod, shapes)))
+    for bucket, shape in enumerate(shapes):
         members = np.flatnonzero(which == bucket)
         rows[members] = np.arange(len(members))
-        arrays.append(_mapped(what, path_of(place, bucket), (len(members), form.channels, *size)))
+        arrays.append(np.lib.format.open_memmap(path_of(place, bucket), "w+", np.uint8, shape))
 
     def some(start: int) -> None:
         for index in range(start, min(start + CHUNK, count)):
@@ -278,15 +282,14 @@ def _decode_buckets(what: str, read: Callable[[int], Path | bytes], count: int, 
     return hashlib.sha256(" ".join(sums).encode()).hexdigest()
 
 
-def _mapped(what: str, path: Path, shape: tuple[int, ...]) -> np.memmap:
-    """Make room for images in a file. Raises `UserError` where the disk has none."""
-    need, free = math.prod(shape), shutil.disk_usage(path.parent).free
-    if need > free:  # a mapped file that finds the disk full kills the process
+def _check_room(what: str, place: Path, need: int) -> None:
+    """Raise `UserError` where the disk has less room: a mapped file that finds it full kills the process."""
+    free = shutil.disk_usage(place).free
+    if need > free:
         raise UserError(
-            f"{what}: decoded it takes {need / 1e9:.2f} GB, and {path.parents[1]} has {free / 1e9:.2f} GB free; set "
+            f"{what}: decoded it takes {need / 1e9:.2f} GB, and {place.parent} has {free / 1e9:.2f} GB free; set "
             f"FEDRAY_CACHE to a directory on another disk."
         )
-    return np.lib.format.open_memmap(path, "w+", np.uint8, shape)
 
 
 def _in_threads(what: str, some: Callable[[int], None], starts: Sequence[int]) -> None:

@@ -15,7 +15,7 @@ from fedray.federation.cohort import taken
 from fedray.federation.examples import rate_of
 from fedray.menus import ALGORITHMS
 from fedray.privacy import Release, epsilon, multiplier_for
-from fedray.record.example_spending import ExampleSpending, Try
+from fedray.record.example_spending import LEDGER, ExampleSpending, Try
 
 Sizes = np.ndarray  # int64 [clients], examples of each
 
@@ -70,7 +70,17 @@ def check_budget(config: Config, noise: float, sizes: Sizes) -> None:
 def example_spending(
     config: Config, noise: float, sizes: Sizes, directory: Path, publish: Callable[[], None] = lambda: None
 ) -> ExampleSpending:
-    """Open the ledger of a run's clients."""
+    """Open the ledger of a run's clients.
+
+    Raises:
+        UserError: the run has rounds that no ledger knows of.
+    """
+    rounds = directory / "rounds.jsonl"
+    if rounds.exists() and rounds.stat().st_size and not (directory / LEDGER).exists():
+        raise UserError(
+            f"{directory} was begun by a version that kept no ledger of examples ({LEDGER}), so what its clients have "
+            f"released is not known; it can be sampled from, but neither continued nor audited."
+        )
     return ExampleSpending(
         directory, lambda client: try_of(config, noise, int(sizes[client])), config.delta, config.max_epsilon, publish
     )

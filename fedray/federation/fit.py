@@ -109,6 +109,7 @@ def fit(session: Session, provenance: dict[str, Any], resume: bool = False) -> I
         if config.method.hides_examples:
             of = (config, plan.example_noise, plan.shards.sizes)
             session = replace(session, examples=example_spending(*of, run.directory, run.publish))
+            session.examples.path.touch()  # also where no client ever begins
         state, row = run.state(plan.layout, memories=True), None
         if state is None:
             state = State(0, config.method.init(plan.initial, plan.layout))
@@ -247,8 +248,8 @@ def evaluate_round(session: Session, state: State, row: Row, against: Reference 
     """
     config, plan, run = session.config, session.plan, session.run
     last = state.round == config.rounds
-    trained, unseen = plan.images_of(session.took_part)
-    look = last and len(unseen) > 0
+    trained, unseen = plan.images_of(session.took_part if last else ())
+    look = len(unseen) > 0
     keep = config.evaluate_samples if config.keep_samples else LOOKED_AT if look else GRID
     sampling = scored(config, config.evaluate_samples, plan.dataset)
     sampling = replace(sampling, repeats=config.evaluate_repeats if last else 1)

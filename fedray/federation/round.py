@@ -76,10 +76,10 @@ def run_round(session: Session, state: State) -> Generator[None, None, tuple[Sta
     if session.plan.canaries is not None:
         dropped |= session.plan.canaries.absent.intersection(round.cohort)
     asked = [client for client in round.cohort if client not in dropped]
-    if method.hides_examples:  # clients' noise is other where anything is that they start from
+    if method.hides_examples and not config.secure_noise:  # their noise is other where anything is they start from
         run = session.run
-        memories = [sha256_of(run.recall(client, run.generation(client, round.number))) for client in round.cohort]
-        round = replace(round, transcript=hashed(round.transcript, *memories))
+        starts = [sha256_of(run.recall(client, run.generation(client, round.number))) for client in round.cohort]
+        round = replace(round, transcript=hashed(round.transcript, *starts))
     if session.examples is not None:
         session.examples.begin(round, asked)
     queue, ledger = Queue(round, config.client_retries, dropped), Ledger(round, dropped)

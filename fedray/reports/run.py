@@ -117,7 +117,8 @@ class Run(record.Run):
             raise UserError(f"{folder} is what a task of your own has written, and no pipeline of diffusers.")
         pipeline = DiffusionPipeline.from_pretrained(base)
         if task.get("prediction_type") is not None:
-            pipeline.scheduler.register_to_config(prediction_type=task["prediction_type"])
+            scheduler = pipeline.scheduler
+            pipeline.scheduler = type(scheduler).from_config(scheduler.config, prediction_type=task["prediction_type"])
         pipeline.load_lora_weights(folder)
         return pipeline
 

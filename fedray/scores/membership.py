@@ -81,11 +81,9 @@ def rates_of(members: np.ndarray, others: np.ndarray, clients: Clients | None = 
 def _drawn(losses: np.ndarray, clients: Clients) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Draw each client's members anew among its losses [m + n]: yield those, and the others."""
     rng, whose, m = np.random.default_rng(0), np.concatenate(clients), len(clients[0])
-    kinds = np.arange(len(losses)) < m
-    before = np.argsort(whose, kind="stable")
+    member = (np.arange(len(losses)) < m)[np.argsort(whose, kind="stable")]
     for _ in range(RESAMPLES):
         shuffled = np.lexsort((rng.random(len(losses)), whose))
-        member = kinds[before]
         yield losses[shuffled[member]], losses[shuffled[~member]]
 
 

@@ -15,6 +15,7 @@ from fedray.errors import RunError, UserError
 from fedray.federation.causes import Cause
 from fedray.federation.examples import Private
 from fedray.federation.fit import prepare
+from fedray.federation.plan import make_plan
 from fedray.federation.pool import LocalPool
 from fedray.federation.round import Session
 from fedray.privacy import Release, epsilon, release_of
@@ -140,6 +141,16 @@ def test_a_round_done_again_from_the_same_counts_once(config, tmp_path, monkeypa
     assert ledger(tmp_path / "killed") == ledger(tmp_path / "whole")
     results = [Run.open(tmp_path / name).result["example_privacy"] for name in ("whole", "killed")]
     assert results[0] == results[1]
+
+
+def test_a_run_without_its_ledger_is_not_continued(config, tmp_path, monkeypatch):
+    """As versions before it left them: what its clients have released is not known."""
+    killed_before_checkpoint(config, tmp_path / "run", monkeypatch, 2)
+    (tmp_path / "run" / LEDGER).unlink()
+    with pytest.raises(UserError, match="kept no ledger of examples"):
+        train(config, tmp_path / "run", resume=True)
+    with pytest.raises(UserError, match="nor audited"):
+        spent_of(Run.open(tmp_path / "run"), config, make_plan(config))
 
 
 def test_with_noise_of_the_system_it_counts_again(config, tmp_path, monkeypatch, noises):

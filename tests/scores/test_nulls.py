@@ -13,6 +13,7 @@ from fedray.scores.canaries import chance, leak
 from fedray.scores.membership import attack, rates_of
 from fedray.scores.nearest import copies, excess, nearest, nearest_features
 
+pytestmark = pytest.mark.slow
 CHANCE = 1e-3  # of a false alarm, if the seeds were others
 
 

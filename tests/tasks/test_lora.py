@@ -437,14 +437,19 @@ def test_a_prediction_type_is_as_if_the_scheduler_said_so(config, tmp_path):
     shutil.copytree(PIPELINE, tmp_path / "pipeline")
     path = tmp_path / "pipeline/scheduler/scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "v_prediction"}))
-    found = []
-    for folder, extra in ((tmp_path / "pipeline", {}), (PIPELINE, {"prediction_type": "v_prediction"}), (PIPELINE, {})):
+    shutil.copytree(PIPELINE, tmp_path / "silent")  # as Stable Diffusion 1.5's, which leaves it to the default
+    path = tmp_path / "silent/scheduler/scheduler_config.json"
+    said = json.loads(path.read_text())
+    del said["prediction_type"]
+    path.write_text(json.dumps(said))
+    found, flag = [], {"prediction_type": "v_prediction"}
+    for folder, extra in ((tmp_path / "pipeline", {}), (PIPELINE, flag), (PIPELINE, {}), (tmp_path / "silent", flag)):
         learner, dataset = learner_of(config, folder, **extra)
         with torch.no_grad():
             loss = learner.loss(batch_of(dataset, np.arange(3)), torch.Generator().manual_seed(3)).item()
         drawn = learner.sample(1, torch.Generator().manual_seed(3), "ddim", 2, ["the digit six"])
         found.append((loss, drawn.tolist()))
-    assert found[0] == found[1]
+    assert found[0] == found[1] == found[3]
     assert found[0][0] != found[2][0]
     assert found[0][1] != found[2][1]
     task = replace(config.task, prediction_type="v_prediction")

@@ -51,9 +51,9 @@ class LoRALearner:
         self.task, self.device = task, device
         self.dtype = getattr(torch, task.base_dtype)
         self.folder = task.folder
-        self.scheduler = DDPMScheduler.from_pretrained(self.folder, subfolder="scheduler")
-        if task.prediction_type is not None:
-            self.scheduler.register_to_config(prediction_type=task.prediction_type)
+        # Not by `register_to_config`: what the file leaves out would stay a default, which samplers of it forget.
+        target = {} if task.prediction_type is None else {"prediction_type": task.prediction_type}
+        self.scheduler = DDPMScheduler.from_pretrained(self.folder, subfolder="scheduler", **target)
         self.alphas_cumprod = self.scheduler.alphas_cumprod.to(device)
         self.scaling_factor = AutoencoderKL.load_config(self.folder, subfolder="vae").get("scaling_factor", 0.18215)
         base, files = unet_folder(self.folder, task.base_dtype, task.variant)
