@@ -108,8 +108,9 @@ def fit(session: Session, provenance: dict[str, Any], resume: bool = False) -> I
             session = replace(session, spending=spending)
         if config.method.hides_examples:
             of = (config, plan.example_noise, plan.shards.sizes)
-            session = replace(session, examples=example_spending(*of, run.directory, run.publish))
-            session.examples.path.touch()  # also where no client ever begins
+            examples = example_spending(*of, run.directory, run.publish)
+            examples.path.touch()  # also where no client ever begins
+            session = replace(session, examples=examples)
         state, row = run.state(plan.layout, memories=True), None
         if state is None:
             state = State(0, config.method.init(plan.initial, plan.layout))
