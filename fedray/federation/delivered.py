@@ -53,13 +53,13 @@ def sampling_of(
     Raises:
         UserError: the model knows no such class.
     """
-    classes = getattr(config.task, "num_class_embeds", None) or 0
-    if labels and not classes:
-        raise UserError(f"--label is for class-conditional models; that of {run} is not one.")
-    for label in labels:
-        if not 0 <= label < classes:
-            raise UserError(f"--label {label}: the model of {run} knows classes 0 to {classes - 1}.")
     prompts = prompts or getattr(config.task, "validation_prompt", ()) or prompts_of(config)
     sampling = Sampling.of(config, n, tuple(prompts))
-    sampling = replace(sampling, seed=seed, labels=tuple(labels) or sampling.labels)
+    wanted, classes = tuple(map(int, labels)), getattr(config.task, "num_class_embeds", None)
+    if wanted and not sampling.labels:
+        raise UserError(f"--label is for class-conditional models; that of {run} is not one.")
+    for label in wanted if classes is not None else ():
+        if not 0 <= label < classes:
+            raise UserError(f"--label {label}: the model of {run} knows classes 0 to {classes - 1}.")
+    sampling = replace(sampling, seed=seed, labels=wanted or sampling.labels)
     return by_clients(sampling, config, run, run.complete_rounds)
