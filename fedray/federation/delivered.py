@@ -1,5 +1,6 @@
 """The model that a run delivers, to be sampled from: its average, where there is one."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import cast
@@ -55,10 +56,10 @@ def sampling_of(
     """
     prompts = prompts or getattr(config.task, "validation_prompt", ()) or prompts_of(config)
     sampling = Sampling.of(config, n, tuple(prompts))
-    wanted, classes = tuple(map(int, labels)), getattr(config.task, "num_class_embeds", None)
+    wanted, classes = tuple(map(int, labels)), getattr(config.task, "num_class_embeds", math.inf)
     if wanted and not sampling.labels:
         raise UserError(f"--label is for class-conditional models; that of {run} is not one.")
-    for label in wanted if classes is not None else ():
+    for label in wanted:
         if not 0 <= label < classes:
             raise UserError(f"--label {label}: the model of {run} knows classes 0 to {classes - 1}.")
     sampling = replace(sampling, seed=seed, labels=wanted or sampling.labels)
