@@ -1,5 +1,6 @@
 import os
 import shutil
+import signal
 import tempfile
 
 # One thread, as an actor of one CPU has; before torch is imported.
@@ -26,6 +27,11 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):  # keywords are also names of folders
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+def pytest_sessionstart():
+    # A shell has jobs in the background ignore it, and so would the processes that tests interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_sessionfinish():

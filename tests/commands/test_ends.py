@@ -196,7 +196,6 @@ def test_clients_alone_are_stopped_within_a_round(tmp_path):
 def test_the_second_signal_ends_a_process_that_does_not_stop():
     child = os.fork()
     if child == 0:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for jobs in the background
         with interruptible() as caught:
             for number in (signal.SIGTERM, signal.SIGINT):
                 try:
