@@ -5,6 +5,7 @@ from pathlib import Path
 
 import made
 import numpy as np
+import pytest
 import torch
 
 from fedray.federation.added import Added
@@ -184,3 +185,18 @@ def trained_client(config, tensors=None, memory=None):
     row, trained = client_update(worker, shared, TrainJob(0, 0, np.arange(examples), np.array([], int), kept))
     payload, rows, kept = trained  # what is sent lies in the memory that the next client is trained in
     return row, Trained({name: array.copy() for name, array in payload.items()}, rows, kept)
+
+
+def killed_before_checkpoint(config, out, monkeypatch, number):
+    """Train until the noise of a round is drawn and its models are there, and its checkpoint is not."""
+    right = Run.complete
+
+    def complete(run, state, *rest):
+        if state.round == number:
+            raise KeyboardInterrupt
+        right(run, state, *rest)
+
+    with monkeypatch.context() as context:
+        context.setattr(Run, "complete", complete)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, out)

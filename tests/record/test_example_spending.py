@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from memory import memory_config
-from runs import Memories, sha, train, whole_round
+from runs import Memories, killed_before_checkpoint, sha, train, whole_round
 
 from fedray.commands.audit import spent as spent_of
 from fedray.errors import RunError, UserError
@@ -114,21 +114,6 @@ def test_a_try_that_failed_counts_too(config, tmp_path, monkeypatch, secure, ret
     tries = 3 if not secure or not retries else 4
     assert row["epsilon"] == proved(21, tries - 1)
     assert Run.open(tmp_path / "run").result["example_privacy"]["clients"]["1"] == proved(21, tries)
-
-
-def killed_before_checkpoint(config, out, monkeypatch, number):
-    """Train until a round's models are there, and its checkpoint is not."""
-    right = Run.complete
-
-    def complete(run, state, *rest):
-        if state.round == number:
-            raise KeyboardInterrupt
-        right(run, state, *rest)
-
-    with monkeypatch.context() as context:
-        context.setattr(Run, "complete", complete)
-        with pytest.raises(KeyboardInterrupt):
-            train(config, out)
 
 
 def test_a_round_done_again_from_the_same_counts_once(config, tmp_path, monkeypatch, noises):

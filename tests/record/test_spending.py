@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
-from runs import sha, train
+from runs import killed_before_checkpoint, sha, train
 
 from fedray.errors import RunError, UserError
 from fedray.federation.fit import prepare
@@ -24,21 +24,6 @@ def config(toy_config):
 
 def ledger(out):
     return [json.loads(line) for line in (out / "privacy.jsonl").read_text().splitlines()]
-
-
-def killed_before_checkpoint(config, out, monkeypatch, number):
-    """Train until the noise of a round is drawn and its checkpoint is not there."""
-    right = Run.complete
-
-    def complete(run, state, *rest):
-        if state.round == number:
-            raise KeyboardInterrupt
-        right(run, state, *rest)
-
-    with monkeypatch.context() as context:
-        context.setattr(Run, "complete", complete)
-        with pytest.raises(KeyboardInterrupt):
-            train(config, out)
 
 
 def test_every_row_says_what_is_spent(config, tmp_path):
