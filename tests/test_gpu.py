@@ -1,6 +1,8 @@
 """On a GPU the bits differ from a CPU's, but the same is learned; and on one GPU, placement does not matter."""
 
+import gc
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -10,8 +12,10 @@ from safetensors.torch import load_file
 
 import fedray
 from fedray.cli import main
+from fedray.federation import local
 from fedray.presets import PRESETS
 from fedray.record.run import Run
+from fedray.tasks import graphs
 
 pytestmark = pytest.mark.gpu
 
@@ -59,6 +63,59 @@ def test_half_precision_trains_float32_weights(run, tmp_path, precision):
     assert tensors["model"].dtype == torch.float32
     assert tensors["model"].isfinite().all()
     assert sha(tmp_path / "run") != sha(run)
+
+
+def twice(config, out, monkeypatch):
+    """Train with CUDA graphs and without; return both runs' hashes, and how many graphs were made."""
+    made = []
+    monkeypatch.setattr(graphs, "_captured", lambda *given, make=graphs._captured: made.append(1) or make(*given))
+    train(config, out / "graphs")
+    monkeypatch.setattr(local, "alike", lambda many: nullcontext())
+    train(config, out / "kernels")
+    return sha(out / "graphs"), sha(out / "kernels"), len(made)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_graphs_have_the_bits_of_single_kernels(tmp_path, monkeypatch, precision):
+    """Four clients with an epoch of full batches and one that is not, two rounds: one graph."""
+    config = replace(GPU, mixed_precision=precision, evaluate_samples=0)
+    graphed, kernels, made = twice(config, tmp_path, monkeypatch)
+    assert graphed == kernels
+    assert made == 1
+
+
+def test_graphs_of_adapters_drop_out_as_single_kernels_do(photos, tmp_path, monkeypatch):
+    task = replace(PRESETS["digits-lora"].task, train_data_dir=str(photos), lora_dropout=0.2)
+    config = replace(
+        PRESETS["digits-lora"], task=task, rounds=2, local_steps=3, train_batch_size=4, evaluate_samples=0,
+        features=None, actors=0, gpus_per_actor=1.0,
+    )  # fmt: skip
+    graphed, kernels, made = twice(config, tmp_path, monkeypatch)
+    assert graphed == kernels
+    assert made == 1
+
+
+def test_a_graph_makes_room_for_another_batch(tmp_path, monkeypatch):
+    """Beside a batch of 1,000 there is room for a third of it, and the one that follows has 797."""
+    config = replace(GPU, clients=1, rounds=1, train_batch_size=1000, held_out_share=0.0, evaluate_samples=0)
+    monkeypatch.setattr(local, "alike", lambda many: nullcontext())
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    train(config, tmp_path / "kernels")
+    need = torch.cuda.max_memory_reserved() / torch.cuda.get_device_properties(0).total_memory
+    gc.collect()
+    torch.cuda.empty_cache()
+    monkeypatch.undo()
+    released = []
+    monkeypatch.setattr(graphs, "release", lambda free=graphs.release: released.append(free()) or released[-1])
+    torch.cuda.set_per_process_memory_fraction(1.3 * need)
+    try:
+        train(config, tmp_path / "graphs")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert released == [True]
+    assert not Run.open(tmp_path / "graphs").rows[0]["lost"]
+    assert sha(tmp_path / "graphs") == sha(tmp_path / "kernels")
 
 
 @pytest.mark.parametrize("actors", [1, 2, 4])

@@ -4,9 +4,9 @@
     python experiments/bench/gpu.py --small --device cpu        # tries the script, on a machine without a GPU
 
 The paper's U-Net (preset celeba, 113,673,219 parameters) on generated images of 64×64: training images per second of a
-plain loop as in diffusers' train_unconditional.py, of fedray's own client job, and of variants of it; then seconds per
-round with one, two and four actors on the same GPU. Each measurement is printed as a line of a Markdown table, and is
-in the JSON file, as soon as it is made; what no longer fits into --budget seconds is named and left out.
+plain loop as in diffusers' train_unconditional.py, of fedray's own client job, and of other ways to write the loop.
+Each measurement is printed as a line of a Markdown table, and is in the JSON file, as soon as it is made; what no
+longer fits into --budget seconds is named and left out. Rounds of several actors are gpu_rounds.py's.
 """
 
 import gc
@@ -15,33 +15,27 @@ import json
 import os
 import statistics
 import sys
-import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-
 import numpy as np
-import ray
 import torch
 import torch.nn.functional as F
 import tyro
 from torch.utils.flop_counter import FlopCounterMode
 
 import fedray
-from fedray.config import Config
 from fedray.data.dataset import Dataset
 from fedray.federation import modes
 from fedray.federation.local import TrainJob, client_update
 from fedray.federation.plan import Plan, make_plan
 from fedray.federation.worker import Shared, Worker, do
-from fedray.record.run import Run
+from fedray.tasks import graphs
 from fedray.tasks.ddpm import DDPM
 from fedray.vector import FlatParameters, sha256
 
@@ -71,10 +65,6 @@ class Options:
     """Where to measure."""
     small: bool = False
     """Small shapes and short times: to try the script."""
-    steps: bool = True
-    """Measure plain loops and clients, before rounds."""
-    compile: bool = True
-    """Measure torch.compile too, last."""
     budget: float = 235.0
     """Seconds for everything."""
     repeats: int = 3
@@ -98,13 +88,26 @@ class Bench:
             task = replace(task, resolution=16, block_out_channels=(16, 32), attention=(False, True), norm_num_groups=8)
         self.config = replace(
             celeba, task=task, clients=1, rounds=1, local_epochs=None, local_steps=1, evaluate_samples=0, actors=0,
-            gpus_per_actor=float(self.cuda),
+            gpus_per_actor=1.0,
         )  # fmt: skip
         self.task: Any = task
         self.batches = (2, 4) if options.small else (16, 128)
         self.ceiling: float | None = None  # operations a second
         self.operations = 0.0  # of an image
         self.rates: dict[tuple[int, str], float] = {}
+
+    @classmethod
+    def start(cls, options: Options) -> "Bench":
+        """Begin, and say with what."""
+        torch.set_num_threads(1)
+        bench = cls(replace(options, seconds=0.05) if options.small else options)
+        print(json.dumps(bench.made["versions"]))
+        return bench
+
+    def end(self) -> None:
+        """Say how long it took, and what was left out."""
+        took = time.perf_counter() - self.started
+        print(f"\n{took:.0f} s in all; left out: {', '.join(self.made['skipped']) or 'nothing'}")
 
     def left(self, need: float, what: str) -> bool:
         """Tell whether there are so many seconds left, and say so where there are not."""
@@ -166,13 +169,11 @@ class Bench:
 
 
 def versions(options: Options) -> dict[str, Any]:
-    import diffusers
-
     cuda = options.device == "cuda"
     return {
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "memory": torch.cuda.get_device_properties(0).total_memory if cuda else None,
-        "torch": torch.__version__, "diffusers": diffusers.__version__, "ray": ray.__version__,
+        "torch": torch.__version__, "diffusers": version("diffusers"), "ray": version("ray"),
         "cudnn": torch.backends.cudnn.version() if cuda else None, "python": sys.version.split()[0],
         "cpus": os.cpu_count(), "options": {key: str(value) for key, value in vars(options).items()},
     }  # fmt: skip
@@ -232,45 +233,38 @@ class Variant:
     what: str
     flat: bool = False
     """Parameters as views of one vector, one fused AdamW over it, as fedray has them."""
-    fused: bool = False
-    """AdamW's fused kernel where parameters are not flat (diffusers' script takes torch's default)."""
-    last: Literal["", "images", "all"] = ""
-    """Channels-last: the images (and so what is made of them), or the weights too."""
-    fixed: bool = False
-    """Only cuDNN's deterministic algorithms, as in fedray's jobs."""
-    cpu_noise: bool = False
-    """Noise and timesteps are drawn on the CPU, as fedray does."""
-    compiled: bool = False
+    compiler: dict[str, bool] | None = None
+    """Options of torch.compile; None does not compile."""
+    last: bool = False
+    """Images channels-last, and so what is made of them."""
 
 
 def plain_step(bench: Bench, variant: Variant, precision: str, batch: int) -> Callable[[], None]:
     """Make the step of a loop as in diffusers' train_unconditional.py, with images in the CPU's memory."""
     task, config, device = bench.task, bench.config, bench.device
     unet = network(bench)
-    if variant.last == "all":
-        unet = unet.to(memory_format=torch.channels_last)
     flat = FlatParameters(unet) if variant.flat else None
     parameters = list(unet.parameters()) if flat is None else [flat.vector]
-    fast = {"fused": True} if variant.flat or variant.fused else {}
-    options: dict[str, Any] = fast | config.adam
+    options: dict[str, Any] = ({} if flat is None else {"fused": True}) | config.adam
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, **options)
-    run: Any = torch.compile(unet) if variant.compiled else unet
     scheduler, dtype = task.scheduler(), PRECISION[precision]
-    images, source = task.dataset().images, torch.device("cpu") if variant.cpu_noise else device
+    images = task.dataset().images
     order, at = torch.randperm(len(images)), 0
+    if variant.compiler is not None:
+        unet.compile(dynamic=False, options=variant.compiler)
 
     def step() -> None:
         nonlocal at
         chosen = order[at : at + batch].numpy()
         at = (at + batch) % len(images)
         clean = torch.from_numpy(images[chosen]).to(device).float() / 127.5 - 1
-        timesteps = torch.randint(1000, (batch,), device=source).to(device)
-        noise = torch.randn(clean.shape, device=source).to(device)
+        timesteps = torch.randint(1000, (batch,), device=device)
+        noise = torch.randn(clean.shape, device=device)
         noisy = scheduler.add_noise(clean, noise, timesteps)
         if variant.last:
             noisy = noisy.contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
-            predicted = run(noisy, timesteps).sample
+            predicted = unet(noisy, timesteps).sample
         F.mse_loss(predicted.float(), noise).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -279,14 +273,7 @@ def plain_step(bench: Bench, variant: Variant, precision: str, batch: int) -> Ca
         else:
             flat.gradient.zero_()
 
-    if not variant.fixed:
-        return step
-
-    def fixed() -> None:
-        with modes.plain():
-            step()
-
-    return fixed
+    return step
 
 
 def measure_plain(bench: Bench, variant: Variant, precision: str, batch: int) -> None:
@@ -327,7 +314,7 @@ class Ours:
         bench, marks = self.bench, list[float]()
         tf32(precision == "tf32")
         wanted = bench.options.seconds * bench.rates[batch, "float32" if precision == "tf32" else precision] / batch
-        count = max(1, round(wanted))
+        count = max(2 if bench.options.small else 10, round(wanted))
         steps = WARM + count * bench.options.repeats
 
         def stepped(done: int) -> None:
@@ -341,103 +328,27 @@ class Ours:
             about: dict[str, Any] = {"batch": batch, "precision": precision, "peak_bytes": peak()}
         beside = row["seconds"] - steps * batch / statistics.median(rates)
         name = {"tf32": "float32 with torch's TF32 convolutions"}.get(precision, precision)
+        name += "" if self.worker.graphs else ", kernel by kernel"
         bench.add(f"**fedray's client**, {name}, batch {batch}", "images/s", rates, job_seconds=beside, **about)
 
     def repeat(self, precision: str, batch: int) -> None:
-        """Tell whether a job gives the same bits again: as fedray does it, and as torch would by default."""
+        """Count the models of four equal jobs: two of single kernels, two of a graph."""
         tf32(True)
-        hashes = {}
-        for kind in ("torch's default", "as jobs do it"):
-            have_jobs_set("deterministic", kind == "as jobs do it")  # also oneDNN's, which computes nothing here
-            made = [self.train(precision, batch, 4, lambda done: None)[1].payload["model"] for _ in range(3)]
-            hashes[kind] = [sha256(torch.from_numpy(array)) for array in made]
-            what = f"different models of 3 equal jobs ({kind}), {precision}, batch {batch}"
-            self.bench.add(what, "models", [float(len(set(hashes[kind])))], sha256=hashes[kind])
-
-
-# Rounds
-
-
-class GPUMemory(threading.Thread):
-    """The most memory of the GPU that all processes hold together beyond what is held now, in bytes."""
-
-    def __init__(self, cuda: bool) -> None:
-        super().__init__(daemon=True)
-        self.cuda, self.peak, self.done = cuda, 0, threading.Event()
-        self.before = self.held()
-
-    def held(self) -> int:
-        free, total = torch.cuda.mem_get_info() if self.cuda else (0, 0)
-        return total - free
-
-    def run(self) -> None:
-        while not self.done.wait(0.05):
-            self.peak = max(self.peak, self.held() - self.before)
-
-    def __enter__(self) -> "GPUMemory":
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.done.set()
-        self.join()
-
-
-def measure_rounds(bench: Bench, what: str, config: Config, actors: int, need: float) -> None:
-    """Time whole rounds, checkpoint included, without the first."""
-    what = f"{what}, {actors} actors" if actors else f"{what}, in one process without Ray"
-    if not bench.left(need, what):
-        return
-    share = 1 / max(1, actors) if bench.cuda else 0.0
-    config = replace(config, actors=actors, gpus_per_actor=share, cpus_per_actor=1.0)
-    began = time.perf_counter()
-    with bench.fresh(), tempfile.TemporaryDirectory() as folder, GPUMemory(bench.cuda) as memory:
-        rows = fedray.run(config, Path(folder) / "run").rows
-        digest = Run.open(Path(folder) / "run").result
-    assert digest is not None
-    seconds = [row["seconds"]["round"] + row["seconds"]["save"] for row in rows[1:]]
-    clients = [{client["client"]: client["seconds"] for client in row["clients"]} for row in rows]
-    bench.add(
-        what, "s/round", seconds, peak_bytes=memory.peak, whole=time.perf_counter() - began, clients=clients,
-        phases=[row["seconds"] for row in rows], sha256=digest["vector_sha256"],
-    )  # fmt: skip
-
-
-def rounds(bench: Bench) -> None:
-    small = bench.options.small
-    ray.init(
-        address="local", num_cpus=max(4, os.cpu_count() or 4), include_dashboard=False, namespace="fedray",
-        log_to_driver=False, logging_level="ERROR", object_store_memory=300_000_000 if small else 8_000_000_000,
-        _node_ip_address="127.0.0.1",
-    )  # fmt: skip
-    try:
-        tf32(True)
-        digits = replace(
-            fedray.PRESETS["digits"], rounds=2 if small else 5, evaluate_samples=0, features=None,
-            local_epochs=None, local_steps=2 if small else 60,
-        )  # fmt: skip
-        faces = replace(
-            bench.config, clients=4, rounds=2 if small else 3, local_steps=2 if small else 8, train_batch_size=16,
-            mixed_precision="bf16",
-        )  # fmt: skip
-        for actors in (1, 2, 4, 0):
-            measure_rounds(bench, "digits, 4 clients of 60 steps of 32", digits, actors, 18)
-        for actors in (1, 4, 2, 0):
-            measure_rounds(bench, "celeba, bf16, 4 clients of 8 steps of 16", faces, actors, 28)
-    finally:
-        ray.shutdown()
+        made = []
+        for self.worker.graphs in (False, True, False, True):
+            payload = self.train(precision, batch, 4, lambda done: None)[1].payload
+            made.append(sha256(torch.from_numpy(payload["model"])))
+        what = f"different models of 4 equal jobs, {precision}, batch {batch}"
+        self.bench.add(what, "models", [float(len(set(made)))], sha256=made)
 
 
 # All of it
 
-FLAT = Variant("flat vector, fused AdamW", flat=True)
+COMPILED = Variant("flat vector, torch.compile", flat=True, compiler={})
 VARIANTS = (
-    FLAT,
-    replace(FLAT, what="flat, noise from the CPU", cpu_noise=True),
-    replace(FLAT, what="flat, deterministic cuDNN", fixed=True),
-    replace(FLAT, what="flat, channels-last images", last="images"),
-    Variant("one fused AdamW over all parameters", fused=True),
-    Variant("fused, channels-last images and weights", fused=True, last="all"),
+    COMPILED,
+    replace(COMPILED, what="flat vector, torch.compile, channels-last images", last=True),
+    replace(COMPILED, what="flat vector, torch.compile, CUDA graph", compiler={"triton.cudagraphs": True}),
 )
 
 
@@ -449,37 +360,26 @@ def training(bench: Bench) -> None:
             measure_plain(bench, script, precision, batch)
     ours = Ours(bench)
     for batch in bench.batches:
-        for precision in ("float32", "tf32", "bf16"):
-            ours.measure(precision, batch)
-    for precision in ("tf32", "bf16"):
-        ours.repeat(precision, bench.batches[0])
+        for precision in ("tf32", "bf16"):
+            for ours.worker.graphs in (False, True):
+                ours.measure(precision, batch)
+    ours.repeat("bf16", bench.batches[0])
+    graphs.release()
     del ours
     for batch in reversed(bench.batches):
         for variant in VARIANTS:
-            if bench.left(8, f"{variant.what}, bf16, batch {batch}"):
+            if bench.left(45, f"{variant.what}, bf16, batch {batch}"):
+                torch.compiler.reset()
                 measure_plain(bench, variant, "bf16", batch)
 
 
 def main(options: Options) -> None:
     """Measure."""
-    if options.small:
-        options = replace(options, seconds=0.05)
-    torch.set_num_threads(1)
-    bench = Bench(options)
-    print(json.dumps(bench.made["versions"]))
+    bench = Bench.start(options)
     print("\n| what | median | range | unit | of the bf16 ceiling | GiB |\n|---|---|---|---|---|---|")
     ceilings(bench)
-    if options.steps:
-        training(bench)
-    rounds(bench)
-    if options.compile:
-        compiled = [replace(FLAT, what="flat, torch.compile", compiled=True)]
-        compiled.append(replace(compiled[0], what="flat, torch.compile, channels-last", last="images"))
-        for variant, batch in [(v, b) for v in compiled for b in reversed(bench.batches)]:
-            if bench.left(75, f"{variant.what}, bf16, batch {batch}"):
-                torch.compiler.reset()
-                measure_plain(bench, variant, "bf16", batch)
-    print(f"\n{time.perf_counter() - bench.started:.0f} s in all; left out: {bench.made['skipped'] or 'nothing'}")
+    training(bench)
+    bench.end()
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from fedray.federation.worker import Shared, Worker
 from fedray.record.run import Row
 from fedray.seeds import generator
 from fedray.tasks import Learner
+from fedray.tasks.graphs import alike
 from fedray.vector import as_tensor
 from fedray.wire import Payload, counted, differences
 
@@ -186,7 +187,8 @@ class LocalTraining:
         config = self.worker.config
         mirrored = torch.rand(len(indices), generator=rng) < 0.5 if config.random_flip else None
         batch = batch_of(self.dataset, indices, mirrored)
-        with precision(config, self.worker.device):
+        many = self.worker.graphs and self.private is None and len(indices) == config.train_batch_size
+        with precision(config, self.worker.device), alike(many):
             return self.worker.learner.loss(batch, rng)
 
     def gradient(self) -> Tensor:

@@ -22,7 +22,7 @@ from fedray.federation.modes import plain
 from fedray.record.run import Row
 from fedray.scores import networks
 from fedray.seeds import number
-from fedray.tasks import AdapterLearner, AdapterTask, Learner
+from fedray.tasks import AdapterLearner, AdapterTask, Learner, graphs
 from fedray.vector.part import Part
 from fedray.wire import Payload
 
@@ -77,6 +77,7 @@ class Worker:
         self._base: Tensor | None = None
         self._unshared: Tensor | None = None  # the part that clients keep to themselves, as it is drawn
         self.node = ""  # where it is, for the record
+        self.graphs = True  # until their memory is needed
         self.done = Done(0, 0)
         self.on_step: Callable[[int], None] = lambda steps: None
 
@@ -194,16 +195,30 @@ def do(worker: Worker, work: Work, shared: Any, job: Any) -> tuple[Row, Any]:
 
     Threads, torch's modes, and its global generator (dropout draws from it) are set for the job and restored after it.
     """
-    started, device = time.perf_counter(), worker.device
+    started = time.perf_counter()
     try:
-        with plain(), threads(worker.config.threads), _seeded(device, worker.config.seed, "global", *job.key):
-            row, payload = work(worker, shared, job)
+        row, payload = _done(worker, work, shared, job)
     except Exception as error:
         trace, cause = traceback.format_exc(), cause_of(error)
         if isinstance(error, torch.OutOfMemoryError):
             error = UserError(too_large(worker.config, job))
         row, payload = {"error": cut(f"{type(error).__name__}: {error}"), "trace": trace, "cause": cause}, None
     return row | {"actor": worker.name, "node": worker.node, "seconds": time.perf_counter() - started}, payload
+
+
+def _done(worker: Worker, work: Work, shared: Any, job: Any) -> tuple[Row, Any]:
+    """Do one job; again, without CUDA graphs, if the memory that they keep is needed."""
+    key = (worker.config.seed, "global", *job.key)
+    try:
+        with plain(), threads(worker.config.threads), _seeded(worker.device, *key):
+            return work(worker, shared, job)
+    except torch.OutOfMemoryError:
+        if not graphs.release():
+            raise
+        worker.graphs = False
+    # Not in the clause above: an exception keeps what its frames have.
+    with plain(), threads(worker.config.threads), _seeded(worker.device, *key):
+        return work(worker, shared, job)
 
 
 def cause_of(error: Exception) -> Cause:

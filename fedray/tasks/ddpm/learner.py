@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedray.data.dataset import Dataset
 from fedray.tasks import Batch
+from fedray.tasks.graphs import Graphed
 from fedray.tasks.samplers import make_sampler, sample_pixels
 from fedray.vector import FlatParameters
 
@@ -27,6 +28,7 @@ class DDPMLearner:
         self.snr_gamma = snr_gamma
         self.device = device
         self.flat = FlatParameters(self.unet)
+        self.network = Graphed(self.unet)
         self.alphas_cumprod = scheduler.alphas_cumprod.to(device)
 
     @property
@@ -44,11 +46,11 @@ class DDPMLearner:
         signal-to-noise ratio as diffusers does; with γ, by min(SNR, γ) relative to x_0 (Hang et al. 2023). A
         class-conditional network is given the batch's labels too.
         """
-        images = batch["images"].to(self.device).float() / 127.5 - 1  # [b, c, h, w] in [−1, 1]
-        timesteps = torch.randint(len(self.alphas_cumprod), (len(images),), generator=rng).to(self.device)
-        noise = torch.randn(images.shape, generator=rng).to(self.device)
-        given = {"class_labels": batch["labels"].to(self.device)} if self.classes else {}
-        predicted = self.unet(self.scheduler.add_noise(images, noise, timesteps), timesteps, **given).sample.float()
+        images = sent(batch["images"], self.device).float() / 127.5 - 1  # [b, c, h, w] in [−1, 1]
+        timesteps = sent(torch.randint(len(self.alphas_cumprod), (len(images),), generator=rng), self.device)
+        noise = sent(torch.randn(images.shape, generator=rng), self.device)
+        given = [sent(batch["labels"], self.device)] if self.classes else []
+        predicted = self.network(self.scheduler.add_noise(images, noise, timesteps), timesteps, *given).float()
         kind = self.scheduler.config.prediction_type
         if kind == "v_prediction":
             target = self.scheduler.get_velocity(images, noise, timesteps)
@@ -87,6 +89,11 @@ def difference(mine: UNet2DModel, theirs: UNet2DModel) -> str | None:
         if not name.startswith("_") and name != "sample_size" and other.get(name) != value:
             return f"its U-Net has {name} {other.get(name)}, not {value}"
     return None
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of the CPU's on a device. On the way to a GPU nobody waits: it is still at the step before."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def weighted_loss(predicted: Tensor, target: Tensor, alpha: Tensor, kind: str, snr_gamma: float | None) -> Tensor:

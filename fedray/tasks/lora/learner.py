@@ -22,7 +22,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from fedray.data.dataset import Dataset
 from fedray.shelf import Shelf
 from fedray.tasks import Batch
-from fedray.tasks.ddpm.learner import weighted_loss
+from fedray.tasks.ddpm.learner import sent, weighted_loss
+from fedray.tasks.graphs import Graphed
 from fedray.tasks.lora.pipelines import embed, encoders_key, unet_folder, variant
 from fedray.tasks.samplers import make_sampler
 from fedray.vector import FlatParameters
@@ -76,6 +77,7 @@ class LoRALearner:
                 parameter.data = parameter.data.float()
                 parameter.requires_grad_(trains(name))
         self.flat = FlatParameters(self.unet)
+        self.network = Graphed(self.unet, possible=not (task.gradient_checkpointing or task.sizes))
         self.adapters = adapters(self.unet, self.flat.layout, task.scale, task.ranks)
         self._encoders: tuple[AutoencoderKL, CLIPTextModel, CLIPTokenizer] | None = None
         self._encoded: dict[str, Shelf] = {}  # by the SHA-256 of a dataset's images: its latents and embeddings
@@ -146,7 +148,7 @@ class LoRALearner:
     def embeddings(self, captions: Sequence[str]) -> Tensor:
         """Return the embeddings of prepared captions: [n, tokens, width]."""
         assert self._shelf is not None
-        return torch.from_numpy(np.stack([self._shelf[_named(caption)] for caption in captions])).to(self.device)
+        return sent(torch.from_numpy(np.stack([self._shelf[_named(caption)] for caption in captions])), self.device)
 
     def _encode_with(self) -> tuple[AutoencoderKL, CLIPTextModel, CLIPTokenizer]:
         if self._encoders is None:
@@ -197,14 +199,14 @@ class LoRALearner:
         self, kept: Sequence[np.ndarray], captions: Sequence[str], own: int, rng: torch.Generator
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return the mean losses of latents of one size: of the first `own`, and of the others; None of none."""
-        mean, deviation = torch.from_numpy(np.stack(kept, 1)).to(self.device)
+        mean, deviation = sent(torch.from_numpy(np.stack(kept, 1)), self.device)
         latents = (mean + deviation * self._normal(mean.shape, rng)) * self.scaling_factor
         noise = self._normal(latents.shape, rng)
         if self.task.noise_offset:
             noise = noise + self.task.noise_offset * self._normal((*latents.shape[:2], 1, 1), rng)
-        timesteps = torch.randint(len(self.alphas_cumprod), (len(latents),), generator=rng).to(self.device)
+        timesteps = sent(torch.randint(len(self.alphas_cumprod), (len(latents),), generator=rng), self.device)
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
-        predicted = self.unet(noisy.to(self.dtype), timesteps, self.embeddings(captions).to(self.dtype)).sample.float()
+        predicted = self.network(noisy.to(self.dtype), timesteps, self.embeddings(captions).to(self.dtype)).float()
         kind = self.scheduler.config.prediction_type
         target = self.scheduler.get_velocity(latents, noise, timesteps) if kind == "v_prediction" else noise
         alpha = self.alphas_cumprod[timesteps]
@@ -217,7 +219,7 @@ class LoRALearner:
         return of(slice(0, own)), of(slice(own, None))
 
     def _normal(self, shape: Sequence[int], rng: torch.Generator) -> Tensor:
-        return torch.randn(tuple(shape), generator=rng).to(self.device)
+        return sent(torch.randn(tuple(shape), generator=rng), self.device)
 
     @torch.no_grad()
     def sample(self, n: int, rng: torch.Generator, sampler: str, steps: int, prompts: Sequence[str] = ()) -> Tensor:
@@ -251,6 +253,7 @@ class LoRALearner:
 
     def set_base(self, change: Tensor) -> None:
         """Compute with the base's weights changed by this much (float32, in the form of `adapters.changes`)."""
+        self.network.release()
         self.adapters.change_base(self.unet, change.to(self.device))
 
     def load(self, directory: Path) -> None:
