@@ -83,7 +83,7 @@ def main(
 
         def run(rule: str, rate: float, seed: int) -> dict[str, Any]:
             base = replace(PRESET, keep_optimizer=False, rounds=rounds, validation_rounds=rounds, actors=actors)
-            base = replace(base, local_steps=2, evaluate_samples=40, sampling_steps=4) if smoke else base
+            base = replace(base, local_steps=2, evaluate_samples=20, sampling_steps=2) if smoke else base
             config = replace(base, seed=seed, learning_rate=rate, **RULES[rule])
             config = replace(config, task=replace(config.task, train_data_dir=str(photos(out, seed))))
             return finetune(config, out / f"{rule.replace(', ', '-')}-{rate:g}-{seed}", rule)

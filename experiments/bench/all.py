@@ -26,8 +26,8 @@ HERE = Path(__file__).parent
 PAGE, RESULTS = HERE.parent.parent / "docs" / "benchmarks.md", HERE / "results.json"
 BENCHES: dict[str, tuple[list[str], list[str] | None]] = {  # options, and those of the short form: None leaves it out
     "overhead": ([], None),
-    "shape": ([], ["--rounds", "2", "--cohort", "4"]),
-    "start": ([], ["--repeats", "1", "--trials", "2", "--sweeps", "1"]),
+    "shape": ([], ["--rounds", "2", "--repeats", "1", "--cohort", "4"]),
+    "start": ([], ["--repeats", "1", "--sweeps", "0"]),
     "clients": ([], ["--repeats", "1", "--no-large"]),
     "sums": ([], ["--repeats", "1"]),
     "cohorts": ([], ["--repeats", "1", "--rounds", "2", "--most", "1", "--longest", "2"]),  # the last row alone

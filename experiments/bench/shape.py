@@ -126,11 +126,14 @@ def by_peer(python: Path, script: str, shards: np.ndarray, cohorts: np.ndarray, 
     return [(seconds, loss) for seconds, loss in json.loads(done.stdout.splitlines()[-1])]
 
 
-def main(rounds: int = 8, cohort: int = COHORT, flower: Path | None = None, pfl: Path | None = None) -> None:
+def main(
+    rounds: int = 5, repeats: int = 2, cohort: int = COHORT, flower: Path | None = None, pfl: Path | None = None
+) -> None:  # fmt: skip
     """Measure.
 
     Args:
-        rounds: rounds of each, of which the first is left out.
+        rounds: rounds of each measurement, of which the first is left out.
+        repeats: how often each is measured, in turns.
         cohort: clients a round.
         flower: the Python of an environment with flwr[simulation] and torch; without it, Flower is left out.
         pfl: the Python of an environment with pfl and torch; without it, pfl is left out.
@@ -148,8 +151,11 @@ def main(rounds: int = 8, cohort: int = COHORT, flower: Path | None = None, pfl:
     if pfl:
         sides["pfl, one process"] = lambda: by_peer(pfl, "pfl_shape.py", shards, cohorts)
         sides["pfl, two processes"] = lambda: by_peer(pfl, "pfl_shape.py", shards, cohorts, 2)
+    found: dict[str, Rounds] = {name: [] for name in sides}
     with connected(None):
-        found = {name: clock() for name, clock in sides.items()}
+        for _ in range(repeats):
+            for name, clock in sides.items():
+                found[name] += clock()
     losses = [times[-1][1] for times in found.values()]
     assert max(losses) < 1.1 * min(losses) + 0.05, losses
     plain = [seconds for seconds, _ in found["plain loop"]]

@@ -77,7 +77,7 @@ class Worker:
         self._base: Tensor | None = None
         self._unshared: Tensor | None = None  # the part that clients keep to themselves, as it is drawn
         self.node = ""  # where it is, for the record
-        self.graphs = True  # until their memory is needed
+        self.graphs = device.type == "cuda"  # until their memory is needed
         self.done = Done(0, 0)
         self.on_step: Callable[[int], None] = lambda steps: None
 

@@ -13,25 +13,24 @@ from typing import Any
 
 from fedray.algorithms import Round
 from fedray.errors import RunError
-from fedray.files import write
 from fedray.privacy import ACCOUNTANT, Release, epsilon, exact_epsilon
 
 LEDGER = "privacy.jsonl"
 
 
 def written(path: Path) -> list[dict[str, Any]]:
-    """Read the lines of a ledger. One that a kill cut short is taken away: its noise was not drawn yet."""
+    """Read the lines of a ledger. One that a kill cut short does not count: its noise was not drawn yet."""
     text = path.read_text() if path.exists() else ""
-    lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
-    if text != "".join(lines):
-        write(path, "".join(lines))
-    return [json.loads(line) for line in lines]
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def add(path: Path, line: dict[str, Any]) -> None:
-    """Add a line to a ledger: it is on disk when this returns."""
-    with open(path, "a") as file:
-        file.write(json.dumps(line) + "\n")
+    """Add a line to a ledger, in place of one that was cut short: it is on disk when this returns."""
+    with open(path, "a+b") as file:
+        file.seek(0)
+        text = file.read()
+        file.truncate(text.rfind(b"\n") + 1)
+        file.write((json.dumps(line) + "\n").encode())
         file.flush()
         os.fsync(file.fileno())
 

@@ -1,9 +1,9 @@
 """Run directories as tables: one tidy frame of all rounds, and what is read from it."""
 
 import json
-import math
 import os
 from collections.abc import Iterable, Mapping
+from math import inf, isnan, nan
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_type_hints
 
@@ -39,7 +39,7 @@ ROUND = {
     "bytes_up": int, "training_seconds": float,
 }  # fmt: skip
 TOTALS = ("total.sequential_steps", "total.images", "total.bytes", "total.training_seconds")
-PROVED, NONE = {"ε": "privacy", "ε of examples": "example_privacy"}, {None: math.inf}  # without noise
+PROVED = {"ε": "privacy", "ε of examples": "example_privacy"}  # without noise there is no bound
 # Prefixes of numbers that have names of their own.
 GROUPS = ("seconds", "held_out", "aggregation", "ledger", "privacy", "example_privacy")
 SETTING = "setting"  # a column that reports add: what varies, in words
@@ -187,7 +187,7 @@ def summary(runs: Mapping[str, str | Path]) -> pd.DataFrame:
             "loss": result["loss"],
             **({"held-out loss": result["held_out"]["global"]} if result["held_out"] else {}),
             **{name: score["value"] for name, score in result["scores"].items()},
-            **{of: NONE.get(e := result[kind]["epsilon"], e) for of, kind in PROVED.items() if kind in result},
+            **{of: inf if (e := result[key]["epsilon"]) is None else e for of, key in PROVED.items() if key in result},
             "passes": result["passes"],
             "sequential steps": result["sequential_steps"],
             "MB down": result["bytes_down"] / 1e6,
@@ -265,7 +265,7 @@ def _run(directory: Path, config: dict[str, Any], problems: list[str]) -> _Run:
             if row["round"] != number:
                 raise ValueError
             failed += [client for client in saved.get("clients", ()) if client.get("outcome", "ok") != "ok"][:1]
-            if math.isnan(row["loss"]) and rows:
+            if isnan(row["loss"]) and rows:
                 row["loss"] = rows[-1]["loss"]  # nobody took part: the model is that of the round before, or noisier
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
             problems.append(f"{path} is damaged at line {number}; the rounds before it are read.")
@@ -289,7 +289,7 @@ def _round(row: Row) -> Row:
     took = [client["seconds"] for client in row.get("clients", []) if client.get("seconds") is not None]
     row = row | {"training_seconds": max(took, default=None)}
     flat = {name: None if row.get(name) is None else kind(row[name]) for name, kind in ROUND.items()}
-    flat["round"], flat["loss"] = int(row["round"]), math.nan if row.get("examples") == 0 else float(row["loss"])
+    flat["round"], flat["loss"] = int(row["round"]), nan if row.get("examples") == 0 else float(row["loss"])
     for group in GROUPS:
         numbers = {name: value for name, value in row.get(group, {}).items() if name != "clients"}
         flat |= {f"{group}.{name}": None if value is None else float(value) for name, value in numbers.items()}

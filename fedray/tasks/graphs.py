@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, cast
 from weakref import WeakSet
@@ -14,10 +14,14 @@ ALIKE = ContextVar[bool]("ALIKE")  # whether more batches of this size will come
 LIVE: "WeakSet[Graphed]" = WeakSet()  # that have a graph, or failed to make one
 
 
-@contextmanager
-def alike(many: bool) -> Iterator[None]:
+def alike(many: bool) -> AbstractContextManager[None]:
     """Compute the gradient of a batch; of `many` that are of one size, on a GPU, as a CUDA graph."""
-    token = ALIKE.set(many)
+    return _alike() if many else nullcontext()
+
+
+@contextmanager
+def _alike() -> Iterator[None]:
+    token = ALIKE.set(True)
     try:
         yield
     finally:

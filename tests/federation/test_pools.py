@@ -201,7 +201,7 @@ def test_each_fault_costs_its_own_client_and_no_other(ray_pool, toy_config, tmp_
     train(quiet, tmp_path / "quiet")
     faults = {"failing": (1,), "infinite": (2,), "undefined": (3,), "hungry": (4,), "hanging": (5,), "crashing": (6,)}
     task = replace(quiet.task, **faults, slow=(7,), pause=0.5)
-    config = replace(quiet, task=task, actors=2, client_timeout=15.0, client_retries=1)
+    config = replace(quiet, task=task, actors=2, client_timeout=9.0, client_retries=1)
     (row,) = fit(config, ray_pool(config), tmp_path / "run")
     assert sha(tmp_path / "run") == sha(tmp_path / "quiet")
     outcomes = {client["client"]: client["outcome"] for client in row["clients"]}
@@ -212,7 +212,7 @@ def test_each_fault_costs_its_own_client_and_no_other(ray_pool, toy_config, tmp_
         (2, "FloatingPointError: the trained weights are not finite", "client", 1),
         (3, "FloatingPointError: the trained weights are not finite", "client", 1),
         (4, "UserError: client 4 in round 1 needs more GPU memory than it may have", "out of memory", 1),
-        (5, "its process was lost 3 times; at last: it has not answered for 15 s (--client-timeout)", "too slow", 3),
+        (5, "its process was lost 3 times; at last: it has not answered for 9 s (--client-timeout)", "too slow", 3),
         (6, "its process was lost 3 times; at last: its process ended (killed, or out of memory)", "actor died", 3),
     ):
         assert outcomes[client].startswith(said), client

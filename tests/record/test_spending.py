@@ -163,7 +163,9 @@ def test_a_run_stops_before_the_round_that_it_cannot_afford(config, tmp_path, mo
 def test_a_line_that_a_kill_cut_short_did_not_count(config, tmp_path):
     train(config, tmp_path / "run", rounds=2)
     path = tmp_path / "run/privacy.jsonl"
-    path.write_text(path.read_text() + '{"round": 3, "rel')
+    path.write_text(cut := path.read_text() + '{"round": 3, "rel')
+    assert Spending(tmp_path / "run", release_of(config), 1e-5, None).spent()["releases"] == 2
+    assert path.read_text() == cut  # to read it changes nothing: the run may be writing
     train(config, tmp_path / "run", resume=True)
     assert len(ledger(tmp_path / "run")) in (4, 5)  # the third may have been released when the run was stopped
     assert Spending(tmp_path / "run", release_of(config), 1e-5, None).spent()["releases"] == 4

@@ -30,6 +30,8 @@ def test_a_job_that_is_out_of_memory_is_done_again_without_graphs_if_there_were_
         return {"graphs": worker.graphs}, None
 
     worker = Worker(toy_config(), torch.device("cpu"), "this process")
+    assert not worker.graphs  # on a CPU
+    worker.graphs = True
     row, _ = do(worker, work, None, SimpleNamespace(key=("train", 0, 0)))
     if live:
         assert row["graphs"] is False
