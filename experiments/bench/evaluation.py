@@ -187,7 +187,7 @@ def scores(n: int, dimensions: int, repeats: int) -> None:
 
 
 def main(
-    n: int = 512, steps: int = 50, features: int = 50_000, dimensions: int = 2048, repeats: int = 3
+    n: int = 2048, steps: int = 50, features: int = 50_000, dimensions: int = 2048, repeats: int = 2
 ) -> None:  # fmt: skip
     """Measure.
 
