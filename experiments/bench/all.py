@@ -27,7 +27,7 @@ PAGE, RESULTS = HERE.parent.parent / "docs" / "benchmarks.md", HERE / "results.j
 BENCHES: dict[str, tuple[list[str], list[str] | None]] = {  # options, and those of the short form: None leaves it out
     "overhead": ([], None),
     "shape": ([], ["--rounds", "2", "--repeats", "1", "--cohort", "4"]),
-    "start": ([], ["--repeats", "1", "--sweeps", "0"]),
+    "start": ([], ["--repeats", "1", "--trials", "2", "--sweeps", "1"]),
     "clients": ([], ["--repeats", "1", "--no-large"]),
     "sums": ([], ["--repeats", "1"]),
     "cohorts": ([], ["--repeats", "1", "--rounds", "2", "--most", "1", "--longest", "2"]),  # the last row alone
@@ -38,6 +38,7 @@ BENCHES: dict[str, tuple[list[str], list[str] | None]] = {  # options, and those
     "images": ([], ["--repeats", "1", "--n", "100"]),
 }  # fmt: skip
 PEERS = {"payloads": ("flower",), "shape": ("flower", "pfl")}  # by script: the options that take a peer's Python
+PYTHONS = re.compile(r"--(flower|pfl) \S+")  # where they lie tells nobody anything
 BLOCK = re.compile(r"(<!-- measured: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -56,7 +57,7 @@ def measure(name: str, options: list[str]) -> dict[str, Any]:
         file = Path(directory) / "tables.json"
         subprocess.run([sys.executable, HERE / f"{name}.py", *options], env=os.environ | {FILE: str(file)}, check=True)
         return {
-            "command": " ".join(["python", f"experiments/bench/{name}.py", *options]),
+            "command": PYTHONS.sub(r"--\1 PYTHON", " ".join(["python", f"experiments/bench/{name}.py", *options])),
             "tables": json.loads(file.read_text()),
             "machine": machine(),
             "versions": {each: version(each) for each in ("fedray", "torch", "ray", "diffusers", "numpy")},
@@ -67,10 +68,9 @@ def measure(name: str, options: list[str]) -> dict[str, Any]:
 
 def block(result: dict[str, Any]) -> str:
     """Write a result for the page: the command, the tables, and with what they were measured."""
-    command = re.sub(r"--(flower|pfl) \S+", lambda found: f"--{found[1]} {found[1].upper()}_PYTHON", result["command"])
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items() if name != "fedray")
     where = f"{result['machine']}; {result['date']}; Python {result['python']}, {versions}."
-    return "\n\n".join([f"```\n{command}\n```", *result["tables"], where]) + "\n"
+    return "\n\n".join([f"```\n{result['command']}\n```", *result["tables"], where]) + "\n"
 
 
 def page(text: str, results: dict[str, dict[str, Any]]) -> str:

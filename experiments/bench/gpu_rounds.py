@@ -25,7 +25,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 import ray
 import torch
 import tyro
-from gpu import Bench, Options
+from device import Bench, Options
 
 import fedray
 from fedray.config import Config
@@ -91,15 +91,6 @@ def mps(wanted: bool) -> Iterator[bool]:
         finally:
             subprocess.run(["nvidia-cuda-mps-control"], input=b"quit\n", check=False)
             del os.environ["CUDA_MPS_PIPE_DIRECTORY"], os.environ["CUDA_MPS_LOG_DIRECTORY"]
-
-
-def small_network(bench: Bench) -> Config:
-    """Return the preset digits for eight clients, unscored."""
-    rounds, steps = (2, 2) if bench.options.small else (4, 30)
-    return replace(
-        fedray.PRESETS["digits"], clients=8, rounds=rounds, evaluate_samples=0, features=None, local_epochs=None,
-        local_steps=steps,
-    )  # fmt: skip
 
 
 def by_actors(bench: Bench, what: str, config: Config, numbers: tuple[int, ...], need: float) -> None:

@@ -82,15 +82,13 @@ def main(repeats: int = 5, trials: int = TRIALS, sweeps: int = 3) -> None:
     Args:
         repeats: how often each is measured, in turns.
         trials: of a sweep.
-        sweeps: how often it is measured; 0 leaves it out.
+        sweeps: how often it is measured.
     """
     found: dict[str, list[float]] = {name: [] for name in WHAT}
     for _ in range(repeats):
         for name, command in WHAT.items():
             found[name].append(seconds(command))
     table(["", "seconds", "goal"], [[name, spread(times), GOALS.get(name, "")] for name, times in found.items()])
-    if not sweeps:
-        return
     single, whole, each, rounds = list[float](), list[float](), list[float](), list[float]()
     with connected(None):
         sweep(1)  # starts Tune

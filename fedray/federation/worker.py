@@ -208,17 +208,19 @@ def do(worker: Worker, work: Work, shared: Any, job: Any) -> tuple[Row, Any]:
 
 def _done(worker: Worker, work: Work, shared: Any, job: Any) -> tuple[Row, Any]:
     """Do one job; again, without CUDA graphs, if the memory that they keep is needed."""
-    key = (worker.config.seed, "global", *job.key)
-    try:
-        with plain(), threads(worker.config.threads), _seeded(worker.device, *key):
+
+    def once() -> tuple[Row, Any]:
+        config = worker.config
+        with plain(), threads(config.threads), _seeded(worker.device, config.seed, "global", *job.key):
             return work(worker, shared, job)
+
+    try:
+        return once()
     except torch.OutOfMemoryError:
         if not graphs.release():
             raise
         worker.graphs = False
-    # Not in the clause above: an exception keeps what its frames have.
-    with plain(), threads(worker.config.threads), _seeded(worker.device, *key):
-        return work(worker, shared, job)
+    return once()  # not in the clause above: an exception keeps what its frames have
 
 
 def cause_of(error: Exception) -> Cause:
